@@ -1,0 +1,200 @@
+"""
+Stage 2a: few steps, by regressing the teacher's own ODE (Causal Forcing, arXiv:2602.02214).
+
+in:  ckpt/ar.pt, the autoregressive teacher: 48 Euler steps with guidance
+out: ckpt/ode.pt, a student that needs four steps and no guidance
+
+Two phases that share one grid of noise levels.
+  1. --generate: from noise, integrate the teacher's ODE for every chunk, the *ground-truth* chunks before it as context,
+     and keep the states at the student's four levels and the end point. The teacher is causal, so a chunk's end point
+     is a function of what the student sees: its noise and its past. (A bidirectional teacher's is not, and regressing
+     it gives a blur.)
+  2. train: regress the end point from a random one of the four states, in one step, teacher-forced.
+
+    loss = || x_s - sigma_s v(x_s^i, x0^{<i}, sigma_s) - x_end^i ||^2        s in {0, 12, 24, 36} of 48
+
+$ python distill_ode.py --generate && python distill_ode.py
+$ torchrun --nproc_per_node 8 distill_ode.py --preset wan-1.3b --data data/videos --generate
+"""
+import argparse
+import gc
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import Batch, get_batch, open_latents, rand, randn, write_log, write_sheet
+from model import (
+    build, check_finite, denoise, gather, load_checkpoint, load_state, load_vae, noise_levels, rollout, save_checkpoint,
+    save_state, shard, start_process_group, update_ema, velocity_to_x0,
+)
+
+RECIPES = {
+    "tiny": dict(steps=600, batch_size=16, accum=1, lr=3e-4, warmup=50, max_grad_norm=1.0, ema_decay=0.99,
+                 pairs_count=512, teacher_steps=48, sampling_steps=4),
+    # minWM: 2 k steps, 32 videos, lr 2e-6; it integrates with guidance 6 although its teacher is sampled with 3. Ours
+    # takes the teacher's own guidance from its checkpoint, and keeps an EMA.
+    "wan-1.3b": dict(steps=2000, batch_size=1, accum=4, lr=2e-6, warmup=0, max_grad_norm=10.0, ema_decay=0.99,
+                     pairs_count=3000, teacher_steps=48, sampling_steps=4),
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--init", type=Path, default=Path("ckpt/ar.pt"), help="autoregressive teacher, and where the student starts")
+    p.add_argument("--data", type=Path, default=Path("data/toy"), help="latents folder (python data.py)")
+    p.add_argument("--out", type=Path, default=Path("ckpt/ode.pt"), help="checkpoint to write")
+    p.add_argument("--preset", default="tiny", choices=RECIPES, help="network, and the defaults of the flags below")
+    p.add_argument("--resume", action="store_true", help="continue from the state beside --out")
+    p.add_argument("--steps", type=int)
+    p.add_argument("--batch-size", type=int, help="videos per process and micro-batch")
+    p.add_argument("--accum", type=int, help="micro-batches per step")
+    p.add_argument("--lr", type=float)
+    p.add_argument("--max-grad-norm", type=float)
+    p.add_argument("--ema-decay", type=float)
+    p.add_argument("--generate", action="store_true", help="write the pairs instead of training on them")
+    p.add_argument("--pairs", type=Path, default=Path("data/ode"), help="folder of pairs")
+    p.add_argument("--pairs-count", type=int, help="videos to integrate")
+    p.add_argument("--teacher-steps", type=int, help="Euler steps of the teacher, a multiple of --sampling-steps")
+    p.add_argument("--warmup", type=int, help="steps until lr is reached")
+    p.add_argument("--sampling-steps", type=int, help="of the student")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--log-every", type=int, default=10)
+    p.add_argument("--save-every", type=int, default=500)
+    p.set_defaults(**RECIPES[p.parse_known_args(argv)[0].preset])
+    args = p.parse_args(argv)
+    if args.teacher_steps % args.sampling_steps:
+        p.error(f"--teacher-steps {args.teacher_steps} is not a multiple of --sampling-steps {args.sampling_steps}: "
+                "the student would be asked at levels its teacher never visited")
+    return args
+
+
+@torch.no_grad()
+def integrate(teacher: nn.Module, batch: Batch, levels: list[float], keep: int, guidance: float, chunk: int) -> Tensor:
+    """Every chunk from noise down `levels`, after ground-truth chunks -> states [b keep+1 f c h w], the end point last."""
+    noise = randn(batch.rng, *batch.x0.shape[1:]).to(batch.x0.device)
+    both = lambda z: torch.cat([z, z])  # with the prompt and with the null, for guidance
+    text, stride, past, chunks = torch.cat([batch.prompt, batch.null]), (len(levels) - 1) // keep, None, []
+    for start in range(0, batch.x0.shape[1], chunk):
+        frames = slice(start, start + chunk)
+        camera, truth = tuple(z[:, frames] for z in batch.camera), batch.x0[:, frames]
+        states = [noise[:, frames]]
+        for i in range(0, len(levels) - 1, stride):
+            states.append(denoise(teacher, states[-1], levels[i : i + stride + 1], text, camera, guidance, past))
+        chunks.append(torch.stack(states, dim=1))
+        zero = both(truth.new_zeros(truth.shape[:2]))
+        past = teacher(both(truth), zero, text, tuple(map(both, camera)), past=past, commit=True)
+    return torch.cat(chunks, dim=2)
+
+
+def generate(args: argparse.Namespace, teacher: nn.Module, data, meta: dict, rank: int, world_size: int, device) -> None:
+    """Write --pairs-count videos' states as a latents folder of its own. Shards that exist are not made again."""
+    args.pairs.mkdir(parents=True, exist_ok=True)
+    levels = noise_levels(args.teacher_steps, meta["shift"])
+    shards = -(-args.pairs_count // (args.batch_size * world_size))
+    for i in tqdm(range(shards), "pairs", disable=rank > 0):
+        path = args.pairs / f"latents-{i:06d}-{rank:03d}.safetensors"
+        if path.exists():
+            continue
+        batch = get_batch(data, args.seed, i, rank, world_size, args.batch_size, device)
+        states = integrate(teacher, batch, levels, args.sampling_steps, meta["guidance"], meta["chunk"])
+        if not states.isfinite().all():
+            raise ValueError(f"{path}: the teacher's states of rows {batch.ids} are not finite; not written")
+        tensors = {"latents": batch.x0.half(), "states": states.half(), "viewmats": batch.camera[0], "Ks": batch.camera[1],
+                   "prompt_ids": torch.tensor(batch.prompt_ids)}
+        save_file({name: z.cpu().contiguous() for name, z in tensors.items()}, path.with_suffix(".tmp"),
+                  {"meta": json.dumps(data.meta | {"levels": [*levels[:: args.teacher_steps // args.sampling_steps]]})})
+        path.with_suffix(".tmp").replace(path)
+    if rank == 0:
+        shutil.copy(data.folder / "prompts.safetensors", args.pairs)
+
+
+def ode_loss(net: nn.Module, batch: Batch, levels: list[float], chunk: int) -> Tensor:
+    """|| x0 predicted from a random state of each chunk - where the teacher's ODE ends ||^2."""
+    b, f = batch.x0.shape[:2]
+    n = len(levels) - 1  # the last level is 0, the end point
+    i = (rand(batch.rng, -(-f // chunk)) * n).long().repeat_interleave(chunk, dim=1)[:, :f].to(batch.x0.device)  # [b f]
+    x_t = torch.stack([batch.states[row, i[row], torch.arange(f)] for row in range(b)])
+    sigma = torch.tensor(levels, device=i.device, dtype=torch.float32)[i]
+    v = net(x_t, sigma, batch.prompt, batch.camera, clean=batch.x0, chunk=chunk)
+    return F.mse_loss(velocity_to_x0(v, x_t, sigma), batch.states[:, -1])
+
+
+def main(args: argparse.Namespace) -> None:
+    # -- setup (same in every stage) ---------------------------------------------------------------------------------
+    rank, world_size, device = start_process_group()
+    data = open_latents(args.data)
+    vae = load_vae(Path(data.meta["vae"]), device)
+    folder = args.out.with_suffix("")  # beside the checkpoint: state to resume from, metrics, sheets of samples
+    # -- end ---------------------------------------------------------------------------------------------------------
+
+    weights, source = load_checkpoint(args.init, "ar")
+    with torch.device("meta"):
+        net, ema = (build(args.preset) for _ in range(2))
+    net, ema = shard(net, weights, device, train=True), shard(ema, weights, device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    nets, optimizers = {"net": net, "ema": ema}, {"net": optimizer}
+    meta = source | {"stage": "ode", "sampler": "renoise", "steps": args.sampling_steps, "guidance": 1.0,
+                     "from": f"{args.init.name} at step {source['step']}"}
+    levels = noise_levels(args.sampling_steps, meta["shift"])
+    if args.generate:
+        return generate(args, ema, data, source, rank, world_size, device)
+    data = open_latents(args.pairs)
+    if data.meta.get("levels") != levels:
+        raise ValueError(f"{args.pairs}: pairs kept at noise levels {data.meta.get('levels')}, the student needs {levels}")
+
+    step = load_state(folder, nets, optimizers) if args.resume else 0
+    bar = tqdm(total=args.steps, initial=step, desc=meta["stage"], disable=rank > 0)
+    while step < args.steps:
+        t0, loss_sum = time.time(), 0.0
+        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+        for micro in range(args.accum):
+            net.set_requires_gradient_sync(micro == args.accum - 1)  # reduce over ranks once a step
+            batch = get_batch(data, args.seed, step, micro * world_size + rank, args.accum * world_size, args.batch_size, device)
+            loss = ode_loss(net, batch, levels, meta["chunk"]) / args.accum
+            loss.backward()
+            loss_sum += loss.detach()
+        grad_norm = nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm).full_tensor()
+        metrics = check_finite(step, {"loss": loss_sum, "grad_norm": grad_norm}, batch.ids)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(ema, net, args.ema_decay)
+        step += 1
+
+        # -- log and save (same in every stage) ----------------------------------------------------------------------
+        bar.update()
+        bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
+        if step % args.log_every == 0 and rank == 0:
+            write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
+        if step % args.save_every == 0 or step == args.steps:
+            save_state(folder, step, nets, optimizers)
+            weights = gather(ema)
+            shown = get_batch(data, args.seed, -1, 0, 1, 4, device)
+            noise = [randn(shown.rng, *shown.x0.shape[1:]).to(device)
+                     for _ in range(meta["steps"] if meta["sampler"] == "renoise" else 1)]
+            x0 = torch.cat(list(rollout(ema, noise, noise_levels(meta["steps"], meta["shift"]), shown.prompt, shown.null,
+                                        shown.camera if meta["camera"] else None, meta["guidance"], meta["chunk"],
+                                        renoise=meta["sampler"] == "renoise")), dim=1)
+            if rank == 0:
+                save_checkpoint(args.out, weights, meta | {"step": step})
+                write_sheet(folder / f"sheet-{step:06d}.png", [vae.decode(shown.x0)[0], vae.decode(x0)[0]])
+        # -- end -----------------------------------------------------------------------------------------------------
+
+
+if __name__ == "__main__":
+    # -- run (same in every stage) ----------------------------------------------------------------------------------
+    try:
+        main(parse_args())
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    gc.collect()  # frees FSDP's reference cycles, which could otherwise outlive the process group
+    dist.destroy_process_group()
+    # -- end --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,358 @@
+"""
+Walk through a world: roll out any checkpoint along a camera path, chunk by chunk, decoding as it goes.
+
+in:  a checkpoint of any stage (it names its own sampler), a path (pose string or path.json), a prompt
+out: an mp4 (or gif) and a contact sheet; on the toy world, with --score, how well the path was obeyed
+
+$ python stream.py --camera 'w*3,w+l*4'
+$ python stream.py --camera path.json --ckpt ckpt/ar.pt --steps 48 --out walk.mp4 --keys
+$ python stream.py --score --scenes 64 --ckpt ckpt/tiny/dmd.pt
+"""
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import (
+    GRAMMAR, K_SQUARE, KEYS, LOOKS, N_PANELS, NAMED, PALETTE, PANELS, STEP, SURFACES, TURN, CameraPath, Hits, Scene, cast,
+    encode_words, intrinsics, invert_se3, look_errors, mix, paint, panels_seen, parse_trajectory, pixel_cameras,
+    read_camera, read_prompt, render, rotation, sample_toy, write_sheet,
+)
+from model import WanVAE, load_net, load_vae, noise_levels, rollout, timed
+
+SHIPPED = Path(__file__).parent / "ckpt/tiny"
+TOY_PROMPT = ("orange left wall, cyan right wall, blue far wall, green floor, white ceiling, "
+              "near left red pillar, far right yellow pillar")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=GRAMMAR)
+    p.add_argument("--camera", default="w*3,w+l*4", help="a pose string or a .json file")
+    p.add_argument("--ckpt", type=Path, help="default ckpt/dmd.pt if there is one, else the shipped four-step model")
+    p.add_argument("--vae", type=Path, help="default vae.pt beside the checkpoint, else the shipped one")
+    p.add_argument("--prompt", help="default: the path's own, else a room of the toy world")
+    p.add_argument("--out", type=Path, default=Path("walk.mp4"), help=".mp4 or .gif; the contact sheet goes beside it")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--steps", type=int, help="denoising steps, instead of the checkpoint's own")
+    p.add_argument("--guidance", type=float, help="instead of the checkpoint's own")
+    p.add_argument("--keys", action="store_true", help="draw the commanded keys on the video")
+    p.add_argument("--other-intrinsics", action="store_true", help="let the path's K differ from the one trained with")
+    p.add_argument("--bench", action="store_true", help="print frames/s and time to the first frame, after a warm-up")
+    p.add_argument("--score", action="store_true", help="measure on held-out rooms and paths of the toy world")
+    p.add_argument("--scenes", type=int, default=64, help="with --score: how many")
+    p.add_argument("--score-seed", type=int, default=1, help="with --score: which")
+    return p.parse_args(argv)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. The stream.
+
+
+@torch.no_grad()
+def stream(net: nn.Module, vae: WanVAE, meta: dict, prompts: list[str], viewmats: Tensor, Ks: Tensor, seeds: list[int],
+           seconds: dict[str, float] | None = None):
+    """Yield video [b 3 t H W] in [-1, 1] as it is made: 1 + 4 (n - 1) frames of the first chunk of n latents, then 4 n.
+
+    viewmats [b f 4 4], Ks [b f 3 3], one prompt and one seed per video. A path that ends within a chunk is held there.
+    """
+    device, (b, f), chunk = next(net.parameters()).device, viewmats.shape[:2], meta["chunk"]
+    held = -f % chunk if chunk else 0
+    camera = tuple(torch.cat([z, z[:, -1:].expand(b, held, *z.shape[2:])], dim=1).to(device) for z in (viewmats, Ks))
+    shape = (f + held, vae.cfg.z_dim, meta["size"][0] // vae.cfg.stride, meta["size"][1] // vae.cfg.stride)
+    renoise = meta["sampler"] == "renoise"
+    with timed(seconds, "text"):
+        prompt = torch.stack([encode_words(text) for text in prompts]).to(device)
+        null = encode_words("").expand_as(prompt).to(device)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = [torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+             for _ in range(meta["steps"] if renoise else 1)]
+    memory, left = None, 1 + 4 * (f - 1)
+    for x0 in rollout(net, noise, noise_levels(meta["steps"], meta["shift"]), prompt, null, camera if meta["camera"] else None,
+                      meta["guidance"], chunk, renoise, seconds):
+        with timed(seconds, "decode"):
+            video, memory = vae.decode(x0, memory)
+            video = video[:, :, :left].clamp(-1, 1)
+        left -= video.shape[2]
+        yield video
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Files.
+
+GLYPHS = {  # 3x5 letters for the key overlay
+    "w": "101101101111101", "a": "010101111101101", "s": "011100010001110", "d": "110101101101110", "u": "101101101101111",
+    "n": "110101101101101", "j": "001001001101010", "l": "100100100100111", "i": "111010010010111", "k": "101110100110101",
+}
+
+
+def pressed(viewmats: Tensor) -> list[set[str]]:
+    """Which keys would make each step of a path [f 4 4]: one set per latent frame, the first empty."""
+    c2w, keys = invert_se3(viewmats.double()), [set()]
+    for a, b in zip(c2w, c2w[1:]):
+        step = torch.linalg.inv(a) @ b
+        move, turn = step[:3, :3].T @ step[:3, 3], step[:3, 2]
+        amounts = {"d": move[0], "a": -move[0], "dn": move[1], "u": -move[1], "w": move[2], "s": -move[2],
+                   "l": turn[0], "j": -turn[0], "i": -turn[1], "k": turn[1]}
+        keys.append({key for key, amount in amounts.items() if amount > (STEP if key in "wasdudn" else TURN) / 3})
+    return keys
+
+
+def draw_keys(image: np.ndarray, keys: set[str]) -> None:
+    """Light the pressed keys at the bottom left of an image [h w 3], in place."""
+    unit = max(1, image.shape[0] // 128)
+    spots = {"w": (0, 1), "a": (1, 0), "s": (1, 1), "d": (1, 2), "i": (0, 4), "j": (1, 3), "k": (1, 4), "l": (1, 5),
+             "u": (0, 6), "dn": (1, 6)}
+    for key, (row, column) in spots.items():
+        y, x = image.shape[0] - (2 - row) * 10 * unit, (1 + column * 9) * unit
+        box = image[y : y + 9 * unit, x : x + 8 * unit]
+        box[:] = box // 3 + (150 if key in keys else 0)
+        glyph = np.array([*GLYPHS[key[-1]]], dtype=int).reshape(5, 3).repeat(unit, 0).repeat(unit, 1).astype(bool)
+        box[2 * unit : 7 * unit, 2 * unit : 5 * unit][glyph] = 0 if key in keys else 200
+
+
+def write_video(path: Path, video: Tensor, fps: float, keys: list[set[str]] | None) -> None:
+    """video [3 t h w] in [-1, 1] -> mp4 or gif, small videos enlarged by whole pixels."""
+    frames = rearrange(((video + 1) * 127.5).round().byte().cpu(), "c t h w -> t h w c").numpy()
+    zoom = max(1, 256 // frames.shape[1])
+    frames = frames.repeat(zoom, 1).repeat(zoom, 2)
+    for t, frame in enumerate(frames):
+        if keys is not None:
+            draw_keys(frame, keys[-(-t // 4)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".gif":
+        imageio.imwrite(path, frames, duration=1000 / fps, loop=0)
+    else:
+        imageio.imwrite(path, frames, fps=fps, codec="libx264", macro_block_size=2, output_params=["-crf", "12"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Scores. Geometry, colours and path are known; the looks of the panels are read off the video, and the room they make
+# is rendered along the path: the one that explains the video best. Everything is a comparison with that render.
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """[b 3 t h w] in [-1, 1] -> dB per video [b]."""
+    return 10 * torch.log10(4 / (a - b).square().mean((1, 2, 3, 4)).clamp_min(1e-10))
+
+
+def explain(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The best-explaining render [b 3 t h w], its looks [b 16], and which panels are large enough to tell [b 16]."""
+    hits = cast(scene.pillars, pixel_cameras(viewmats), K, video.shape[-1])
+    looks = look_errors(video, hits, scene.colours)[:, :N_PANELS].argmin(-1)
+    return paint(hits, scene.colours, looks), looks, panels_seen(hits, 24)
+
+
+def named_colours(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> Tensor:
+    """For every surface the prompt names, is its colour the one that explains the video best? [b 7], NaN where unseen."""
+    hits = cast(scene.pillars, pixel_cameras(viewmats), K, video.shape[-1])
+    errors, b = [], len(video)
+    surface_of = torch.zeros(N_PANELS, dtype=torch.long)
+    for n, name in enumerate(SURFACES):
+        first, across = PANELS[name]
+        if name != "pillar":
+            surface_of[first : first + (3 if name not in ("far wall", "back wall") else across)] = n
+    rays = torch.zeros(b, NAMED + 1).scatter_add_(1, hits.surface.flatten(1), torch.ones(hits.surface.flatten(1).shape))
+    for colour in range(len(PALETTE)):
+        colours = torch.full((b, NAMED + 1), colour)
+        by_panel = look_errors(video, hits, colours)[:, :N_PANELS].min(-1).values
+        by_surface = torch.zeros(b, NAMED + 1).index_add_(1, surface_of, by_panel)
+        image = paint(hits, colours, torch.zeros(b, N_PANELS, dtype=torch.long))  # pillars are plain: one look will do
+        error = (image - video).square().sum(1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        for pillar in (5, 6):
+            by_surface[:, pillar] = (error * (hits.surface == pillar)).sum((1, 2, 3))
+        errors.append(by_surface)
+    best = torch.stack(errors, dim=-1).argmin(-1)
+    right = (best == scene.colours)[:, :NAMED].float()
+    return torch.where(rays[:, :NAMED] / 4 >= 24, right, torch.nan)
+
+
+def read_pose(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotation error in degrees and translation error in units [b n]: where was each frame [b 3 n h w] seen from?
+
+    Pattern search around the commanded poses [b n 4 4]: yaw, pitch, x, y, z, in steps halved from 8 degrees and 0.16.
+    """
+    def error(c2w):
+        image = paint(cast(scene.pillars, invert_se3(c2w), K, video.shape[-1]), scene.colours, scene.looks)
+        return (image - video).square().mean((1, 3, 4))  # [b n]
+
+    start = c2w = invert_se3(viewmats)
+    best = error(c2w)
+    for size in (1.0, 1.0, 0.5, 0.25, 0.125, 0.0625):
+        for axis in range(5):
+            trials = [(best, c2w)]
+            for sign in (-size, size):
+                amount = torch.zeros(5)
+                amount[axis] = sign
+                delta = torch.eye(4)
+                delta[:3, :3] = rotation(*(amount[:2] * math.radians(8)))
+                delta[:3, 3] = amount[2:] * 0.16
+                trials.append((error(c2w @ delta), c2w @ delta))
+            best, choice = torch.stack([e for e, _ in trials]).min(0)
+            c2w = torch.stack([pose for _, pose in trials]).gather(0, choice[None, ..., None, None].expand(1, *c2w.shape))[0]
+    turn = start[..., :3, :3].mT @ c2w[..., :3, :3]
+    angle = torch.arccos(((turn.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2).clamp(-1, 1))
+    return torch.rad2deg(angle), (c2w - start)[..., :3, 3].norm(dim=-1)
+
+
+def sharpness(video: Tensor) -> Tensor:
+    """Energy of the image gradient [b]."""
+    return video.diff(dim=-1).square().mean((1, 2, 3, 4)) + video.diff(dim=-2).square().mean((1, 2, 3, 4))
+
+
+def edge_ratio(video: Tensor, chunk: int) -> Tensor:
+    """Frame differences across chunk edges over those inside chunks [b]."""
+    change = video.diff(dim=2).abs().mean((1, 3, 4))  # [b t-1]; entry t is the step from frame t to t + 1
+    edge = torch.tensor([t % 4 == 0 and t > 0 and (t // 4 + 1) % chunk == 0 for t in range(change.shape[1])])
+    return change[:, edge].mean(1) / change[:, ~edge].mean(1)
+
+
+def coverage(looks: Tensor, seen: Tensor) -> float:
+    """Entropy of the looks over the videos, per panel, against the bank's: 1 follows the prior, 0 is one look for all."""
+    entropies = []
+    for panel in range(N_PANELS):
+        counts = torch.bincount(looks[seen[:, panel], panel], minlength=len(LOOKS)).double()
+        if counts.sum() >= 8:
+            p = counts / counts.sum()
+            bias = (len(LOOKS) - 1) / (2 * counts.sum())  # Miller-Madow: a finite sample looks less even than it is
+            entropies.append(-(p * p.clamp_min(1e-12).log()).sum() + bias)
+    return (torch.stack(entropies).mean() / math.log(len(LOOKS))).item() if entropies else float("nan")
+
+
+def measure(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor, chunk: int, candidates: int) -> dict[str, Tensor]:
+    """Every per-video number for a group of videos [b 3 t h w]; `candidates` paths are the group's own, rolled."""
+    render_, looks, seen = explain(video, scene, viewmats, K)
+    dB = [psnr(video, render_)]
+    for shift in range(1, candidates):
+        other = viewmats.roll(shift, 0)
+        same = (other - viewmats).abs().amax((1, 2, 3)) < 1e-4  # two videos with one path are no counterfactual
+        dB.append(torch.where(same, -torch.inf, psnr(video, explain(video, scene, other, K)[0])))
+    dB = torch.stack(dB, dim=1)  # [b candidates]
+    first = video[:, :, :1].expand_as(video)
+    at = torch.arange(4, video.shape[2], 8)  # the last pixel frame of every second latent
+    rot, trans = read_pose(video[:, :, at], scene._replace(looks=looks), viewmats[:, at // 4], K)
+    per_frame = 10 * torch.log10(4 / (video - render_).square().mean((1, 3, 4)))
+    return {
+        "psnr": dB[:, 0], "psnr_copy_first": psnr(first, explain(first, scene, viewmats, K)[0]),
+        "psnr_shuffled_camera": torch.where(dB[:, 1].isinf(), torch.nan, dB[:, 1]),
+        "counterfactual_accuracy": (dB.argmax(1) == 0).float(),
+        "sharpness": sharpness(video) / sharpness(render_), "rot_err_deg": rot.mean(1), "trans_err": trans.mean(1),
+        "prompt_accuracy": named_colours(video, scene, viewmats, K).nanmean(1),
+        "boundary_jump": edge_ratio(video, chunk) / edge_ratio(render_, chunk),
+        "psnr_first_chunk": per_frame[:, : 1 + 4 * (chunk - 1)].mean(1), "psnr_last_chunk": per_frame[:, -4 * chunk :].mean(1),
+        "looks": looks, "seen": seen,
+    }
+
+
+def score(net: nn.Module, vae: WanVAE, meta: dict, args: argparse.Namespace) -> dict:
+    """Held-out rooms along held-out paths. Prints as it goes; returns the averages."""
+    group = 8
+    if args.scenes % group:
+        raise ValueError(f"--scenes {args.scenes}: expected a multiple of {group}, the number of candidate paths")
+    chunk = meta["chunk"] or 2
+    prompts, paths, scene = sample_toy(args.scenes, mix(args.score_seed, 4), meta["frames"] - 1, held=True)
+    viewmats, K = torch.stack([parse_trajectory(path) for path in paths]), intrinsics(meta["K"])
+    rows, ceilings, videos, best = [], [], [], []
+    for i in tqdm(range(0, args.scenes, group), "score"):
+        part, views = Scene(*(z[i : i + group] for z in scene)), viewmats[i : i + group]
+        seeds = [mix(args.seed, 5, n) for n in range(i, i + group)]
+        video = torch.cat(list(stream(net, vae, meta, prompts[i : i + group], views, K.expand(*views.shape[:2], 3, 3), seeds)), 2).cpu()
+        truth = render(part, views, K, meta["size"][0])
+        with torch.no_grad():
+            through_vae = vae.decode(vae.encode(truth.to(next(vae.parameters()).device))[0])[0].clamp(-1, 1).cpu()
+        rows.append(measure(video, part, views, K, chunk, group))
+        ceilings.append(measure(through_vae, part, views, K, chunk, group))
+        videos.append(video)
+        best.append(explain(video, part, views, K)[0])
+    write_sheet(args.out.with_suffix(".png"), [torch.cat(best)[:16], torch.cat(videos)[:16]])
+
+    def average(rows: list[dict]) -> dict:
+        joined = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        spread = coverage(joined.pop("looks"), joined.pop("seen"))
+        return {name: round(z.nanmean().item(), 4) for name, z in joined.items()} | {"coverage": round(spread, 4)}
+
+    ceiling = average(ceilings)
+    return average(rows) | {"chance": 1 / group} | {f"{name}_ceiling": ceiling[name] for name in (
+        "psnr", "sharpness", "counterfactual_accuracy", "rot_err_deg", "trans_err", "prompt_accuracy", "coverage", "boundary_jump")}
+
+
+def bench(net: nn.Module, vae: WanVAE, meta: dict, prompt: str, viewmats: Tensor, Ks: Tensor) -> dict:
+    """One warm-up, then the best of three: frames/s over the whole path, time to the first frame, and where it goes."""
+    runs = []
+    for _ in range(4):
+        seconds, start, first, frames = {}, time.perf_counter(), None, 0
+        for video in stream(net, vae, meta, [prompt], viewmats[None], Ks[None], [0], seconds):
+            frames += video.shape[2]
+            first = first or time.perf_counter() - start
+        runs.append((time.perf_counter() - start, first, frames, seconds))
+    total, first, frames, seconds = min(runs[1:], key=lambda run: run[0])
+    return {"fps": round(frames / total, 1), "first_frame_s": round(first, 4), "frames": frames,
+            "ms_per_frame": {name: round(1000 * s / frames, 2) for name, s in seconds.items()}}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main(args: argparse.Namespace) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ckpt = args.ckpt or (Path("ckpt/dmd.pt") if Path("ckpt/dmd.pt").exists() else SHIPPED / "dmd.pt")
+    net, meta = load_net(ckpt, device, "base", "camera", "ar", "ode", "cd", "dmd")
+    beside = ckpt.with_name("vae.pt")
+    vae = load_vae(args.vae or (beside if beside.exists() else SHIPPED / "vae.pt"), device)
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"--steps {args.steps}: expected at least 1")
+    meta |= {name: value for name, value in (("steps", args.steps), ("guidance", args.guidance)) if value is not None}
+    print(f"{ckpt}: stage {meta['stage']}, step {meta['step']}, {meta['steps']} steps, guidance {meta['guidance']:g}", file=sys.stderr)
+
+    paths = read_camera(args.camera)
+    for path in paths:
+        prompt = TOY_PROMPT if args.prompt is None and path.prompt is None else (args.prompt if args.prompt is not None else path.prompt)
+        if not prompt.strip():
+            raise ValueError("--prompt is empty: expected a description of the world")
+        K = intrinsics(path.K or meta["K"])
+        if (K - intrinsics(meta["K"])).abs().max() > 1e-3 and not args.other_intrinsics:
+            raise ValueError(f"{args.camera}: K {path.K}, but {ckpt} was trained with {meta['K']}; "
+                             "--other-intrinsics to insist")
+        Ks = K.expand(len(path.viewmats), 3, 3)
+        if args.score or args.bench:
+            timing = bench(net, vae, meta, prompt, path.viewmats, Ks)
+        if args.bench:
+            print(json.dumps(timing))
+        if args.score:
+            row = score(net, vae, meta, args) | {name: timing[name] for name in ("fps", "first_frame_s")}
+            print(json.dumps(row | {"stage": meta["stage"], "steps": meta["steps"], "guidance": meta["guidance"],
+                                    "scenes": args.scenes, "seed": args.seed, "score_seed": args.score_seed}))
+        if args.score or args.bench:
+            return
+        if len(path.viewmats) > meta["frames"]:
+            print(f"the path has {len(path.viewmats)} latent frames, the model was trained on {meta['frames']}", file=sys.stderr)
+        pieces = stream(net, vae, meta, [prompt], path.viewmats[None], Ks[None], [args.seed])
+        video = torch.cat(list(tqdm(pieces, "chunks")), dim=2)
+        out = args.out if len(paths) == 1 else args.out.with_name(f"{args.out.stem}-{path.name}{args.out.suffix}")
+        write_video(out, video[0], meta["fps"], pressed(path.viewmats) if args.keys else None)
+        sheet = [video.cpu()]
+        try:
+            colours, pillars = read_prompt(prompt)
+        except ValueError:
+            pass  # not a room of the toy world: there is no ground truth to show
+        else:
+            scene = Scene(colours[None], pillars[None], torch.zeros(1, N_PANELS, dtype=torch.long))
+            sheet.insert(0, explain(sheet[0], scene, path.viewmats[None], K)[0])
+        write_sheet(out.with_suffix(".png"), sheet)
+        print(f"{out}: {video.shape[2]} frames; {out.with_suffix('.png')}: " + ("the same path in the room that explains it best, above" if len(sheet) > 1 else "every fourth"))
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,144 @@
+"""
+Stage 1: from seeing the whole video to making it chunk by chunk.
+
+in:  ckpt/camera.pt, bidirectional
+out: ckpt/ar.pt, autoregressive: a chunk of frames sees itself and the clean chunks before it (same weights, same names)
+
+Teacher forcing. Three changes from train_camera.py, marked in the code:
+  1. one noise level per chunk instead of one per video
+  2. the clean video goes in beside the noisy one: noisy chunk i sees clean chunks < i and itself (model.py draws it)
+  3. sampling is a rollout: each finished chunk becomes clean context for the next
+
+    loss = || v(x_t^i, x0^{<i}, sigma^i, prompt, camera) - (noise^i - x0^i) ||^2, all chunks i in one pass
+
+$ python train_ar.py
+$ torchrun --nproc_per_node 8 train_ar.py --preset wan-1.3b --data data/videos
+"""
+import argparse
+import gc
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import Batch, get_batch, open_latents, rand, randn, write_log, write_sheet
+from model import (
+    add_noise, build, check_finite, gather, load_checkpoint, load_state, load_vae, noise_levels, rollout,
+    save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema,
+)
+
+RECIPES = {
+    "tiny": dict(steps=1000, batch_size=16, accum=1, lr=5e-4, warmup=50, max_grad_norm=1.0, ema_decay=0.998,
+                 chunk=2, null_prob=0.1, guidance=2.0, sampling_steps=48),
+    # minWM: 4 k steps, 32 videos, lr 2e-6, clip 10, chunks of 4 latent frames, guidance 3.
+    "wan-1.3b": dict(steps=4000, batch_size=1, accum=4, lr=2e-6, warmup=0, max_grad_norm=10.0, ema_decay=0.99,
+                     chunk=4, null_prob=0.0, guidance=3.0, sampling_steps=48),
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--init", type=Path, default=Path("ckpt/camera.pt"), help="bidirectional camera model to start from")
+    p.add_argument("--data", type=Path, default=Path("data/toy"), help="latents folder (python data.py)")
+    p.add_argument("--out", type=Path, default=Path("ckpt/ar.pt"), help="checkpoint to write")
+    p.add_argument("--preset", default="tiny", choices=RECIPES, help="network, and the defaults of the flags below")
+    p.add_argument("--resume", action="store_true", help="continue from the state beside --out")
+    p.add_argument("--steps", type=int)
+    p.add_argument("--batch-size", type=int, help="videos per process and micro-batch")
+    p.add_argument("--accum", type=int, help="micro-batches per step")
+    p.add_argument("--lr", type=float)
+    p.add_argument("--max-grad-norm", type=float)
+    p.add_argument("--ema-decay", type=float)
+    p.add_argument("--warmup", type=int, help="steps until lr is reached")
+    p.add_argument("--chunk", type=int, help="latent frames denoised together")
+    p.add_argument("--null-prob", type=float, help="how often the prompt is dropped, so that guidance has a null")
+    p.add_argument("--guidance", type=float, help="for sampling; 1 is off")
+    p.add_argument("--sampling-steps", type=int)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--log-every", type=int, default=10)
+    p.add_argument("--save-every", type=int, default=500)
+    p.set_defaults(**RECIPES[p.parse_known_args(argv)[0].preset])
+    return p.parse_args(argv)
+
+
+def teacher_forcing_loss(net: nn.Module, batch: Batch, chunk: int, shift: float, null_prob: float) -> Tensor:
+    """|| v - (noise - x0) ||^2 at one noise level per chunk, each chunk after its clean past."""
+    b, f = batch.x0.shape[:2]
+    sigma = shift_sigma(rand(batch.rng, -(-f // chunk)), shift).to(batch.x0.device)  # 1
+    sigma = sigma.repeat_interleave(chunk, dim=1)[:, :f]
+    noise = randn(batch.rng, *batch.x0.shape[1:]).to(batch.x0.device)
+    drop = rand(batch.rng, 1, 1).to(batch.x0.device) < null_prob
+    prompt = torch.where(drop, batch.null, batch.prompt)
+    v = net(add_noise(batch.x0, noise, sigma), sigma, prompt, batch.camera, clean=batch.x0, chunk=chunk)  # 2
+    return F.mse_loss(v, noise - batch.x0)
+
+
+def main(args: argparse.Namespace) -> None:
+    # -- setup (same in every stage) ---------------------------------------------------------------------------------
+    rank, world_size, device = start_process_group()
+    data = open_latents(args.data)
+    vae = load_vae(Path(data.meta["vae"]), device)
+    folder = args.out.with_suffix("")  # beside the checkpoint: state to resume from, metrics, sheets of samples
+    # -- end ---------------------------------------------------------------------------------------------------------
+
+    weights, source = load_checkpoint(args.init, "camera")
+    with torch.device("meta"):
+        net, ema = (build(args.preset) for _ in range(2))
+    net, ema = shard(net, weights, device, train=True), shard(ema, weights, device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    nets, optimizers = {"net": net, "ema": ema}, {"net": optimizer}
+    meta = source | {"stage": "ar", "chunk": args.chunk, "steps": args.sampling_steps, "guidance": args.guidance,  # 3
+                     "from": f"{args.init.name} at step {source['step']}"}
+
+    step = load_state(folder, nets, optimizers) if args.resume else 0
+    bar = tqdm(total=args.steps, initial=step, desc=meta["stage"], disable=rank > 0)
+    while step < args.steps:
+        t0, loss_sum = time.time(), 0.0
+        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+        for micro in range(args.accum):
+            net.set_requires_gradient_sync(micro == args.accum - 1)  # reduce over ranks once a step
+            batch = get_batch(data, args.seed, step, micro * world_size + rank, args.accum * world_size, args.batch_size, device)
+            loss = teacher_forcing_loss(net, batch, args.chunk, meta["shift"], args.null_prob) / args.accum
+            loss.backward()
+            loss_sum += loss.detach()
+        grad_norm = nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm).full_tensor()
+        metrics = check_finite(step, {"loss": loss_sum, "grad_norm": grad_norm}, batch.ids)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(ema, net, args.ema_decay)
+        step += 1
+
+        # -- log and save (same in every stage) ----------------------------------------------------------------------
+        bar.update()
+        bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
+        if step % args.log_every == 0 and rank == 0:
+            write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
+        if step % args.save_every == 0 or step == args.steps:
+            save_state(folder, step, nets, optimizers)
+            weights = gather(ema)
+            shown = get_batch(data, args.seed, -1, 0, 1, 4, device)
+            noise = [randn(shown.rng, *shown.x0.shape[1:]).to(device)
+                     for _ in range(meta["steps"] if meta["sampler"] == "renoise" else 1)]
+            x0 = torch.cat(list(rollout(ema, noise, noise_levels(meta["steps"], meta["shift"]), shown.prompt, shown.null,
+                                        shown.camera if meta["camera"] else None, meta["guidance"], meta["chunk"],
+                                        renoise=meta["sampler"] == "renoise")), dim=1)
+            if rank == 0:
+                save_checkpoint(args.out, weights, meta | {"step": step})
+                write_sheet(folder / f"sheet-{step:06d}.png", [vae.decode(shown.x0)[0], vae.decode(x0)[0]])
+        # -- end -----------------------------------------------------------------------------------------------------
+
+
+if __name__ == "__main__":
+    # -- run (same in every stage) ----------------------------------------------------------------------------------
+    try:
+        main(parse_args())
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    gc.collect()  # frees FSDP's reference cycles, which could otherwise outlive the process group
+    dist.destroy_process_group()
+    # -- end --------------------------------------------------------------------------------------------------------

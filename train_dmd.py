@@ -1,0 +1,215 @@
+"""
+Stage 3: train on what the model itself makes, by asymmetric distribution matching (Self Forcing, arXiv:2506.08009).
+
+in:  ckpt/ode.pt or ckpt/cd.pt, the four-step causal student; ckpt/camera.pt for both scores, bidirectional
+out: ckpt/dmd.pt, the model that streams
+
+So far every chunk was trained after a clean past. In use the past is the model's own. Three networks:
+  generator     the student. Rolls out the whole video from its own past; of each chunk's denoising steps only the last
+                carries gradient, and what it commits to the cache carries none
+  real_score    frozen camera model: which way a noised rollout should move to look like data
+  fake_score    the same model, kept trained on the generator's rollouts: which way it moves to look like itself
+
+The generator follows the difference (DMD, arXiv:2311.18828 eq. 7-8; two time scales, arXiv:2405.14867):
+
+    x = rollout(noise)     x_t = (1 - sigma) x + sigma noise'
+    grad = (x0_fake(x_t) - x0_real(x_t)) / mean |x - x0_real(x_t)|          loss = 1/2 || x - sg(x - grad) ||^2
+
+and fake_score takes --critic-updates plain flow-matching steps on rollouts after each generator step. --steps counts
+generator steps. (The papers count critic updates: their 200 are 40 of these.)
+
+$ python train_dmd.py
+$ torchrun --nproc_per_node 8 train_dmd.py --preset wan-1.3b --init ckpt/ode.pt --data data/videos
+"""
+import argparse
+import gc
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import Batch, get_batch, mix, open_latents, rand, randn, write_log, write_sheet
+from model import (
+    add_noise, build, check_finite, gather, guide, load_checkpoint, load_state, load_vae, noise_levels, rollout,
+    save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema, velocity_to_x0,
+)
+
+RECIPES = {
+    "tiny": dict(steps=120, batch_size=16, accum=1, lr=5e-5, critic_lr=1e-4, max_grad_norm=1.0, ema_decay=0.95,
+                 critic_updates=5, guidance=2.0),
+    # minWM: 200 critic updates, 32 videos, lr 2e-6 and 4e-7, betas (0, 0.999), EMA 0.99 from update 200, guidance "3.0"
+    # in a formula that adds one: 4 in ours. It draws no end of rollouts from a cache that leaks gradient; ours does not.
+    "wan-1.3b": dict(steps=40, batch_size=1, accum=4, lr=2e-6, critic_lr=4e-7, max_grad_norm=10.0, ema_decay=0.99,
+                     critic_updates=5, guidance=4.0),
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--init", type=Path, default=Path("ckpt/ode.pt"), help="few-step causal student to start from")
+    p.add_argument("--scores", type=Path, default=Path("ckpt/camera.pt"), help="bidirectional camera model")
+    p.add_argument("--data", type=Path, default=Path("data/toy"), help="latents folder (python data.py)")
+    p.add_argument("--out", type=Path, default=Path("ckpt/dmd.pt"), help="checkpoint to write")
+    p.add_argument("--preset", default="tiny", choices=RECIPES, help="network, and the defaults of the flags below")
+    p.add_argument("--resume", action="store_true", help="continue from the state beside --out")
+    p.add_argument("--steps", type=int, help="generator updates")
+    p.add_argument("--batch-size", type=int, help="videos per process and micro-batch")
+    p.add_argument("--accum", type=int, help="micro-batches per step")
+    p.add_argument("--lr", type=float)
+    p.add_argument("--max-grad-norm", type=float)
+    p.add_argument("--ema-decay", type=float)
+    p.add_argument("--critic-lr", type=float)
+    p.add_argument("--critic-updates", type=int, help="fake_score steps per generator step")
+    p.add_argument("--guidance", type=float, help="of real_score, null + w (cond - null)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--log-every", type=int, default=10)
+    p.add_argument("--save-every", type=int, default=500)
+    p.set_defaults(**RECIPES[p.parse_known_args(argv)[0].preset])
+    return p.parse_args(argv)
+
+
+def self_rollout(generator: nn.Module, batch: Batch, levels: list[float], exit_step: int, chunk: int) -> Tensor:
+    """Video made chunk by chunk after its own past [b f c h w]; gradient through step exit_step of each chunk alone.
+
+    exit_step is shared by all chunks and ranks. The result is the prediction of that step: clean only in the sense in
+    which a few-step model's predictions are, which is what the scores must judge.
+    """
+    want_grad, past, video = torch.is_grad_enabled(), None, []
+    noise = [randn(batch.rng, *batch.x0.shape[1:]).to(batch.x0.device) for _ in range(exit_step + 1)]
+    for start in range(0, batch.x0.shape[1], chunk):
+        frames = slice(start, start + chunk)
+        camera, x_t = tuple(z[:, frames] for z in batch.camera), noise[0][:, frames]
+        for i in range(exit_step + 1):
+            sigma = x_t.new_full(x_t.shape[:2], levels[i])
+            with torch.set_grad_enabled(want_grad and i == exit_step):
+                x0 = velocity_to_x0(generator(x_t, sigma, batch.prompt, camera, past=past), x_t, sigma)
+            if i < exit_step:
+                x_t = add_noise(x0, noise[i + 1][:, frames], torch.full_like(sigma, levels[i + 1]))
+        video.append(x0)
+        if frames.stop < batch.x0.shape[1]:
+            with torch.no_grad():
+                past = generator(x0, torch.zeros_like(sigma), batch.prompt, camera, past=past, commit=True)
+    return torch.cat(video, dim=1)
+
+
+def noised(x: Tensor, batch: Batch, shift: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x at a random level between 0.02 and 0.98, one per video -> x_t, noise, sigma."""
+    sigma = shift_sigma(rand(batch.rng, 1), shift).clamp(0.02, 0.98).to(x.device).expand(x.shape[:2])
+    noise = randn(batch.rng, *x.shape[1:]).to(x.device)
+    return add_noise(x, noise, sigma), noise, sigma
+
+
+def dmd_loss(x: Tensor, x0_real: Tensor, x0_fake: Tensor) -> Tensor:
+    """A loss whose gradient by x is (x0_fake - x0_real) / mean |x - x0_real| / x.numel(), per video."""
+    scale = (x.detach() - x0_real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp_min(1e-8)
+    return 0.5 * F.mse_loss(x, x.detach() - (x0_fake - x0_real) / scale)
+
+
+def generator_loss(generator: nn.Module, real_score: nn.Module, fake_score: nn.Module, batch: Batch,
+                   levels: list[float], exit_step: int, chunk: int, shift: float, guidance: float) -> Tensor:
+    x = self_rollout(generator, batch, levels, exit_step, chunk)
+    with torch.no_grad():
+        x_t, _, sigma = noised(x, batch, shift)
+        v_fake = fake_score(x_t, sigma, batch.prompt, batch.camera)
+        v_real = guide(*(real_score(x_t, sigma, text, batch.camera) for text in (batch.prompt, batch.null)), guidance)
+        x0_real, x0_fake = velocity_to_x0(v_real, x_t, sigma), velocity_to_x0(v_fake, x_t, sigma)
+    return dmd_loss(x, x0_real, x0_fake)
+
+
+def critic_loss(generator: nn.Module, fake_score: nn.Module, batch: Batch, levels: list[float], exit_step: int,
+                chunk: int, shift: float) -> Tensor:
+    """Flow matching on rollouts. The score sees the level that the noise was mixed at, exactly."""
+    with torch.no_grad():
+        x = self_rollout(generator, batch, levels, exit_step, chunk)
+    x_t, noise, sigma = noised(x, batch, shift)
+    return F.mse_loss(fake_score(x_t, sigma, batch.prompt, batch.camera), noise - x)
+
+
+def main(args: argparse.Namespace) -> None:
+    # -- setup (same in every stage) ---------------------------------------------------------------------------------
+    rank, world_size, device = start_process_group()
+    data = open_latents(args.data)
+    vae = load_vae(Path(data.meta["vae"]), device)
+    folder = args.out.with_suffix("")  # beside the checkpoint: state to resume from, metrics, sheets of samples
+    # -- end ---------------------------------------------------------------------------------------------------------
+
+    weights, source = load_checkpoint(args.init, "ode", "cd", "dmd")
+    score_weights, scores = load_checkpoint(args.scores, "camera")
+    if (scores["shift"], scores["K"]) != (source["shift"], source["K"]):
+        raise ValueError(f"{args.init} and {args.scores} differ in noise schedule or camera: shift {source['shift']} and "
+                         f"{scores['shift']}, K {source['K']} and {scores['K']}")
+    with torch.device("meta"):
+        generator, ema, real_score, fake_score = (build(args.preset) for _ in range(4))
+    generator, ema = shard(generator, weights, device, train=True), shard(ema, weights, device)
+    real_score, fake_score = shard(real_score, score_weights, device), shard(fake_score, score_weights, device, train=True)
+    # no momentum of the first order: both networks chase a moving target
+    optimizer = torch.optim.AdamW(generator.parameters(), lr=args.lr, betas=(0.0, 0.999), weight_decay=0.01, fused=True)
+    critic_optimizer = torch.optim.AdamW(fake_score.parameters(), lr=args.critic_lr, betas=(0.0, 0.999), weight_decay=0.01, fused=True)
+    nets = {"generator": generator, "ema": ema, "fake_score": fake_score}
+    optimizers = {"generator": optimizer, "fake_score": critic_optimizer}
+    meta = source | {"stage": "dmd", "from": f"{args.init.name} at step {source['step']}, scores {args.scores.name}"}
+    levels = noise_levels(meta["steps"], meta["shift"])
+
+    step = load_state(folder, nets, optimizers) if args.resume else 0
+    bar = tqdm(total=args.steps, initial=step, desc=meta["stage"], disable=rank > 0)
+    while step < args.steps:
+        t0, metrics = time.time(), {}
+        # generator first, reading the score that was fitted to it; then the score catches up
+        for update in range(1 + args.critic_updates):
+            turn, opt = (generator, optimizer) if update == 0 else (fake_score, critic_optimizer)
+            number = step * (1 + args.critic_updates) + update
+            exit_step = int(torch.randint(meta["steps"], (), generator=torch.Generator().manual_seed(mix(args.seed, 3, number))))
+            loss_sum = 0.0
+            for micro in range(args.accum):
+                turn.set_requires_gradient_sync(micro == args.accum - 1)  # reduce over ranks once an update
+                batch = get_batch(data, args.seed, number, micro * world_size + rank, args.accum * world_size, args.batch_size, device)
+                if update == 0:
+                    loss = generator_loss(generator, real_score, fake_score, batch, levels, exit_step, meta["chunk"],
+                                          meta["shift"], args.guidance) / args.accum
+                else:
+                    loss = critic_loss(generator, fake_score, batch, levels, exit_step, meta["chunk"], meta["shift"]) / args.accum
+                loss.backward()
+                loss_sum += loss.detach()
+            grad_norm = nn.utils.clip_grad_norm_(turn.parameters(), args.max_grad_norm).full_tensor()
+            name = "critic_" if update else ""
+            metrics |= check_finite(step, {f"{name}loss": loss_sum, f"{name}grad_norm": grad_norm}, batch.ids)
+            opt.step()
+            opt.zero_grad()
+            if update == 0:
+                update_ema(ema, generator, args.ema_decay)
+        step += 1
+
+        # -- log and save (same in every stage) ----------------------------------------------------------------------
+        bar.update()
+        bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
+        if step % args.log_every == 0 and rank == 0:
+            write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
+        if step % args.save_every == 0 or step == args.steps:
+            save_state(folder, step, nets, optimizers)
+            weights = gather(ema)
+            shown = get_batch(data, args.seed, -1, 0, 1, 4, device)
+            noise = [randn(shown.rng, *shown.x0.shape[1:]).to(device)
+                     for _ in range(meta["steps"] if meta["sampler"] == "renoise" else 1)]
+            x0 = torch.cat(list(rollout(ema, noise, noise_levels(meta["steps"], meta["shift"]), shown.prompt, shown.null,
+                                        shown.camera if meta["camera"] else None, meta["guidance"], meta["chunk"],
+                                        renoise=meta["sampler"] == "renoise")), dim=1)
+            if rank == 0:
+                save_checkpoint(args.out, weights, meta | {"step": step})
+                write_sheet(folder / f"sheet-{step:06d}.png", [vae.decode(shown.x0)[0], vae.decode(x0)[0]])
+        # -- end -----------------------------------------------------------------------------------------------------
+
+
+if __name__ == "__main__":
+    # -- run (same in every stage) ----------------------------------------------------------------------------------
+    try:
+        main(parse_args())
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    gc.collect()  # frees FSDP's reference cycles, which could otherwise outlive the process group
+    dist.destroy_process_group()
+    # -- end --------------------------------------------------------------------------------------------------------
