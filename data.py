@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import sys
-import time
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -107,7 +106,7 @@ def check_poses(poses: Tensor, name: str) -> Tensor:
     for i in range(len(poses)):
         off = (R[i] @ R[i].mT - torch.eye(3, dtype=torch.float64)).abs().max().item()
         if not poses[i].isfinite().all() or off > 1e-3 or R[i].det() < 0 or (poses[i, 3] - last).abs().max() > 1e-5:
-            raise ValueError(f"{name}: pose {i} is not a rigid transform (rotation is off by {off:.2g}; expected SE(3))")
+            raise ValueError(f"{name}: pose {i} is not a rigid transform (SE(3)): its rotation is off by {off:.2g}")
     return poses
 
 
@@ -159,7 +158,7 @@ def _camera_path(spec: str | dict, name: str) -> CameraPath:
         (fx, _, cx), (_, fy, cy), _ = entries[0]["K"]
         K = (fx / (2 * cx), fy / (2 * cy), 0.5, 0.5)  # WorldPlay's rule: the image is twice the principal point
     else:
-        raise ValueError(f"expected 'trajectory', 'c2w', 'w2c' or WorldPlay's 'extrinsic' entries, found {list(spec)[:4]}")
+        raise ValueError(f"expected 'trajectory', 'c2w', 'w2c' or 'extrinsic' entries, found {list(spec)[:4]}")
     viewmats = invert_se3(poses) if kind == "c2w" else poses
     viewmats = viewmats @ invert_se3(viewmats[:1])
     if K is not None:
@@ -188,9 +187,9 @@ def pixel_cameras(viewmats: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. Toy world. A room seen from inside, with two pillars. The prompt names every colour and where the pillars stand; each
-# panel of the walls, 1 unit long, carries one of four patterns that the prompt does *not* name. So a generated video can be
-# checked against the one room that explains it best, and a model still has something to invent.
+# 2. Toy world. A room seen from inside, with two pillars. The prompt names every colour and where the pillars stand;
+# each panel of the walls, 1 unit long, carries one of four patterns that the prompt does *not* name. So a generated
+# video can be checked against the one room that explains it best, and a model still has something to invent.
 
 PALETTE = {
     "red": (0.86, 0.16, 0.16), "orange": (0.95, 0.55, 0.12), "yellow": (0.93, 0.88, 0.20), "green": (0.16, 0.66, 0.24),
@@ -462,7 +461,8 @@ def get_batch(data: Latents, seed: int, step: int, part: int, parts: int, size: 
     prompt = torch.stack([embeds[i] for i in prompt_ids]).float()
     null = embeds[embeds.get_shape()[0] - 1].float().expand_as(prompt)
     on = [z.to(device) for z in (x0, prompt, null, torch.stack(viewmats), torch.stack(Ks))]
-    return Batch(*on[:3], (on[3], on[4]), rng, ids, prompt_ids, torch.stack(states).float().to(device) if states else None)
+    on_the_way = torch.stack(states).float().to(device) if states else None
+    return Batch(*on[:3], (on[3], on[4]), rng, ids, prompt_ids, on_the_way)
 
 
 def randn(rng: list[torch.Generator], *shape: int) -> Tensor:
@@ -514,7 +514,7 @@ def train_vae(vae, video: Tensor, steps: int, lr: float, seed: int) -> None:
     """Reconstruct random clips of video [n 3 t h w]; a little KL keeps the latents smooth. In place.
 
     Many small steps: 3 clips of 5 frames reach in two minutes what 16 clips reach in ten. The last fifth of the steps
-    sees one long clip each, half of them forth and back again, since a VAE that has only seen 5 frames blurs by the 13th.
+    sees one long clip each, half of them forth and back again: a VAE that has only seen 5 frames blurs by the 13th.
     """
     rng = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -563,7 +563,7 @@ def main(args: argparse.Namespace) -> None:
     vae = load_vae(args.vae)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    meta = {"K": list(K_SQUARE), "size": [args.size, args.size], "fps": FPS, "frames": args.frames, "vae": str(args.vae)}
+    meta = {"K": list(K_SQUARE), "size": [args.size] * 2, "fps": FPS, "frames": args.frames, "vae": str(args.vae)}
     for start in tqdm(range(0, args.count, 512), "encode"):
         rows = slice(start, min(start + 512, args.count))
         with torch.no_grad():

@@ -7,7 +7,7 @@ out: ckpt/cd.pt, a student that needs four steps and no guidance; the alternativ
 All points of one ODE trajectory should predict the same x0. So, on the grid of 48 levels, one interval at a time:
   1. noise the clean video to level sigma_n, n random per chunk
   2. the teacher makes one guided Euler step down, to sigma_m, m = n + 1
-  3. the student predicts x0 at the upper end, the student's EMA at the lower end; at sigma_m = 0 that is the point itself
+  3. the student predicts x0 at the upper end, its EMA at the lower end; at sigma_m = 0 that is the point itself
   4. regress the first on the second
 Every pass is teacher-forced on the clean past.
 
@@ -46,7 +46,7 @@ RECIPES = {
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--init", type=Path, default=Path("ckpt/ar.pt"), help="autoregressive teacher, and where the student starts")
+    p.add_argument("--init", type=Path, default=Path("ckpt/ar.pt"), help="autoregressive teacher, also the start")
     p.add_argument("--data", type=Path, default=Path("data/toy"), help="latents folder (python data.py)")
     p.add_argument("--out", type=Path, default=Path("ckpt/cd.pt"), help="checkpoint to write")
     p.add_argument("--preset", default="tiny", choices=RECIPES, help="network, and the defaults of the flags below")
@@ -101,7 +101,8 @@ def main(args: argparse.Namespace) -> None:
     weights, source = load_checkpoint(args.init, "ar")
     with torch.device("meta"):
         net, ema, teacher = (build(args.preset) for _ in range(3))
-    net, ema, teacher = shard(net, weights, device, train=True), shard(ema, weights, device), shard(teacher, weights, device)
+    net, ema = shard(net, weights, device, train=True), shard(ema, weights, device)
+    teacher = shard(teacher, weights, device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     nets, optimizers = {"net": net, "ema": ema}, {"net": optimizer}
     meta = source | {"stage": "cd", "sampler": "renoise", "steps": args.sampling_steps, "guidance": 1.0,
@@ -115,7 +116,8 @@ def main(args: argparse.Namespace) -> None:
         optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
         for micro in range(args.accum):
             net.set_requires_gradient_sync(micro == args.accum - 1)  # reduce over ranks once a step
-            batch = get_batch(data, args.seed, step, micro * world_size + rank, args.accum * world_size, args.batch_size, device)
+            part, parts = micro * world_size + rank, args.accum * world_size
+            batch = get_batch(data, args.seed, step, part, parts, args.batch_size, device)
             loss = consistency_loss(net, ema, teacher, batch, levels, source["guidance"], meta["chunk"]) / args.accum
             loss.backward()
             loss_sum += loss.detach()
@@ -135,11 +137,8 @@ def main(args: argparse.Namespace) -> None:
             save_state(folder, step, nets, optimizers)
             weights = gather(ema)
             shown = get_batch(data, args.seed, -1, 0, 1, 4, device)
-            noise = [randn(shown.rng, *shown.x0.shape[1:]).to(device)
-                     for _ in range(meta["steps"] if meta["sampler"] == "renoise" else 1)]
-            x0 = torch.cat(list(rollout(ema, noise, noise_levels(meta["steps"], meta["shift"]), shown.prompt, shown.null,
-                                        shown.camera if meta["camera"] else None, meta["guidance"], meta["chunk"],
-                                        renoise=meta["sampler"] == "renoise")), dim=1)
+            chunks = rollout(ema, meta, shown.rng, shown.x0.shape[1:], shown.prompt, shown.null, shown.camera)
+            x0 = torch.cat(list(chunks), dim=1)
             if rank == 0:
                 save_checkpoint(args.out, weights, meta | {"step": step})
                 write_sheet(folder / f"sheet-{step:06d}.png", [vae.decode(shown.x0)[0], vae.decode(x0)[0]])

@@ -5,10 +5,9 @@ in:  ckpt/ar.pt, the autoregressive teacher: 48 Euler steps with guidance
 out: ckpt/ode.pt, a student that needs four steps and no guidance
 
 Two phases that share one grid of noise levels.
-  1. --generate: from noise, integrate the teacher's ODE for every chunk, the *ground-truth* chunks before it as context,
-     and keep the states at the student's four levels and the end point. The teacher is causal, so a chunk's end point
-     is a function of what the student sees: its noise and its past. (A bidirectional teacher's is not, and regressing
-     it gives a blur.)
+  1. --generate: from noise, integrate the teacher's ODE for every chunk, after the *ground-truth* chunks before it, and
+     keep the states at the student's four levels and the end point. The teacher is causal, so a chunk's end point is a
+     function of what the student sees: its noise and its past. (A bidirectional teacher's is not: regressing it blurs.)
   2. train: regress the end point from a random one of the four states, in one step, teacher-forced.
 
     loss = || x_s - sigma_s v(x_s^i, x0^{<i}, sigma_s) - x_end^i ||^2        s in {0, 12, 24, 36} of 48
@@ -31,10 +30,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Batch, get_batch, open_latents, rand, randn, write_log, write_sheet
+from data import Batch, Latents, get_batch, open_latents, rand, randn, write_log, write_sheet
 from model import (
-    build, check_finite, denoise, gather, load_checkpoint, load_state, load_vae, noise_levels, rollout, save_checkpoint,
-    save_state, shard, start_process_group, update_ema, velocity_to_x0,
+    build, check_finite, denoise, gather, load_checkpoint, load_state, load_vae, noise_levels, rollout,
+    save_checkpoint, save_state, shard, start_process_group, update_ema, velocity_to_x0,
 )
 
 RECIPES = {
@@ -49,7 +48,7 @@ RECIPES = {
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--init", type=Path, default=Path("ckpt/ar.pt"), help="autoregressive teacher, and where the student starts")
+    p.add_argument("--init", type=Path, default=Path("ckpt/ar.pt"), help="autoregressive teacher, also the start")
     p.add_argument("--data", type=Path, default=Path("data/toy"), help="latents folder (python data.py)")
     p.add_argument("--out", type=Path, default=Path("ckpt/ode.pt"), help="checkpoint to write")
     p.add_argument("--preset", default="tiny", choices=RECIPES, help="network, and the defaults of the flags below")
@@ -79,7 +78,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @torch.no_grad()
 def integrate(teacher: nn.Module, batch: Batch, levels: list[float], keep: int, guidance: float, chunk: int) -> Tensor:
-    """Every chunk from noise down `levels`, after ground-truth chunks -> states [b keep+1 f c h w], the end point last."""
+    """Every chunk from noise down `levels`, after ground truth -> states [b keep+1 f c h w], the end point last."""
     noise = randn(batch.rng, *batch.x0.shape[1:]).to(batch.x0.device)
     both = lambda z: torch.cat([z, z])  # with the prompt and with the null, for guidance
     text, stride, past, chunks = torch.cat([batch.prompt, batch.null]), (len(levels) - 1) // keep, None, []
@@ -95,7 +94,8 @@ def integrate(teacher: nn.Module, batch: Batch, levels: list[float], keep: int, 
     return torch.cat(chunks, dim=2)
 
 
-def generate(args: argparse.Namespace, teacher: nn.Module, data, meta: dict, rank: int, world_size: int, device) -> None:
+def generate(args: argparse.Namespace, teacher: nn.Module, data: Latents, meta: dict, rank: int, world_size: int,
+             device: torch.device) -> None:
     """Write --pairs-count videos' states as a latents folder of its own. Shards that exist are not made again."""
     args.pairs.mkdir(parents=True, exist_ok=True)
     levels = noise_levels(args.teacher_steps, meta["shift"])
@@ -108,8 +108,8 @@ def generate(args: argparse.Namespace, teacher: nn.Module, data, meta: dict, ran
         states = integrate(teacher, batch, levels, args.sampling_steps, meta["guidance"], meta["chunk"])
         if not states.isfinite().all():
             raise ValueError(f"{path}: the teacher's states of rows {batch.ids} are not finite; not written")
-        tensors = {"latents": batch.x0.half(), "states": states.half(), "viewmats": batch.camera[0], "Ks": batch.camera[1],
-                   "prompt_ids": torch.tensor(batch.prompt_ids)}
+        tensors = {"latents": batch.x0.half(), "states": states.half(), "viewmats": batch.camera[0],
+                   "Ks": batch.camera[1], "prompt_ids": torch.tensor(batch.prompt_ids)}
         save_file({name: z.cpu().contiguous() for name, z in tensors.items()}, path.with_suffix(".tmp"),
                   {"meta": json.dumps(data.meta | {"levels": [*levels[:: args.teacher_steps // args.sampling_steps]]})})
         path.with_suffix(".tmp").replace(path)
@@ -149,7 +149,7 @@ def main(args: argparse.Namespace) -> None:
         return generate(args, ema, data, source, rank, world_size, device)
     data = open_latents(args.pairs)
     if data.meta.get("levels") != levels:
-        raise ValueError(f"{args.pairs}: pairs kept at noise levels {data.meta.get('levels')}, the student needs {levels}")
+        raise ValueError(f"{args.pairs}: expected pairs kept at levels {levels}, found {data.meta.get('levels')}")
 
     step = load_state(folder, nets, optimizers) if args.resume else 0
     bar = tqdm(total=args.steps, initial=step, desc=meta["stage"], disable=rank > 0)
@@ -158,7 +158,8 @@ def main(args: argparse.Namespace) -> None:
         optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
         for micro in range(args.accum):
             net.set_requires_gradient_sync(micro == args.accum - 1)  # reduce over ranks once a step
-            batch = get_batch(data, args.seed, step, micro * world_size + rank, args.accum * world_size, args.batch_size, device)
+            part, parts = micro * world_size + rank, args.accum * world_size
+            batch = get_batch(data, args.seed, step, part, parts, args.batch_size, device)
             loss = ode_loss(net, batch, levels, meta["chunk"]) / args.accum
             loss.backward()
             loss_sum += loss.detach()
@@ -178,11 +179,8 @@ def main(args: argparse.Namespace) -> None:
             save_state(folder, step, nets, optimizers)
             weights = gather(ema)
             shown = get_batch(data, args.seed, -1, 0, 1, 4, device)
-            noise = [randn(shown.rng, *shown.x0.shape[1:]).to(device)
-                     for _ in range(meta["steps"] if meta["sampler"] == "renoise" else 1)]
-            x0 = torch.cat(list(rollout(ema, noise, noise_levels(meta["steps"], meta["shift"]), shown.prompt, shown.null,
-                                        shown.camera if meta["camera"] else None, meta["guidance"], meta["chunk"],
-                                        renoise=meta["sampler"] == "renoise")), dim=1)
+            chunks = rollout(ema, meta, shown.rng, shown.x0.shape[1:], shown.prompt, shown.null, shown.camera)
+            x0 = torch.cat(list(chunks), dim=1)
             if rank == 0:
                 save_checkpoint(args.out, weights, meta | {"step": step})
                 write_sheet(folder / f"sheet-{step:06d}.png", [vae.decode(shown.x0)[0], vae.decode(x0)[0]])

@@ -28,7 +28,7 @@ import shutil
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,10 +79,10 @@ def noise_levels(steps: int, shift: float) -> list[float]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. Cameras. PRoPE (arXiv:2507.10496) as the released checkpoints have it: a second attention over the same queries, keys
-# and values, taken before RoPE, in which every group of four channels is a homogeneous vector that the frame's camera
-# P = K [R t] maps between world and image. Query i meets key j through P_i P_j^-1, the motion between the two frames, so
-# the choice of world frame drops out. Its output enters through a linear layer that starts at zero.
+# 2. Cameras. PRoPE (arXiv:2507.10496) as the released checkpoints have it: a second attention over the same queries,
+# keys and values, taken before RoPE, in which every group of four channels is a homogeneous vector that the frame's
+# camera P = K [R t] maps between world and image. Query i meets key j through P_i P_j^-1, the motion between the two
+# frames, so the choice of world frame drops out. Its output enters through a linear layer that starts at zero.
 
 
 def projections(viewmats: Tensor, Ks: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ def projections(viewmats: Tensor, Ks: Tensor) -> tuple[Tensor, Tensor]:
     The principal point is left out (as released). fp32 matters: in bf16 the error of P P^-1 is a tenth of one step.
     """
     viewmats, Ks = viewmats.float(), Ks.float()
-    focal = torch.stack([Ks[..., 0, 0], Ks[..., 1, 1], torch.ones_like(Ks[..., 0, 0]), torch.ones_like(Ks[..., 0, 0])], -1)
+    focal = F.pad(torch.stack([Ks[..., 0, 0], Ks[..., 1, 1]], dim=-1), (0, 2), value=1.0)
     R, t = viewmats[..., :3, :3].mT, viewmats[..., :3, 3:]
     inverse = torch.cat([torch.cat([R, -R @ t], dim=-1), viewmats[..., 3:, :]], dim=-2)
     return focal[..., :, None] * viewmats, inverse / focal[..., None, :]
@@ -119,18 +119,17 @@ class DiTConfig:
 
 
 class Past(NamedTuple):
-    """Keys and values of the frames that streaming already committed. Never written in place: a commit makes a new one."""
+    """Keys and values of the frames committed so far. Never written in place: a commit makes a new one."""
     frames: int  # committed so far; the next chunk's RoPE positions start here
     layers: list[tuple[Tensor, ...]]  # per block: k, v and, with a camera, PRoPE's k, v, each [b nh n hd]
 
 
 def rope_table(frames: Tensor, h: int, w: int, head_dim: int) -> Tensor:
-    """Unit complex numbers [f*h*w 1 hd/2]: channel pairs turn with frame, row and column, in three bands of the head."""
-    bands = []
-    for position, width in zip((frames, torch.arange(h), torch.arange(w)), (head_dim - 4 * (head_dim // 6),) + (2 * (head_dim // 6),) * 2):
-        speed = 10000 ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
-        bands.append(torch.outer(position.double(), speed))
-    t, y, x = bands
+    """Unit complex numbers [f*h*w 1 hd/2]: channel pairs turn with frame, row and column, in three bands of a head."""
+    third = 2 * (head_dim // 6)
+    bands = (frames, head_dim - 2 * third), (torch.arange(h), third), (torch.arange(w), third)
+    t, y, x = (torch.outer(position.double(), 10000 ** -(torch.arange(0, width, 2, dtype=torch.float64) / width))
+               for position, width in bands)
     grid = [repeat(t, "f e -> f h w e", h=h, w=w), repeat(y, "h e -> f h w e", f=len(t), w=w),
             repeat(x, "w e -> f h w e", f=len(t), h=h)]
     angle = rearrange(torch.cat(grid, dim=-1), "f h w e -> (f h w) 1 e")
@@ -159,7 +158,7 @@ Spans = list[tuple[slice, list[slice]]] | None
 
 
 def teacher_forcing_spans(f: int, chunk: int) -> Spans:
-    """Frames 0 .. f-1 are clean, f .. 2f-1 the noisy video. Clean chunk i sees clean <= i; noisy i sees clean < i and i.
+    """Frames 0 .. f-1 are clean, f .. 2f-1 noisy. Clean chunk i sees clean chunks <= i, noisy i clean < i and itself.
 
         keys      clean 0 1 2   noisy 0 1 2          Two full attentions per chunk, no mask: the same numbers as a
         clean 0         x                            masked pass on any device, with exact gradients, and no work
@@ -207,11 +206,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor, camera: tuple[Tensor, Tensor] | None, spans: Spans, past: tuple | None):
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)  # [b f s d]
-        y, kv = attend(rotate(q, rope, self.heads), rotate(k, rope, self.heads), v, self.heads, spans, past and past[:2])
+        q_rope, k_rope = rotate(q, rope, self.heads), rotate(k, rope, self.heads)
+        y, kv = attend(q_rope, k_rope, v, self.heads, spans, past and past[:2])
         y = self.o(y)
         if camera is not None:
             P, P_inv = camera
-            z, kv_camera = attend(per_frame(q, P.mT), per_frame(k, P_inv), per_frame(v, P_inv), self.heads, spans, past and past[2:])
+            q, k, v = per_frame(q, P.mT), per_frame(k, P_inv), per_frame(v, P_inv)
+            z, kv_camera = attend(q, k, v, self.heads, spans, past and past[2:])
             y, kv = y + self.prope_o(per_frame(z, P)), kv + kv_camera
         return y, kv
 
@@ -291,8 +292,6 @@ class WanDiT(nn.Module):
                 nn.init.zeros_(p)
             elif p.ndim == 1:
                 nn.init.ones_(p)
-            elif name.startswith(("text_embedding", "time_embedding")):
-                nn.init.normal_(p, std=0.02)
             else:
                 nn.init.xavier_uniform_(p.flatten(1))
 
@@ -306,7 +305,7 @@ class WanDiT(nn.Module):
 
     def forward(self, x_t: Tensor, sigma: Tensor, prompt: Tensor, camera: tuple[Tensor, Tensor] | None = None, *,
                 clean: Tensor | None = None, chunk: int = 0, past: Past | None = None, commit: bool = False):
-        """x_t [b f c h w], sigma [b f], prompt [b l text_dim], camera (viewmats [b f 4 4], Ks [b f 3 3]) -> v, like x_t.
+        """x_t [b f c h w], sigma [b f], prompt [b l text_dim], camera ([b f 4 4], [b f 3 3]) -> v [b f c h w], fp32.
 
         clean, chunk: teacher forcing on the clean video [b f c h w], `chunk` frames at a time.
         past: what streaming has committed; with commit=True the result is not v but the extended Past.
@@ -335,23 +334,24 @@ class WanDiT(nn.Module):
             x, kv = block(x, modulation, text, rope, cameras, spans, past.layers[i] if past else None, commit)
             kvs.append(kv)
         if commit:
-            joined = [tuple(torch.cat(z, dim=2) for z in zip(*layer)) for layer in zip(past.layers, kvs)] if past else kvs
-            return Past(start + f, joined)
+            if past:
+                kvs = [tuple(torch.cat(z, dim=2) for z in zip(*pair)) for pair in zip(past.layers, kvs)]
+            return Past(start + f, kvs)
         v = self.head(x[:, -f:], e[:, -f:])
         return rearrange(v, "b f (h w) (p q c) -> b f c (h p) (w q)", h=h // 2, p=2, q=2).float()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. Wan VAE. Pixels [b 3 t H W] in [-1, 1] <-> latents [b f c h w], t = 1 + 4 (f - 1): the first frame stands alone, then
-# every four frames share a latent. All convolutions look backwards in time only, so a video can be encoded and decoded
-# in pieces. What a layer must remember between pieces is passed in and handed back as `memory`, a dict from layer to
-# its last input frames; an empty dict is the start of a video. Whole = one piece: the same code, the same numbers.
+# 4. Wan VAE. Pixels [b 3 t H W] in [-1, 1] <-> latents [b f c h w], t = 1 + 4 (f - 1): the first frame stands alone,
+# then every four frames share a latent. All convolutions look backwards in time only, so a video can be encoded and
+# decoded in pieces. What a layer must remember between pieces is passed in and handed back as `memory`, a dict from
+# layer to its last input frames; an empty dict is the start of a video. Whole = one piece: same code, same numbers.
 
 Memory = dict[nn.Module, Tensor]
 
 
 class CausalConv3d(nn.Conv3d):
-    """Conv3d that sees the past: time is padded on the left only, with remembered frames or, at the start, with zeros."""
+    """Conv3d that sees the past: time is padded on the left only, with remembered frames or, at the start, zeros."""
 
     def __init__(self, c_in: int, c_out: int, kernel: tuple[int, int, int], time_stride: int = 1):
         super().__init__(c_in, c_out, kernel, stride=(time_stride, 1, 1), padding=(0, kernel[1] // 2, kernel[2] // 2))
@@ -378,7 +378,7 @@ class ChannelNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """norm, SiLU, conv, twice, around a skip. The numbering of `residual` (an unused dropout at 5) is the released one."""
+    """norm, SiLU, conv, twice, around a skip. `residual` is numbered as released (5 was a dropout, 1 and 4 SiLU)."""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
@@ -437,13 +437,14 @@ class Upsample(nn.Module):
 
     def __init__(self, c: int, time: bool):
         super().__init__()
-        self.resample = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(c, c // 2, 3, padding=1))
+        nearest = nn.Upsample(scale_factor=2, mode="nearest-exact")
+        self.resample = nn.Sequential(nearest, nn.Conv2d(c, c // 2, 3, padding=1))
         self.time_conv = CausalConv3d(c, 2 * c, (3, 1, 1)) if time else None
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         if self.time_conv is not None:
             first, rest = (x[:, :, :0], x) if self in memory else (x[:, :, :1], x[:, :, 1:])
-            memory[self] = x[:, :, :0]  # only a mark: the first frame has been seen, and is *not* history for the second
+            memory[self] = x[:, :, :0]  # only a mark: the first frame is over, and is *not* history for the second
             if rest.shape[2]:
                 rest = rearrange(self.time_conv(rest, memory), "b (s c) t h w -> b c (t s) h w", s=2)
             x = torch.cat([first, rest], dim=2)
@@ -581,7 +582,7 @@ def timed(seconds: dict[str, float] | None, name: str):
 @torch.no_grad()
 def denoise(net: nn.Module, x_t: Tensor, levels: list[float], prompt: Tensor, camera, guidance: float = 1.0,
             past: Past | None = None, renoise: list[Tensor] | None = None) -> Tensor:
-    """Noise x_t [b f c h w] -> x0 along `levels` (noise_levels). prompt [b l d], or [2b l d] with the null prompts behind.
+    """Noise x_t [b f c h w] -> x0 along `levels`. prompt [b l d], or [2b l d] with the null prompts behind.
 
     Without renoise, Euler steps along the velocity: the sampler of a teacher. With renoise, one fresh noise for each
     level after the first, each step predicts x0 and noises it again to the next: the sampler of a distilled student.
@@ -592,7 +593,8 @@ def denoise(net: nn.Module, x_t: Tensor, levels: list[float], prompt: Tensor, ca
             v = net(x_t, sigma, prompt, camera, past=past)
         else:  # with and without the prompt as one batch
             twice = lambda z: torch.cat([z, z])
-            v = guide(*net(twice(x_t), twice(sigma), prompt, camera and tuple(map(twice, camera)), past=past).chunk(2), guidance)
+            v = net(twice(x_t), twice(sigma), prompt, camera and tuple(map(twice, camera)), past=past)
+            v = guide(*v.chunk(2), guidance)
         if renoise is None:
             x_t = x_t + (lower - sigma[0, 0]) * v
         else:
@@ -602,27 +604,31 @@ def denoise(net: nn.Module, x_t: Tensor, levels: list[float], prompt: Tensor, ca
 
 
 @torch.no_grad()
-def rollout(net: nn.Module, noise: list[Tensor], levels: list[float], prompt: Tensor, null: Tensor, camera,
-            guidance: float, chunk: int, renoise: bool, seconds: dict[str, float] | None = None):
-    """Yield x0 chunk by chunk, each denoised after what was yielded before it; chunk 0 means all frames at once.
+def rollout(net: nn.Module, meta: dict, rng: list[torch.Generator], shape: tuple[int, ...], prompt: Tensor,
+            null: Tensor, camera: tuple[Tensor, Tensor], seconds: dict[str, float] | None = None):
+    """Yield x0 [b f c h w] chunk by chunk, each denoised after what was yielded before it.
 
-    noise: for a renoising sampler one tensor [b f c h w] per level above 0, otherwise the first alone.
+    meta: how the checkpoint says it is to be sampled. Bidirectional models have chunk 0: all frames at once.
+    rng: one generator per video, shape: [f c h w]; so a video does not depend on the others in its batch.
     seconds: if given, the time spent is added to its "denoise" and "commit".
     """
-    f, guided, past = noise[0].shape[1], guidance != 1, None
-    text = torch.cat([prompt, null]) if guided else prompt
-    both = (lambda z: torch.cat([z, z])) if guided else (lambda z: z)
-    for start in range(0, f, chunk or f):
-        frames = slice(start, start + (chunk or f))
-        cameras = camera and tuple(z[:, frames] for z in camera)
+    levels, guidance = noise_levels(meta["steps"], meta["shift"]), meta["guidance"]
+    renoise = meta["sampler"] == "renoise"
+    noise = [torch.stack([torch.randn(shape, generator=g) for g in rng]).to(prompt.device)
+             for _ in range(meta["steps"] if renoise else 1)]  # one for each level above 0
+    both = (lambda z: torch.cat([z, z])) if guidance != 1 else (lambda z: z)
+    text, past = torch.cat([prompt, null]) if guidance != 1 else prompt, None
+    for start in range(0, shape[0], meta["chunk"] or shape[0]):
+        frames = slice(start, start + (meta["chunk"] or shape[0]))
+        here = tuple(z[:, frames] for z in camera) if meta["camera"] else None
         x_t, *rest = (z[:, frames] for z in noise)
         with timed(seconds, "denoise"):
-            x0 = denoise(net, x_t, levels, text, cameras, guidance, past, rest if renoise else None)
+            x0 = denoise(net, x_t, levels, text, here, guidance, past, rest if renoise else None)
         yield x0
-        if frames.stop < f:
+        if frames.stop < shape[0]:
             with timed(seconds, "commit"):
                 zero = both(x0.new_zeros(x0.shape[:2]))
-                past = net(both(x0), zero, text, cameras and tuple(map(both, cameras)), past=past, commit=True)
+                past = net(both(x0), zero, text, here and tuple(map(both, here)), past=past, commit=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -663,14 +669,15 @@ def shard(net: nn.Module, weights: dict[str, Tensor], device: torch.device, trai
 
     One fully_shard per block and one for the rest. fp32 master weights; on a GPU, bf16 compute and fp32 reduction.
     """
-    precision = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if device.type == "cuda" else None, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    compute = torch.bfloat16 if device.type == "cuda" else None
+    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in net.blocks:
         fully_shard(block, mp_policy=precision)
     # resharded even at the root: between passes every parameter is a shard again, which update_ema relies on
     fully_shard(net, mp_policy=precision, reshard_after_forward=True).to_empty(device=device)
     weights = {name: w.float() for name, w in weights.items()} if dist.get_rank() == 0 else {}
-    set_model_state_dict(net, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
+    set_model_state_dict(net, weights, options=options)
     return net.train(train).requires_grad_(train)
 
 
@@ -713,16 +720,18 @@ def save_checkpoint(path: Path, weights: dict[str, Tensor], meta: dict) -> None:
 
 MAKERS = {  # stage: the command that makes its checkpoint
     "vae": "python data.py", "base": "python train_camera.py --no-camera", "camera": "python train_camera.py",
-    "ar": "python train_ar.py", "ode": "python distill_ode.py", "cd": "python distill_cd.py", "dmd": "python train_dmd.py",
+    "ar": "python train_ar.py", "ode": "python distill_ode.py", "cd": "python distill_cd.py",
+    "dmd": "python train_dmd.py",
 }
 
 
 def load_checkpoint(path: Path, *stages: str) -> tuple[dict[str, Tensor], dict]:
-    """weights (memory-mapped), meta. Raises ValueError for a missing, broken or foreign file or one of another stage."""
+    """weights (memory-mapped), meta. Raises ValueError for a missing, broken or foreign file, or another stage's."""
     if not path.exists():
         hint = f"; `{MAKERS[path.stem]}` makes it" if path.stem in MAKERS else ""
         shipped = Path(__file__).parent / "ckpt/tiny" / path.name
-        raise ValueError(f"{path}: no such file{hint}" + (f", and {os.path.relpath(shipped)} could stand in" if shipped.exists() else ""))
+        stand_in = f", and {os.path.relpath(shipped)} could stand in" if shipped.exists() else ""
+        raise ValueError(f"{path}: no such file{hint}{stand_in}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         weights, meta = saved["model"], saved["meta"]
@@ -750,20 +759,24 @@ def load_vae(path: Path, device: torch.device = torch.device("cpu")) -> WanVAE:
     return vae.to(device).eval().requires_grad_(False)
 
 
-def _training_state(nets: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> dict:
+Nets, Optimizers = dict[str, nn.Module], dict[str, torch.optim.Optimizer]
+
+
+def _training_state(nets: Nets, optimizers: Optimizers) -> dict:
     state = {name: get_model_state_dict(net) for name, net in nets.items()}
     return state | {f"{name}.optimizer": get_optimizer_state_dict(nets[name], opt) for name, opt in optimizers.items()}
 
 
-def save_state(folder: Path, step: int, nets: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> None:
-    """Everything --resume needs, still sharded, in folder/state-STEP; the previous one goes once this one is complete."""
-    dcp.save(_training_state(nets, optimizers) | {"step": torch.tensor(step)}, checkpoint_id=folder / f"state-{step:06d}")
+def save_state(folder: Path, step: int, nets: Nets, optimizers: Optimizers) -> None:
+    """Everything --resume needs, still sharded, in folder/state-STEP; the previous one goes when this is complete."""
+    state = _training_state(nets, optimizers) | {"step": torch.tensor(step)}
+    dcp.save(state, checkpoint_id=folder / f"state-{step:06d}")
     if dist.get_rank() == 0:
         for old in sorted(folder.glob("state-*"))[:-1]:
             shutil.rmtree(old)
 
 
-def load_state(folder: Path, nets: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> int:
+def load_state(folder: Path, nets: Nets, optimizers: Optimizers) -> int:
     """Restore in place, on any number of ranks, and return the step to continue from."""
     complete = sorted(path for path in folder.glob("state-*") if (path / ".metadata").exists())  # written last
     if not complete:

@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from data import Batch, get_batch, open_latents, rand, randn, write_log, write_sheet
 from model import (
-    add_noise, build, check_finite, gather, load_checkpoint, load_state, load_vae, noise_levels, rollout,
-    save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema,
+    add_noise, build, check_finite, gather, load_checkpoint, load_state, load_vae, rollout, save_checkpoint,
+    save_state, shard, shift_sigma, start_process_group, update_ema,
 )
 
 RECIPES = {
@@ -102,7 +102,8 @@ def main(args: argparse.Namespace) -> None:
         optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
         for micro in range(args.accum):
             net.set_requires_gradient_sync(micro == args.accum - 1)  # reduce over ranks once a step
-            batch = get_batch(data, args.seed, step, micro * world_size + rank, args.accum * world_size, args.batch_size, device)
+            part, parts = micro * world_size + rank, args.accum * world_size
+            batch = get_batch(data, args.seed, step, part, parts, args.batch_size, device)
             loss = teacher_forcing_loss(net, batch, args.chunk, meta["shift"], args.null_prob) / args.accum
             loss.backward()
             loss_sum += loss.detach()
@@ -122,11 +123,8 @@ def main(args: argparse.Namespace) -> None:
             save_state(folder, step, nets, optimizers)
             weights = gather(ema)
             shown = get_batch(data, args.seed, -1, 0, 1, 4, device)
-            noise = [randn(shown.rng, *shown.x0.shape[1:]).to(device)
-                     for _ in range(meta["steps"] if meta["sampler"] == "renoise" else 1)]
-            x0 = torch.cat(list(rollout(ema, noise, noise_levels(meta["steps"], meta["shift"]), shown.prompt, shown.null,
-                                        shown.camera if meta["camera"] else None, meta["guidance"], meta["chunk"],
-                                        renoise=meta["sampler"] == "renoise")), dim=1)
+            chunks = rollout(ema, meta, shown.rng, shown.x0.shape[1:], shown.prompt, shown.null, shown.camera)
+            x0 = torch.cat(list(chunks), dim=1)
             if rank == 0:
                 save_checkpoint(args.out, weights, meta | {"step": step})
                 write_sheet(folder / f"sheet-{step:06d}.png", [vae.decode(shown.x0)[0], vae.decode(x0)[0]])

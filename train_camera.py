@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data import Batch, get_batch, open_latents, rand, randn, write_log, write_sheet
 from model import (
-    add_noise, build, check_finite, fresh_weights, gather, load_checkpoint, load_state, load_vae, noise_levels, rollout,
+    add_noise, build, check_finite, fresh_weights, gather, load_checkpoint, load_state, load_vae, rollout,
     save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema, with_camera,
 )
 
@@ -45,7 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--init", type=Path, default=Path("ckpt/base.pt"), help="weights to start from")
     p.add_argument("--data", type=Path, default=Path("data/toy"), help="latents folder (python data.py)")
-    p.add_argument("--out", type=Path, help="checkpoint to write; default ckpt/camera.pt, or ckpt/base.pt without camera")
+    p.add_argument("--out", type=Path, help="checkpoint to write; default ckpt/camera.pt or, without camera, base.pt")
     p.add_argument("--preset", default="tiny", choices=RECIPES, help="network, and the defaults of the flags below")
     p.add_argument("--resume", action="store_true", help="continue from the state beside --out")
     p.add_argument("--steps", type=int)
@@ -102,8 +102,8 @@ def main(args: argparse.Namespace) -> None:
     nets, optimizers = {"net": net, "ema": ema}, {"net": optimizer}
     meta = {"stage": "base" if args.no_camera else "camera", "preset": args.preset, "camera": not args.no_camera,
             "K": data.meta["K"], "size": data.meta["size"], "fps": data.meta["fps"], "frames": data.meta["frames"],
-            "chunk": 0, "shift": args.shift, "sampler": "euler", "steps": args.sampling_steps, "guidance": args.guidance,
-            "from": source and f"{args.init.name} at step {source['step']}"}
+            "chunk": 0, "shift": args.shift, "sampler": "euler", "steps": args.sampling_steps,
+            "guidance": args.guidance, "from": source and f"{args.init.name} at step {source['step']}"}
 
     step = load_state(folder, nets, optimizers) if args.resume else 0
     bar = tqdm(total=args.steps, initial=step, desc=meta["stage"], disable=rank > 0)
@@ -112,7 +112,8 @@ def main(args: argparse.Namespace) -> None:
         optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
         for micro in range(args.accum):
             net.set_requires_gradient_sync(micro == args.accum - 1)  # reduce over ranks once a step
-            batch = get_batch(data, args.seed, step, micro * world_size + rank, args.accum * world_size, args.batch_size, device)
+            part, parts = micro * world_size + rank, args.accum * world_size
+            batch = get_batch(data, args.seed, step, part, parts, args.batch_size, device)
             camera = None if args.no_camera else batch.camera
             loss = flow_matching_loss(net, batch, camera, args.shift, args.null_prob) / args.accum
             loss.backward()
@@ -133,11 +134,8 @@ def main(args: argparse.Namespace) -> None:
             save_state(folder, step, nets, optimizers)
             weights = gather(ema)
             shown = get_batch(data, args.seed, -1, 0, 1, 4, device)
-            noise = [randn(shown.rng, *shown.x0.shape[1:]).to(device)
-                     for _ in range(meta["steps"] if meta["sampler"] == "renoise" else 1)]
-            x0 = torch.cat(list(rollout(ema, noise, noise_levels(meta["steps"], meta["shift"]), shown.prompt, shown.null,
-                                        shown.camera if meta["camera"] else None, meta["guidance"], meta["chunk"],
-                                        renoise=meta["sampler"] == "renoise")), dim=1)
+            chunks = rollout(ema, meta, shown.rng, shown.x0.shape[1:], shown.prompt, shown.null, shown.camera)
+            x0 = torch.cat(list(chunks), dim=1)
             if rank == 0:
                 save_checkpoint(args.out, weights, meta | {"step": step})
                 write_sheet(folder / f"sheet-{step:06d}.png", [vae.decode(shown.x0)[0], vae.decode(x0)[0]])

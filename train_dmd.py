@@ -43,7 +43,7 @@ RECIPES = {
     "tiny": dict(steps=120, batch_size=16, accum=1, lr=5e-5, critic_lr=1e-4, max_grad_norm=1.0, ema_decay=0.95,
                  critic_updates=5, guidance=2.0),
     # minWM: 200 critic updates, 32 videos, lr 2e-6 and 4e-7, betas (0, 0.999), EMA 0.99 from update 200, guidance "3.0"
-    # in a formula that adds one: 4 in ours. It draws no end of rollouts from a cache that leaks gradient; ours does not.
+    # in a formula that adds one: 4 in ours. Its cache leaks gradient between chunks; ours is truncated exactly.
     "wan-1.3b": dict(steps=40, batch_size=1, accum=4, lr=2e-6, critic_lr=4e-7, max_grad_norm=10.0, ema_decay=0.99,
                      critic_updates=5, guidance=4.0),
 }
@@ -141,15 +141,16 @@ def main(args: argparse.Namespace) -> None:
     weights, source = load_checkpoint(args.init, "ode", "cd", "dmd")
     score_weights, scores = load_checkpoint(args.scores, "camera")
     if (scores["shift"], scores["K"]) != (source["shift"], source["K"]):
-        raise ValueError(f"{args.init} and {args.scores} differ in noise schedule or camera: shift {source['shift']} and "
-                         f"{scores['shift']}, K {source['K']} and {scores['K']}")
+        raise ValueError(f"{args.init} and {args.scores} differ in noise schedule or camera: shift {source['shift']} "
+                         f"and {scores['shift']}, K {source['K']} and {scores['K']}")
     with torch.device("meta"):
         generator, ema, real_score, fake_score = (build(args.preset) for _ in range(4))
     generator, ema = shard(generator, weights, device, train=True), shard(ema, weights, device)
-    real_score, fake_score = shard(real_score, score_weights, device), shard(fake_score, score_weights, device, train=True)
-    # no momentum of the first order: both networks chase a moving target
-    optimizer = torch.optim.AdamW(generator.parameters(), lr=args.lr, betas=(0.0, 0.999), weight_decay=0.01, fused=True)
-    critic_optimizer = torch.optim.AdamW(fake_score.parameters(), lr=args.critic_lr, betas=(0.0, 0.999), weight_decay=0.01, fused=True)
+    real_score = shard(real_score, score_weights, device)
+    fake_score = shard(fake_score, score_weights, device, train=True)
+    adamw = dict(betas=(0.0, 0.999), weight_decay=0.01, fused=True)  # no momentum: both chase a moving target
+    optimizer = torch.optim.AdamW(generator.parameters(), lr=args.lr, **adamw)
+    critic_optimizer = torch.optim.AdamW(fake_score.parameters(), lr=args.critic_lr, **adamw)
     nets = {"generator": generator, "ema": ema, "fake_score": fake_score}
     optimizers = {"generator": optimizer, "fake_score": critic_optimizer}
     meta = source | {"stage": "dmd", "from": f"{args.init.name} at step {source['step']}, scores {args.scores.name}"}
@@ -163,16 +164,19 @@ def main(args: argparse.Namespace) -> None:
         for update in range(1 + args.critic_updates):
             turn, opt = (generator, optimizer) if update == 0 else (fake_score, critic_optimizer)
             number = step * (1 + args.critic_updates) + update
-            exit_step = int(torch.randint(meta["steps"], (), generator=torch.Generator().manual_seed(mix(args.seed, 3, number))))
+            shared = torch.Generator().manual_seed(mix(args.seed, 3, number))  # the same on every rank
+            exit_step = int(torch.randint(meta["steps"], (), generator=shared))
             loss_sum = 0.0
             for micro in range(args.accum):
                 turn.set_requires_gradient_sync(micro == args.accum - 1)  # reduce over ranks once an update
-                batch = get_batch(data, args.seed, number, micro * world_size + rank, args.accum * world_size, args.batch_size, device)
+                part, parts = micro * world_size + rank, args.accum * world_size
+                batch = get_batch(data, args.seed, number, part, parts, args.batch_size, device)
                 if update == 0:
                     loss = generator_loss(generator, real_score, fake_score, batch, levels, exit_step, meta["chunk"],
-                                          meta["shift"], args.guidance) / args.accum
+                                          meta["shift"], args.guidance)
                 else:
-                    loss = critic_loss(generator, fake_score, batch, levels, exit_step, meta["chunk"], meta["shift"]) / args.accum
+                    loss = critic_loss(generator, fake_score, batch, levels, exit_step, meta["chunk"], meta["shift"])
+                loss = loss / args.accum
                 loss.backward()
                 loss_sum += loss.detach()
             grad_norm = nn.utils.clip_grad_norm_(turn.parameters(), args.max_grad_norm).full_tensor()
@@ -193,11 +197,8 @@ def main(args: argparse.Namespace) -> None:
             save_state(folder, step, nets, optimizers)
             weights = gather(ema)
             shown = get_batch(data, args.seed, -1, 0, 1, 4, device)
-            noise = [randn(shown.rng, *shown.x0.shape[1:]).to(device)
-                     for _ in range(meta["steps"] if meta["sampler"] == "renoise" else 1)]
-            x0 = torch.cat(list(rollout(ema, noise, noise_levels(meta["steps"], meta["shift"]), shown.prompt, shown.null,
-                                        shown.camera if meta["camera"] else None, meta["guidance"], meta["chunk"],
-                                        renoise=meta["sampler"] == "renoise")), dim=1)
+            chunks = rollout(ema, meta, shown.rng, shown.x0.shape[1:], shown.prompt, shown.null, shown.camera)
+            x0 = torch.cat(list(chunks), dim=1)
             if rank == 0:
                 save_checkpoint(args.out, weights, meta | {"step": step})
                 write_sheet(folder / f"sheet-{step:06d}.png", [vae.decode(shown.x0)[0], vae.decode(x0)[0]])
