@@ -68,7 +68,7 @@ def parse_trajectory(text: str) -> Tensor:
     for part in text.replace(" ", "").split(","):
         keys, _, count = part.partition("*")
         unknown = [key for key in keys.split("+") if key not in KEYS]
-        if unknown or (count and not count.isdigit()) or count == "0" or part.endswith("*"):
+        if unknown or ("*" in part and not (count.isdecimal() and int(count) > 0)):
             raise ValueError(f"trajectory {text!r}: cannot read {part!r}. {GRAMMAR}")
         move, yaw, pitch = (torch.tensor([KEYS[key][n] for key in keys.split("+")], dtype=torch.float64).sum(0)
                             for n in (1, 2, 3))
@@ -137,25 +137,31 @@ def read_camera(source: str) -> list[CameraPath]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{source}: not JSON ({error})") from None
     try:
-        return [_camera_path(entry, Path(source).stem) for entry in (spec if isinstance(spec, list) else [spec])]
-    except (ValueError, TypeError, KeyError) as error:
+        paths = [_camera_path(entry, Path(source).stem) for entry in (spec if isinstance(spec, list) else [spec])]
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{source}: {error}") from None
+    if not paths:
+        raise ValueError(f"{source}: an empty list, expected at least one path")
+    return paths
 
 
 def _camera_path(spec: str | dict, name: str) -> CameraPath:
     if isinstance(spec, str):
         return CameraPath(parse_trajectory(spec), name=name)
+    if not isinstance(spec, dict):
+        raise ValueError(f"expected a pose string or an object, found {spec!r}")
     name, prompt = str(spec.get("id", name)), spec.get("caption", spec.get("prompt"))
     if "trajectory" in spec:
-        return CameraPath(parse_trajectory(spec["trajectory"]), spec.get("K"), name, prompt)
-    if "c2w" in spec or "w2c" in spec:
+        kind, poses, K = "w2c", parse_trajectory(str(spec["trajectory"])), spec.get("K")
+    elif "c2w" in spec or "w2c" in spec:
         kind = "c2w" if "c2w" in spec else "w2c"
         poses, K = check_poses(torch.tensor(spec[kind], dtype=torch.float32), kind), spec.get("K")
     elif spec and all(isinstance(entry, dict) and "extrinsic" in entry for entry in spec.values()):
-        kind = "c2w"
-        entries = list(spec.values())
+        kind, entries = "c2w", list(spec.values())
         poses = check_poses(torch.tensor([entry["extrinsic"] for entry in entries], dtype=torch.float32), "extrinsic")
-        (fx, _, cx), (_, fy, cy), _ = entries[0]["K"]
+        (fx, _, cx), (_, fy, cy), _ = entries[0].get("K", ((0, 0, 0), (0, 0, 0), ()))
+        if not (cx > 0 and cy > 0):
+            raise ValueError(f"expected a 3x3 'K' in pixels with a principal point, found {entries[0].get('K')}")
         K = (fx / (2 * cx), fy / (2 * cy), 0.5, 0.5)  # WorldPlay's rule: the image is twice the principal point
     else:
         raise ValueError(f"expected 'trajectory', 'c2w', 'w2c' or 'extrinsic' entries, found {list(spec)[:4]}")
@@ -240,9 +246,10 @@ def read_prompt(prompt: str) -> tuple[Tensor, Tensor]:
     words = [part.split() for part in prompt.lower().split(",")]
     colours, pillars = [], []
     for part, surface in zip(words, SURFACES):
-        if part[-len(surface.split()):] != surface.split() or part[-len(surface.split()) - 1] not in PALETTE:
+        n = len(surface.split())
+        if len(part) <= n or part[-n:] != surface.split() or part[-n - 1] not in PALETTE:
             raise ValueError(f"prompt {prompt!r}: expected '<colour> {surface}', found {' '.join(part)!r}")
-        colours.append(list(PALETTE).index(part[-len(surface.split()) - 1]))
+        colours.append(list(PALETTE).index(part[-n - 1]))
         if surface == "pillar":
             if len(part) != 4 or part[0] not in PILLAR_Z or part[1] not in PILLAR_X:
                 raise ValueError(f"prompt {prompt!r}: expected 'near|far left|middle|right <colour> pillar'")
@@ -414,7 +421,9 @@ def open_latents(folder: str | Path) -> Latents:
     except SafetensorError as error:
         raise ValueError(f"{folder}: a file is truncated or not safetensors ({error})") from None
     starts = [0]
-    for shard in shards:
+    for file, shard in zip(files, shards, strict=True):
+        if not {"latents", "viewmats", "Ks", "prompt_ids"} <= set(shard.keys()) or "meta" not in (shard.metadata() or {}):
+            raise ValueError(f"{file}: not a shard of latents, it holds {sorted(shard.keys())[:5]}")
         starts.append(starts[-1] + shard.get_slice("prompt_ids").get_shape()[0])
     return Latents(folder, shards, starts, prompts, json.loads(shards[0].metadata()["meta"]))
 
@@ -504,8 +513,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--count", type=int, default=4096, help="videos")
     p.add_argument("--frames", type=int, default=8, help="latent frames per video")
     p.add_argument("--size", type=int, default=32, help="pixels, height and width")
-    p.add_argument("--vae-steps", type=int, default=4000)
-    p.add_argument("--vae-lr", type=float, default=8e-3)
+    p.add_argument("--vae-steps", type=int, default=2500)
+    p.add_argument("--vae-lr", type=float, default=4e-3)
     p.add_argument("--seed", type=int, default=0)
     return p.parse_args(argv)
 
@@ -513,15 +522,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def train_vae(vae, video: Tensor, steps: int, lr: float, seed: int) -> None:
     """Reconstruct random clips of video [n 3 t h w]; a little KL keeps the latents smooth. In place.
 
-    Many small steps: 3 clips of 5 frames reach in two minutes what 16 clips reach in ten. The last fifth of the steps
+    Many small steps: 3 clips of 5 frames reach in two minutes what 16 clips reach in ten. The last tenth of the steps
     sees one long clip each, half of them forth and back again: a VAE that has only seen 5 frames blurs by the 13th.
     """
     rng = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     t = video.shape[2]
     for step in (bar := tqdm(range(steps), "vae")):
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 50, 2.5 * (1 - step / steps))
-        rooms, length = (3, 5) if step < 0.8 * steps else (1, (t, 2 * t - 1)[step % 2])
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 50, 2 * (1 - step / steps) + 0.02)
+        rooms, length = (3, 5) if step < 0.9 * steps else (1, (t, 2 * t - 1)[step % 2])
         rows = torch.randint(len(video), (rooms,), generator=rng)
         at = torch.randint(2 * t - length, (), generator=rng)
         there_and_back = torch.cat([video[rows], video[rows].flip(2)[:, :, 1:]], dim=2)
@@ -554,6 +563,7 @@ def main(args: argparse.Namespace) -> None:
     if not args.vae.exists():
         torch.manual_seed(args.seed)
         vae = WanVAE(PRESETS["tiny"].vae)
+        vae.init_weights()
         train_vae(vae, video, args.vae_steps, args.vae_lr, args.seed)
         with torch.no_grad():
             z = torch.cat([vae.encode(v[None].float() / 127.5 - 1)[0] for v in video[:256]])

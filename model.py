@@ -27,7 +27,7 @@ import os
 import shutil
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -61,7 +61,7 @@ def velocity_to_x0(v: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
 
 def guide(v_cond: Tensor, v_null: Tensor, guidance: float) -> Tensor:
     """Classifier-free guidance (arXiv:2207.12598). 1 is off. Code that writes cond + w (cond - null) means w + 1."""
-    return v_null + guidance * (v_cond - v_null)
+    return torch.lerp(v_null, v_cond, guidance)  # exact at 0 and 1
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
@@ -509,6 +509,19 @@ class WanVAE(nn.Module):
         up = [Upsample(w, time) for w, time in zip(widths[1:], reversed(cfg.time_down))]
         self.decoder = Coder(cfg.z_dim, widths, 3, up, cfg.res_blocks + 1, "upsamples")
 
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Training from scratch: every convolution keeps the scale of its input, residual blocks start as the identity
+        and the posterior narrow, so that latents carry the video through from the first step."""
+        for name, layer in self.named_modules():
+            if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
+                nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
+                nn.init.zeros_(layer.bias)
+                if name.endswith(("residual.6", "proj")):
+                    nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.conv1.weight[self.cfg.z_dim :])
+        nn.init.constant_(self.conv1.bias[self.cfg.z_dim :], -5.0)  # log-variance
+
     def moments(self, video: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """video [b 3 t H W] -> mean and log-variance of the raw latents, each [b c f h w]. Only training needs both."""
         return self.conv1(self.encoder(video, memory), memory).chunk(2, dim=1)
@@ -705,16 +718,17 @@ def gather(net: nn.Module) -> dict[str, Tensor]:
 
 def save_checkpoint(path: Path, weights: dict[str, Tensor], meta: dict) -> None:
     """Write {"model", "meta"} so that a crash or a full disk never leaves half a file under the final name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             torch.save({"model": {name: w.contiguous() for name, w in weights.items()}, "meta": meta}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise ValueError(f"{path}: could not be written ({error}); what was there before is untouched") from error
 
 
@@ -734,11 +748,11 @@ def load_checkpoint(path: Path, *stages: str) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"{path}: no such file{hint}{stand_in}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        weights, meta = saved["model"], saved["meta"]
+        weights, meta, stage = saved["model"], saved["meta"], saved["meta"]["stage"]
     except Exception as error:
         raise ValueError(f"{path}: truncated, or not a checkpoint of ours ({type(error).__name__})") from error
-    if stages and meta["stage"] not in stages:
-        raise ValueError(f"{path}: expected a checkpoint of stage {' or '.join(stages)}, found {meta['stage']}")
+    if stages and stage not in stages:
+        raise ValueError(f"{path}: expected a checkpoint of stage {' or '.join(stages)}, found {stage}")
     return weights, meta
 
 

@@ -1,0 +1,553 @@
+"""
+The networks on small random weights: flow identities, teacher forcing against the cached rollout and against a dense
+mask, PRoPE, the functional cache, the streamed VAE, key manifests of the full sizes, checkpoints and samplers.
+"""
+import json
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+import model
+from model import (
+    PRESETS, WAN_VAE, DiTConfig, VAEConfig, WanDiT, WanVAE, add_noise, attend, build, denoise, guide, load_checkpoint,
+    load_net, load_vae, noise_levels, projections, rollout, save_checkpoint, shift_sigma, teacher_forcing_spans,
+    velocity_to_x0, with_camera,
+)
+
+ORACLE = Path(os.environ.get("ORACLE_DIR", Path(__file__).parents[2] / "shared/oracle"))
+SMALL = DiTConfig(64, 96, 4, 2, channels=4, text_dim=24, freq_dim=32)
+META = {"stage": "ar", "preset": "tiny", "camera": True}
+SAMPLER = {"steps": 2, "shift": 5.0, "guidance": 1.0, "sampler": "euler", "chunk": 2, "camera": True}
+
+
+@torch.no_grad()
+def random_net(camera=True):
+    """Weights of a useful size everywhere, also where training starts from zero: nothing may hold trivially."""
+    torch.manual_seed(0)
+    net = WanDiT(SMALL, camera)
+    for name, p in net.named_parameters():
+        p.normal_(std=p[0].numel() ** -0.5 if p.ndim in (2, 5) else 0.3)
+        if p.ndim == 1 and "norm" in name and name.endswith("weight"):
+            p += 1
+    return net.requires_grad_(False)
+
+
+def rigid(*shape):
+    """Random rigid transforms [*shape 4 4] with centres about a unit away."""
+    pose = torch.eye(4, dtype=torch.float64).repeat(*shape, 1, 1)
+    skew = torch.randn(*shape, 3, 3, dtype=torch.float64)
+    pose[..., :3, :3] = torch.linalg.matrix_exp(skew - skew.mT)
+    pose[..., :3, 3] = torch.randn(*shape, 3, dtype=torch.float64)
+    return pose.float()
+
+
+def inputs(f, b=2):
+    """x_t, a noise level for every frame, prompt, camera, and the clean video."""
+    torch.manual_seed(1)
+    x_t, x0 = torch.randn(2, b, f, 4, 4, 4)
+    Ks = torch.tensor([[0.6, 0, 0.5], [0, 0.9, 0.5], [0, 0, 1]]).expand(b, f, 3, 3)
+    return x_t, torch.rand(b, f), torch.randn(b, 5, 24), (rigid(b, f), Ks), x0
+
+
+def cut(frames, *tensors):
+    return [z[:, frames] for z in tensors]
+
+
+# ---------------------------------------------------------------------------------------------------- 1. Flow matching
+
+
+def test_velocity_leads_back_to_x0_at_every_noise_level():
+    x0, noise, sigma = torch.randn(2, 5, 4, 6, 6), torch.randn(2, 5, 4, 6, 6), torch.linspace(0, 1, 10).view(2, 5)
+    x_t = add_noise(x0, noise, sigma)
+    torch.testing.assert_close(x_t[0, 0], x0[0, 0])
+    torch.testing.assert_close(x_t[1, 4], noise[1, 4])
+    torch.testing.assert_close(velocity_to_x0(noise - x0, x_t, sigma), x0)
+
+
+def test_guidance_1_is_exactly_the_conditional_branch_and_0_the_null():
+    cond, null = torch.randn(1000), 10 * torch.randn(1000)
+    assert torch.equal(guide(cond, null, 1.0), cond)
+    assert torch.equal(guide(cond, null, 0.0), null)
+
+
+def test_guidance_extrapolates_from_the_null_through_the_conditional():
+    # minWM's 3.0 in cond + w (cond - null) is 4.0 here
+    cond, null = torch.tensor([2.0]), torch.tensor([1.5])
+    torch.testing.assert_close(guide(cond, null, 4.0), cond + 3.0 * (cond - null))
+
+
+def test_four_levels_at_shift_5():
+    assert noise_levels(4, 5) == pytest.approx([1, 0.9375, 5 / 6, 0.625, 0], abs=1e-12)
+
+
+@pytest.mark.parametrize("shift", [1, 3, 5, 7.5])
+def test_48_levels_contain_the_4(shift):
+    assert noise_levels(48, shift)[::12] == noise_levels(4, shift)
+    assert all(a > b for a, b in zip(noise_levels(48, shift), noise_levels(48, shift)[1:]))
+
+
+def test_shift_1_is_the_identity():
+    sigma = torch.linspace(0, 1, 11)
+    assert torch.equal(shift_sigma(sigma, 1.0), sigma)
+
+
+# ---------------------------------------------------------------------------------------------------------- 2. Cameras
+
+
+def test_projections_are_inverse_to_each_other():
+    P, P_inv = projections(*inputs(6)[3])
+    torch.testing.assert_close(P @ P_inv, torch.eye(4).expand(2, 6, 4, 4), atol=1e-6, rtol=0)
+
+
+def test_a_rigid_motion_of_the_world_changes_nothing():
+    net, (x_t, sigma, prompt, (viewmats, Ks), _) = random_net(), inputs(4)
+    moved = net(x_t, sigma, prompt, (viewmats @ rigid(), Ks))
+    torch.testing.assert_close(moved, net(x_t, sigma, prompt, (viewmats, Ks)), atol=2e-5, rtol=1e-4)
+
+
+def test_the_motion_of_one_frame_reaches_all_frames():
+    net, (x_t, sigma, prompt, (viewmats, Ks), _) = random_net(), inputs(4)
+    bent = viewmats.clone()
+    bent[:, 2] = bent[:, 2] @ rigid()
+    change = (net(x_t, sigma, prompt, (bent, Ks)) - net(x_t, sigma, prompt, (viewmats, Ks))).abs().amax((0, 2, 3, 4))
+    assert change.min() > 1e-3
+
+
+def test_focal_length_reaches_the_output():
+    net, (x_t, sigma, prompt, (viewmats, Ks), _) = random_net(), inputs(4)
+    zoomed = Ks * torch.tensor([[2.0, 1, 1], [1, 1, 1], [1, 1, 1]])
+    assert (net(x_t, sigma, prompt, (viewmats, zoomed)) - net(x_t, sigma, prompt, (viewmats, Ks))).abs().max() > 1e-3
+
+
+# ----------------------------------------------------------------------------------------------------------- 3. The DiT
+
+
+@pytest.mark.parametrize("camera_on", [True, False])
+@pytest.mark.parametrize("f, chunk", [(6, 2), (5, 2), (3, 1), (4, 3), (2, 2)])
+def test_cached_rollout_is_the_teacher_forced_pass(f, chunk, camera_on):
+    net, (x_t, sigma, prompt, camera, x0) = random_net(), inputs(f)
+    camera = camera if camera_on else None
+    whole = net(x_t, sigma, prompt, camera, clean=x0, chunk=chunk)
+    past, pieces = None, []
+    for start in range(0, f, chunk):
+        here = slice(start, start + chunk)
+        x, s, clean = cut(here, x_t, sigma, x0)
+        cam = camera and tuple(cut(here, *camera))
+        pieces.append(net(x, s, prompt, cam, past=past))
+        past = net(clean, torch.zeros_like(s), prompt, cam, past=past, commit=True)
+    assert past.frames == f
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_one_chunk_of_all_frames_is_the_bidirectional_pass():
+    net, (x_t, sigma, prompt, camera, x0) = random_net(), inputs(4)
+    forced = net(x_t, sigma, prompt, camera, clean=x0, chunk=4)
+    torch.testing.assert_close(forced, net(x_t, sigma, prompt, camera), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("f, chunk", [(6, 2), (5, 2), (4, 1), (3, 3)])
+def test_segments_are_the_dense_mask_in_outputs_and_gradients(f, chunk):
+    s, heads = 3, 2
+    frame = torch.arange(2 * f * s) // s
+    noisy, n = frame >= f, frame % f // chunk
+    i, j, noisy_i, noisy_j = n[:, None], n[None], noisy[:, None], noisy[None]
+    # clean sees clean up to its own chunk; noisy sees clean before its own chunk, and its own noisy chunk
+    sees = (~noisy_i & ~noisy_j & (j <= i)) | (noisy_i & ~noisy_j & (j < i)) | (noisy_i & noisy_j & (j == i))
+    q, k, v = (torch.randn(2, 2 * f, s, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    y, _ = attend(q, k, v, heads, teacher_forcing_spans(f, chunk), None)
+    split = [rearrange(z, "b f s (nh hd) -> b nh (f s) hd", nh=heads) for z in (q, k, v)]
+    dense = rearrange(F.scaled_dot_product_attention(*split, attn_mask=sees), "b nh (f s) hd -> b f s (nh hd)", s=s)
+    torch.testing.assert_close(y, dense)
+    weights = torch.randn_like(y)
+    torch.testing.assert_close(torch.autograd.grad((y * weights).sum(), (q, k, v)),
+                               torch.autograd.grad((dense * weights).sum(), (q, k, v)))
+
+
+def change_per_chunk(a, b):
+    """Largest change in each chunk of two frames."""
+    return rearrange((a - b).abs(), "b (n k) c h w -> n (b k c h w)", k=2).amax(1)
+
+
+def test_a_clean_chunk_is_seen_by_later_noisy_chunks_only():
+    net, (x_t, sigma, prompt, camera, x0) = random_net(), inputs(10)
+    other = x0.clone()
+    other[:, 4:6] += torch.randn(2, 2, 4, 4, 4)  # chunk 2 of 0 .. 4
+    change = change_per_chunk(*(net(x_t, sigma, prompt, camera, clean=clean, chunk=2) for clean in (x0, other)))
+    assert change[:3].max() < 1e-6 and change[3:].min() > 1e-3
+
+
+def test_a_noisy_chunk_is_seen_by_itself_only():
+    net, (x_t, sigma, prompt, camera, x0) = random_net(), inputs(8)
+    other = x_t.clone()
+    other[:, 2:4] += torch.randn(2, 2, 4, 4, 4)  # chunk 1 of 0 .. 3
+    change = change_per_chunk(*(net(x, sigma, prompt, camera, clean=x0, chunk=2) for x in (x_t, other)))
+    assert change[1] > 1e-3 and change[[0, 2, 3]].max() < 1e-6
+
+
+def test_a_new_camera_branch_leaves_the_base_output_unchanged():
+    base, (x_t, sigma, prompt, camera, _) = random_net(camera=False), inputs(4)
+    weights, added = with_camera(base.state_dict())
+    net = WanDiT(SMALL)
+    net.load_state_dict(weights)
+    assert added == 2 * SMALL.layers == len(weights) - len(base.state_dict())
+    assert torch.equal(net(x_t, sigma, prompt, camera), base(x_t, sigma, prompt))
+
+
+def test_with_camera_keeps_a_camera_that_is_there():
+    weights = random_net().state_dict()
+    again, added = with_camera(weights)
+    assert added == 0 and all(torch.equal(again[name], w) for name, w in weights.items())
+
+
+def test_camera_none_turns_the_branch_off():
+    net, base, (x_t, sigma, prompt, camera, _) = random_net(), random_net(camera=False), inputs(4)
+    base.load_state_dict({name: w for name, w in net.state_dict().items() if "prope_o" not in name})
+    assert torch.equal(net(x_t, sigma, prompt), base(x_t, sigma, prompt))
+    assert (net(x_t, sigma, prompt, camera) - base(x_t, sigma, prompt)).abs().max() > 1e-3
+
+
+def test_init_weights_sets_every_parameter_and_predicts_nothing():
+    with torch.device("meta"):
+        net = WanDiT(SMALL)
+    net.to_empty(device="cpu")
+    for p in net.parameters():
+        torch.nn.init.constant_(p, float("nan"))
+    net.init_weights()
+    assert all(p.isfinite().all() for p in net.parameters())
+    assert net(*inputs(3)[:4]).abs().max() == 0
+
+
+def test_a_commit_leaves_the_old_past_as_it_was():
+    net, (x_t, sigma, prompt, camera, x0) = random_net(), inputs(4)
+    first, second = ((*cut(frames, x0, torch.zeros(2, 4)), prompt, cut(frames, *camera))
+                     for frames in (slice(0, 2), slice(2, 4)))
+    past = net(*first, commit=True)
+    before = [[z.clone() for z in layer] for layer in past.layers]
+    once, twice = (net(*second, past=past, commit=True) for _ in range(2))
+    torch.testing.assert_close([list(layer) for layer in past.layers], before, atol=0, rtol=0)
+    torch.testing.assert_close(once, twice, atol=0, rtol=0)
+    assert (past.frames, once.frames) == (2, 4) and all(z.shape[2] == 4 * 4 for layer in once.layers for z in layer)
+
+
+def test_samples_of_a_batch_do_not_meet():
+    net, (x_t, sigma, prompt, camera, x0) = random_net(), inputs(4, b=3)
+    together, alone = net(x_t, sigma, prompt, camera, clean=x0, chunk=2), []
+    for i in range(3):
+        x, s, text, clean, *cam = (z[i:i + 1] for z in (x_t, sigma, prompt, x0, *camera))
+        alone.append(net(x, s, text, cam, clean=clean, chunk=2))
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+def test_a_frame_without_its_own_sigma_or_pose_is_refused():
+    net, (x_t, sigma, prompt, (viewmats, Ks), _) = random_net(), inputs(4)
+    with pytest.raises(ValueError, match="sigma"):
+        net(x_t, sigma[:, 0], prompt)
+    with pytest.raises(ValueError, match="viewmats"):
+        net(x_t, sigma, prompt, (viewmats[:, :3], Ks))
+
+
+# ----------------------------------------------------------------------------------------------------------- 4. The VAE
+
+
+def random_vae(cfg=PRESETS["tiny"].vae):
+    torch.manual_seed(0)
+    mean, std = torch.randn(cfg.z_dim).tolist(), (0.5 + torch.rand(cfg.z_dim)).tolist()
+    return WanVAE(replace(cfg, mean=tuple(mean), std=tuple(std))).requires_grad_(False)
+
+
+def in_pieces(step, x, lengths, dim):
+    """step(piece, memory) over pieces of the given lengths -> all outputs."""
+    memory, outputs = None, []
+    for piece in x.split(lengths, dim):
+        y, memory = step(piece, memory)
+        outputs.append(y)
+    return outputs
+
+
+@pytest.mark.parametrize("lengths", [[1, 2, 3], [2, 1, 3], [3, 3], [1] * 6])
+def test_streamed_decode_is_the_whole_decode(lengths):
+    vae, latents = random_vae(), torch.randn(2, 6, 8, 3, 4)
+    whole, pieces = vae.decode(latents)[0], in_pieces(vae.decode, latents, lengths, 1)
+    assert [piece.shape[2] for piece in pieces] == [4 * n - 3 * (i == 0) for i, n in enumerate(lengths)]
+    torch.testing.assert_close(torch.cat(pieces, dim=2), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[5, 4, 8], [1, 4, 12], [1, 8, 8], [1, 4, 4, 4, 4], [13, 4]])
+def test_streamed_encode_is_the_whole_encode(lengths):
+    vae, video = random_vae(), torch.rand(2, 3, 17, 8, 12) * 2 - 1
+    whole, pieces = vae.encode(video)[0], in_pieces(vae.encode, video, lengths, 2)
+    assert [piece.shape[1] for piece in pieces] == [(n + 3 * (i == 0)) // 4 for i, n in enumerate(lengths)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("f", [1, 2, 4])
+def test_a_latent_depends_on_no_later_frame(f):
+    vae, video = random_vae(), torch.rand(1, 3, 17, 8, 8) * 2 - 1
+    prefix, whole = vae.encode(video[:, :, :1 + 4 * (f - 1)])[0], vae.encode(video)[0]
+    torch.testing.assert_close(prefix, whole[:, :f], atol=1e-5, rtol=1e-5)
+
+
+def test_a_frame_depends_on_no_later_latent():
+    vae, latents = random_vae(), torch.randn(1, 5, 8, 2, 2)
+    torch.testing.assert_close(vae.decode(latents[:, :3])[0], vae.decode(latents)[0][:, :, :9], atol=1e-5, rtol=1e-5)
+
+
+def test_the_past_reaches_later_pieces():
+    vae, latents = random_vae(), torch.randn(1, 3, 8, 2, 2)
+    alone, whole = vae.decode(latents[:, 1:])[0], vae.decode(latents)[0]
+    assert (alone[:, :, -4:] - whole[:, :, -4:]).abs().max() > 1e-3
+
+
+def test_vae_memory_can_be_used_twice():
+    vae, latents, video = random_vae(), torch.randn(1, 4, 8, 2, 2), torch.rand(1, 3, 9, 8, 8)
+    for step, start, rest in (
+            (vae.decode, latents[:, :1], latents[:, 1:]), (vae.encode, video[:, :, :1], video[:, :, 1:])):
+        _, memory = step(start)
+        before = {layer: z.clone() for layer, z in memory.items()}
+        assert torch.equal(step(rest, memory)[0], step(rest, memory)[0])
+        assert before.keys() == memory.keys() and all(torch.equal(z, memory[layer]) for layer, z in before.items())
+
+
+def test_frames_that_fill_no_latent_are_refused():
+    vae, video = random_vae(), torch.zeros(1, 3, 8, 8, 8)
+    with pytest.raises(ValueError, match=r"4 frames.*4k \+ 1"):
+        vae.encode(video[:, :, :4])
+    _, memory = vae.encode(video[:, :, :1])
+    with pytest.raises(ValueError, match="5 frames.*4k"):
+        vae.encode(video[:, :, :5], memory)
+
+
+@pytest.mark.parametrize("time_down", [(False, True, True), (True, True)])
+def test_strides_of_the_wan_layout(time_down):
+    stages = len(time_down)
+    vae = random_vae(VAEConfig(8, 4, (1, 2, 4, 4)[:stages + 1], 1, time_down, (), ()))
+    for f in (1, 2, 4):
+        latents, _ = vae.encode(torch.zeros(1, 3, 1 + 4 * (f - 1), 16, 32))
+        assert latents.shape == (1, f, 4, 16 // 2**stages, 32 // 2**stages)
+        assert vae.decode(latents)[0].shape == (1, 3, 1 + 4 * (f - 1), 16, 32)
+
+
+def test_latents_are_normalised_by_the_stored_mean_and_std():
+    vae, video = random_vae(), torch.rand(1, 3, 5, 8, 8)
+    mu, _ = vae.moments(video, {})
+    mean, std = (torch.tensor(z).view(1, -1, 1, 1, 1) for z in (vae.cfg.mean, vae.cfg.std))
+    torch.testing.assert_close(rearrange(vae.encode(video)[0], "b f c h w -> b c f h w") * std + mean, mu)
+
+
+# -------------------------------------------------------------------------------------------------------- 5. Full sizes
+
+
+@pytest.mark.parametrize("make, manifest", [
+    (lambda: build("wan-1.3b", camera=False), "wan21_t2v_1.3B"),
+    (lambda: build("wan-1.3b"), "minwm_wan_camera_1.3B_causal"),
+    (lambda: build("wan-14b", camera=False), "wan21_t2v_14B"),
+    (lambda: WanVAE(WAN_VAE), "wan21_vae"),
+])
+def test_names_and_shapes_are_the_released_ones(make, manifest):
+    path = ORACLE / "manifests" / f"{manifest}.json"
+    if not path.exists():
+        pytest.skip(f"no reference manifest {path}; ORACLE_DIR names their folder")
+    with torch.device("meta"):
+        shapes = {name: list(w.shape) for name, w in make().state_dict().items()}
+    assert shapes == json.loads(path.read_text())["shapes"]
+
+
+# --------------------------------------------------------------------------------------------------------- 6. Sampling
+
+
+def test_euler_follows_a_linear_field():
+    # dx/dsigma = a x: each step from s to s' multiplies by 1 + a (s' - s)
+    levels, a, x = noise_levels(5, 3), 0.7, torch.randn(2, 3, 4, 2, 2)
+    growth = 1.0
+    for s, lower in zip(levels, levels[1:]):
+        growth *= 1 + a * (lower - s)
+    y = denoise(lambda x_t, sigma, prompt, camera, past: a * x_t, x, levels, None, None)
+    torch.testing.assert_close(y, growth * x)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_world_of_one_video_is_reached_by_both_samplers(steps):
+    # if the data is the single point x0, the exact velocity at x_t is (x_t - x0) / sigma, whatever noise led there
+    x0, levels = torch.randn(2, 3, 4, 2, 2), noise_levels(steps, 5)
+    net = lambda x_t, sigma, prompt, camera, past: (x_t - x0) / sigma[:, :, None, None, None]
+    renoise = [torch.randn_like(x0) for _ in range(steps - 1)]
+    for again in (None, renoise):
+        y = denoise(net, torch.randn_like(x0), levels, None, None, renoise=again)
+        torch.testing.assert_close(y, x0, atol=1e-5, rtol=1e-5)
+
+
+def test_renoising_in_one_step_subtracts_the_velocity():
+    x_t, v = torch.randn(2, 3, 4, 2, 2), torch.randn(2, 3, 4, 2, 2)
+    y = denoise(lambda *_, past: v, x_t, [1.0, 0.0], None, None, renoise=[])
+    assert torch.equal(y, x_t - 1 * v)
+
+
+def test_renoising_goes_through_x0_with_the_given_noise():
+    # v = a x_t: x0 = (1 - a) x_t at sigma 1, then (1 - 0.5) x0 + 0.5 noise, then x0 = (1 - 0.5 a) of that
+    a, x_t, noise = 0.3, torch.randn(1, 2, 4, 2, 2), torch.randn(1, 2, 4, 2, 2)
+    y = denoise(lambda x, *_, past: a * x, x_t, [1.0, 0.5, 0.0], None, None, renoise=[noise])
+    torch.testing.assert_close(y, (1 - 0.5 * a) * (0.5 * (1 - a) * x_t + 0.5 * noise))
+
+
+def test_denoise_guides_with_the_null_prompts_behind():
+    # v is the prompt's one number
+    net = lambda x_t, sigma, prompt, camera, past: prompt[..., None, None].expand_as(x_t)
+    x_t, cond, null = torch.randn(2, 3, 4, 2, 2), torch.full((2, 1, 1), 2.0), torch.full((2, 1, 1), 0.5)
+    y = denoise(net, x_t, noise_levels(3, 5), torch.cat([cond, null]), None, guidance=4.0)
+    torch.testing.assert_close(y, x_t - (0.5 + 4.0 * (2.0 - 0.5)))
+
+
+def roll(net, f=4, null=None, b=2, **changes):
+    """Chunks of a rollout from fixed seeds, the first `b` videos."""
+    _, _, prompt, camera, _ = inputs(f)
+    rng = [torch.Generator().manual_seed(i) for i in range(b)]
+    return list(rollout(net, SAMPLER | changes, rng, (f, 4, 4, 4), prompt[:b], null, tuple(z[:b] for z in camera)))
+
+
+@pytest.mark.parametrize("chunk, frames", [(2, [2, 2, 1]), (5, [5]), (0, [5]), (1, [1] * 5)])
+def test_rollout_yields_chunks(chunk, frames):
+    assert [x0.shape[1] for x0 in roll(random_net(), 5, chunk=chunk)] == frames
+
+
+def test_rollout_without_guidance_reads_no_null_prompt():
+    nan = torch.full((2, 5, 24), float("nan"))
+    for with_null, without in zip(roll(random_net(), null=nan), roll(random_net(), null=None), strict=True):
+        assert torch.equal(with_null, without) and with_null.isfinite().all()
+
+
+def test_a_rolled_out_video_does_not_depend_on_its_batch():
+    for sampler in ("euler", "renoise"):
+        both, alone = (torch.cat(roll(random_net(), b=b, sampler=sampler), dim=1) for b in (2, 1))
+        torch.testing.assert_close(both[:1], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("sampler", ["euler", "renoise"])
+def test_rollout_is_denoise_and_commit_by_hand(guidance, sampler):
+    net, (_, _, prompt, camera, _), levels = random_net(), inputs(4), noise_levels(2, 5)
+    null, zero, pasts = torch.zeros_like(prompt), torch.zeros(2, 2), [None, None]  # one cache per prompt
+    rng = [torch.Generator().manual_seed(i) for i in range(2)]
+    noise, again = (torch.stack([torch.randn(4, 4, 4, 4, generator=g) for g in rng]) for _ in range(2))
+    chunks = roll(net, null=null, guidance=guidance, sampler=sampler)
+    for x0, frames in zip(chunks, (slice(0, 2), slice(2, 4)), strict=True):
+        x, fresh, *cam = cut(frames, noise, again, *camera)
+        for level, lower in zip(levels, levels[1:]):
+            sigma = torch.full((2, 2), level)
+            v = guide(*(net(x, sigma, text, cam, past=past) for text, past in zip((prompt, null), pasts)), guidance)
+            renoised = add_noise(velocity_to_x0(v, x, sigma), fresh, torch.full_like(sigma, lower))
+            x = x + (lower - level) * v if sampler == "euler" else renoised
+        pasts = [net(x, zero, text, cam, past=past, commit=True) for text, past in zip((prompt, null), pasts)]
+        torch.testing.assert_close(x0, x, atol=1e-4, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------- 7. Checkpoints
+
+
+def tiny_weights():
+    torch.manual_seed(0)
+    return {name: torch.randn_like(w) for name, w in build("tiny").state_dict().items()}
+
+
+def one_line(error, path):
+    """The message names the file and fits on a line."""
+    return str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def test_checkpoint_round_trip(tmp_path):
+    weights = {"a": torch.randn(3, 4), "b.t": torch.randn(4, 3).mT}  # the second is not contiguous
+    save_checkpoint(tmp_path / "new" / "ar.pt", weights, META)
+    loaded, meta = load_checkpoint(tmp_path / "new" / "ar.pt", "camera", "ar")
+    assert meta == META and loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], w) for name, w in weights.items())
+    assert os.listdir(tmp_path / "new") == ["ar.pt"]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    lambda path: path.write_text("hello"), lambda path: path.write_bytes(b""),
+    lambda path: torch.save({"step": 3}, path), lambda path: torch.save({"model": {}, "meta": {}}, path),
+    lambda path: save_checkpoint(path, {}, META | {"stage": "vae"}),
+], ids=["missing", "truncated", "text", "empty", "foreign", "no stage", "another stage"])
+def test_a_bad_checkpoint_is_named_in_one_line(tmp_path, damage):
+    path = tmp_path / "ar.pt"
+    save_checkpoint(path, {"a": torch.zeros(2000)}, META)
+    damage(path)
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(path, "ar")
+    assert one_line(error, path)
+
+
+def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
+    with pytest.raises(ValueError, match="python train_ar.py"):
+        load_checkpoint(tmp_path / "ar.pt")
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "done"),)
+
+    for write in (lambda file: torch.save({"model": {}, "meta": Evil()}, file), lambda file: pickle.dump(Evil(), file)):
+        with open(tmp_path / "ar.pt", "wb") as file:
+            write(file)
+        with pytest.raises(ValueError, match="ar.pt"):
+            load_checkpoint(tmp_path / "ar.pt")
+    assert not (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, failure):
+    path = tmp_path / "ar.pt"
+    save_checkpoint(path, {"a": torch.ones(3)}, META)
+
+    def fail(saved, file):
+        file.write(b"half")
+        raise failure
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(ValueError) as error:
+        save_checkpoint(path, {"a": torch.zeros(3)}, META)
+    assert one_line(error, path) and os.listdir(tmp_path) == ["ar.pt"]
+    assert torch.equal(load_checkpoint(path)[0]["a"], torch.ones(3))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, Linux's disk that is always full")
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / "ar.pt"
+    save_checkpoint(path, {"a": torch.ones(3)}, META)
+    (tmp_path / "ar.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(ValueError) as error:
+        save_checkpoint(path, {"a": torch.zeros(300_000)}, META)
+    assert one_line(error, path) and os.listdir(tmp_path) == ["ar.pt"]
+    assert torch.equal(load_checkpoint(path)[0]["a"], torch.ones(3))
+
+
+def test_a_path_below_a_file_is_refused_in_one_line(tmp_path):
+    (tmp_path / "ckpt").write_text("a file where a folder should be")
+    with pytest.raises(ValueError) as error:
+        save_checkpoint(tmp_path / "ckpt" / "ar.pt", {"a": torch.ones(3)}, META)
+    assert one_line(error, tmp_path / "ckpt" / "ar.pt") and os.listdir(tmp_path) == ["ckpt"]
+
+
+def test_a_half_precision_copy_loads(tmp_path, capsys):
+    weights = tiny_weights()
+    save_checkpoint(tmp_path / "ar.pt", weights, META)
+    model.main([str(tmp_path / "ar.pt"), "--half", str(tmp_path / "half.pt")])
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == META | {"parameters": sum(w.numel() for w in weights.values())}
+    net, meta = load_net(tmp_path / "half.pt", torch.device("cpu"), "ar")
+    assert meta == META and all(torch.equal(w, weights[name].half().float()) for name, w in net.state_dict().items())
+    assert (tmp_path / "half.pt").stat().st_size < 0.6 * (tmp_path / "ar.pt").stat().st_size
+
+
+def test_load_vae_restores_weights_and_latent_scale(tmp_path):
+    vae, video = random_vae(), torch.rand(1, 3, 5, 8, 8)
+    meta = {"stage": "vae", "preset": "tiny", "mean": list(vae.cfg.mean), "std": list(vae.cfg.std)}
+    save_checkpoint(tmp_path / "vae.pt", vae.state_dict(), meta)
+    assert torch.equal(load_vae(tmp_path / "vae.pt").encode(video)[0], vae.encode(video)[0])
