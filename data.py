@@ -422,7 +422,8 @@ def open_latents(folder: str | Path) -> Latents:
         raise ValueError(f"{folder}: a file is truncated or not safetensors ({error})") from None
     starts = [0]
     for file, shard in zip(files, shards, strict=True):
-        if not {"latents", "viewmats", "Ks", "prompt_ids"} <= set(shard.keys()) or "meta" not in (shard.metadata() or {}):
+        held, missing = shard.metadata() or {}, {"latents", "viewmats", "Ks", "prompt_ids"} - set(shard.keys())
+        if missing or "meta" not in held:
             raise ValueError(f"{file}: not a shard of latents, it holds {sorted(shard.keys())[:5]}")
         starts.append(starts[-1] + shard.get_slice("prompt_ids").get_shape()[0])
     return Latents(folder, shards, starts, prompts, json.loads(shards[0].metadata()["meta"]))

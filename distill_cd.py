@@ -98,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
     folder = args.out.with_suffix("")  # beside the checkpoint: state to resume from, metrics, sheets of samples
     # -- end ---------------------------------------------------------------------------------------------------------
 
-    weights, source = load_checkpoint(args.init, "ar")
+    weights, source = load_checkpoint(args.init, "ar", preset=args.preset)
     with torch.device("meta"):
         net, ema, teacher = (build(args.preset) for _ in range(3))
     net, ema = shard(net, weights, device, train=True), shard(ema, weights, device)
@@ -134,7 +134,6 @@ def main(args: argparse.Namespace) -> None:
         if step % args.log_every == 0 and rank == 0:
             write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
         if step % args.save_every == 0 or step == args.steps:
-            save_state(folder, step, nets, optimizers)
             weights = gather(ema)
             shown = get_batch(data, args.seed, -1, 0, 1, 4, device)
             chunks = rollout(ema, meta, shown.rng, shown.x0.shape[1:], shown.prompt, shown.null, shown.camera)
@@ -142,6 +141,7 @@ def main(args: argparse.Namespace) -> None:
             if rank == 0:
                 save_checkpoint(args.out, weights, meta | {"step": step})
                 write_sheet(folder / f"sheet-{step:06d}.png", [vae.decode(shown.x0)[0], vae.decode(x0)[0]])
+            save_state(folder, step, nets, optimizers)  # last: a state to resume from implies its checkpoint
         # -- end -----------------------------------------------------------------------------------------------------
 
 

@@ -739,8 +739,8 @@ MAKERS = {  # stage: the command that makes its checkpoint
 }
 
 
-def load_checkpoint(path: Path, *stages: str) -> tuple[dict[str, Tensor], dict]:
-    """weights (memory-mapped), meta. Raises ValueError for a missing, broken or foreign file, or another stage's."""
+def load_checkpoint(path: Path, *stages: str, preset: str | None = None) -> tuple[dict[str, Tensor], dict]:
+    """weights (memory-mapped), meta. Raises ValueError for a missing, broken or foreign file, or the wrong stage's."""
     if not path.exists():
         hint = f"; `{MAKERS[path.stem]}` makes it" if path.stem in MAKERS else ""
         shipped = Path(__file__).parent / "ckpt/tiny" / path.name
@@ -753,6 +753,8 @@ def load_checkpoint(path: Path, *stages: str) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"{path}: truncated, or not a checkpoint of ours ({type(error).__name__})") from error
     if stages and stage not in stages:
         raise ValueError(f"{path}: expected a checkpoint of stage {' or '.join(stages)}, found {stage}")
+    if preset and meta["preset"] != preset:
+        raise ValueError(f"{path}: a {meta['preset']} network, but --preset is {preset}")
     return weights, meta
 
 

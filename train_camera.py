@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
     if args.no_camera:
         weights, source = fresh_weights(args.preset, camera=False, seed=args.seed), None
     else:
-        weights, source = load_checkpoint(args.init, "base", "camera")
+        weights, source = load_checkpoint(args.init, "base", "camera", preset=args.preset)
         weights, added = with_camera(weights)
         if rank == 0 and added:
             print(f"{args.init} has no camera: {added} PRoPE tensors start at zero")
@@ -131,7 +131,6 @@ def main(args: argparse.Namespace) -> None:
         if step % args.log_every == 0 and rank == 0:
             write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
         if step % args.save_every == 0 or step == args.steps:
-            save_state(folder, step, nets, optimizers)
             weights = gather(ema)
             shown = get_batch(data, args.seed, -1, 0, 1, 4, device)
             chunks = rollout(ema, meta, shown.rng, shown.x0.shape[1:], shown.prompt, shown.null, shown.camera)
@@ -139,6 +138,7 @@ def main(args: argparse.Namespace) -> None:
             if rank == 0:
                 save_checkpoint(args.out, weights, meta | {"step": step})
                 write_sheet(folder / f"sheet-{step:06d}.png", [vae.decode(shown.x0)[0], vae.decode(x0)[0]])
+            save_state(folder, step, nets, optimizers)  # last: a state to resume from implies its checkpoint
         # -- end -----------------------------------------------------------------------------------------------------
 
 

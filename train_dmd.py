@@ -138,8 +138,8 @@ def main(args: argparse.Namespace) -> None:
     folder = args.out.with_suffix("")  # beside the checkpoint: state to resume from, metrics, sheets of samples
     # -- end ---------------------------------------------------------------------------------------------------------
 
-    weights, source = load_checkpoint(args.init, "ode", "cd", "dmd")
-    score_weights, scores = load_checkpoint(args.scores, "camera")
+    weights, source = load_checkpoint(args.init, "ode", "cd", "dmd", preset=args.preset)
+    score_weights, scores = load_checkpoint(args.scores, "camera", preset=args.preset)
     if (scores["shift"], scores["K"]) != (source["shift"], source["K"]):
         raise ValueError(f"{args.init} and {args.scores} differ in noise schedule or camera: shift {source['shift']} "
                          f"and {scores['shift']}, K {source['K']} and {scores['K']}")
@@ -194,7 +194,6 @@ def main(args: argparse.Namespace) -> None:
         if step % args.log_every == 0 and rank == 0:
             write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
         if step % args.save_every == 0 or step == args.steps:
-            save_state(folder, step, nets, optimizers)
             weights = gather(ema)
             shown = get_batch(data, args.seed, -1, 0, 1, 4, device)
             chunks = rollout(ema, meta, shown.rng, shown.x0.shape[1:], shown.prompt, shown.null, shown.camera)
@@ -202,6 +201,7 @@ def main(args: argparse.Namespace) -> None:
             if rank == 0:
                 save_checkpoint(args.out, weights, meta | {"step": step})
                 write_sheet(folder / f"sheet-{step:06d}.png", [vae.decode(shown.x0)[0], vae.decode(x0)[0]])
+            save_state(folder, step, nets, optimizers)  # last: a state to resume from implies its checkpoint
         # -- end -----------------------------------------------------------------------------------------------------
 
 
