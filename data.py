@@ -68,7 +68,7 @@ def parse_trajectory(text: str) -> Tensor:
     for part in text.replace(" ", "").split(","):
         keys, _, count = part.partition("*")
         unknown = [key for key in keys.split("+") if key not in KEYS]
-        if unknown or ("*" in part and not (count.isdecimal() and int(count) > 0)):
+        if unknown or ("*" in part and not (count.isdecimal() and 0 < int(count) <= 10**4)):
             raise ValueError(f"trajectory {text!r}: cannot read {part!r}. {GRAMMAR}")
         move, yaw, pitch = (torch.tensor([KEYS[key][n] for key in keys.split("+")], dtype=torch.float64).sum(0)
                             for n in (1, 2, 3))
@@ -90,7 +90,8 @@ def invert_se3(pose: Tensor) -> Tensor:
 
 def intrinsics(K: tuple[float, ...] | list[float]) -> Tensor:
     """(fx, fy, cx, cy), normalised by width and height -> [3 3] fp32. Raises ValueError when out of range."""
-    if len(K) != 4 or not all(math.isfinite(k) for k in K) or not (0.05 < K[0] < 20 and 0.05 < K[1] < 20):
+    if not isinstance(K, (list, tuple)) or len(K) != 4 or not all(
+            isinstance(k, (int, float)) and math.isfinite(k) for k in K) or not all(0.05 < k < 20 for k in K[:2]):
         raise ValueError(f"K {K}: expected (fx/W, fy/H, cx/W, cy/H) with focal lengths between 0.05 and 20, not pixels")
     fx, fy, cx, cy = K
     if not (0 <= cx <= 1 and 0 <= cy <= 1):
@@ -151,6 +152,8 @@ def _camera_path(spec: str | dict, name: str) -> CameraPath:
     if not isinstance(spec, dict):
         raise ValueError(f"expected a pose string or an object, found {spec!r}")
     name, prompt = str(spec.get("id", name)), spec.get("caption", spec.get("prompt"))
+    if prompt is not None and not (isinstance(prompt, str) and prompt.strip()):
+        raise ValueError(f"path {name!r}: its prompt is {prompt!r}, expected a description of the world")
     if "trajectory" in spec:
         kind, poses, K = "w2c", parse_trajectory(str(spec["trajectory"])), spec.get("K")
     elif "c2w" in spec or "w2c" in spec:

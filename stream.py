@@ -124,11 +124,14 @@ def write_video(path: Path, video: Tensor, fps: float, keys: list[set[str]] | No
     for t, frame in enumerate(frames):
         if keys is not None:
             draw_keys(frame, keys[-(-t // 4)])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".gif":
-        imageio.imwrite(path, frames, duration=1000 / fps, loop=0)
-    else:
-        imageio.imwrite(path, frames, fps=fps, codec="libx264", macro_block_size=2, output_params=["-crf", "12"])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".gif":
+            imageio.imwrite(path, frames, duration=1000 / fps, loop=0)
+        else:
+            imageio.imwrite(path, frames, fps=fps, codec="libx264", macro_block_size=2, output_params=["-crf", "12"])
+    except OSError as error:
+        raise ValueError(f"{path}: could not be written ({error})") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -175,27 +178,33 @@ def named_colours(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> T
 def read_pose(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
     """Rotation error in degrees and translation error in units [b n]: where was each frame [b 3 n h w] seen from?
 
-    Pattern search around the commanded poses [b n 4 4]: yaw, pitch, x, y, z, in steps halved from 8 degrees and 0.16.
+    Damped Gauss-Newton (Levenberg-Marquardt) around the commanded poses [b n 4 4], over yaw, pitch, x, y, z together:
+    one at a time, a step to the side would be read as a turn. Slopes are measured over a wide step at first (4 degrees,
+    0.08 units), since what is far off agrees with no small change, and over a narrow one at last.
     """
-    def error(c2w):
-        image = paint(cast(scene.pillars, invert_se3(c2w), K, video.shape[-1]), scene.colours, scene.looks)
-        return (image - video).square().mean((1, 3, 4))  # [b n]
+    unit = torch.tensor([math.radians(1), math.radians(1), 0.02, 0.02, 0.02])
+
+    def view(c2w: Tensor) -> Tensor:
+        return paint(cast(scene.pillars, invert_se3(c2w), K, video.shape[-1]), scene.colours, scene.looks)
+
+    def moved(c2w: Tensor, amount: Tensor) -> Tensor:  # amount [... 5] in units
+        delta, amount = torch.eye(4).repeat(*amount.shape[:-1], 1, 1), amount * unit
+        delta[..., :3, :3], delta[..., :3, 3] = rotation(amount[..., 0], amount[..., 1]), amount[..., 2:]
+        return c2w @ delta
 
     start = c2w = invert_se3(viewmats)
-    best = error(c2w)
-    for size in (1.0, 1.0, 0.5, 0.25, 0.125, 0.0625):
-        for axis in range(5):
-            trials = [(best, c2w)]
-            for sign in (-size, size):
-                amount = torch.zeros(5)
-                amount[axis] = sign
-                delta = torch.eye(4)
-                delta[:3, :3] = rotation(*(amount[:2] * math.radians(8)))
-                delta[:3, 3] = amount[2:] * 0.16
-                trials.append((error(c2w @ delta), c2w @ delta))
-            best, choice = torch.stack([e for e, _ in trials]).min(0)
-            for n, (_, pose) in enumerate(trials[1:], start=1):
-                c2w = torch.where((choice == n)[..., None, None], pose, c2w)
+    image, damping = view(c2w), torch.full(c2w.shape[:2], 0.01)
+    for wide in (4.0, 3.0, 2.0, 1.0, 1.0, 0.5):
+        rise = [view(moved(c2w, wide * axis)) - view(moved(c2w, -wide * axis)) for axis in torch.eye(5)]
+        J = rearrange(rise, "k b c n h w -> b n (c h w) k") / (2 * wide)
+        H, g = J.mT @ J, J.mT @ rearrange(video - image, "b c n h w -> b n (c h w) 1")
+        H = H + damping[..., None, None] * H.diagonal(dim1=-2, dim2=-1).diag_embed() + 1e-6 * torch.eye(5)
+        trial = moved(c2w, torch.linalg.solve(H, g)[..., 0].clamp(-12, 12))
+        tried = view(trial)
+        better = (tried - video).square().mean((1, 3, 4)) < (image - video).square().mean((1, 3, 4))  # [b n]
+        c2w = torch.where(better[..., None, None], trial, c2w)
+        image = torch.where(better[:, None, :, None, None], tried, image)
+        damping = torch.where(better, damping / 4, damping * 8)
     turn = start[..., :3, :3].mT @ c2w[..., :3, :3]
     angle = torch.arccos(((turn.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2).clamp(-1, 1))
     return torch.rad2deg(angle), (c2w - start)[..., :3, 3].norm(dim=-1)
@@ -220,7 +229,7 @@ def coverage(looks: Tensor, seen: Tensor) -> float:
         counts = torch.bincount(looks[seen[:, panel], panel], minlength=len(LOOKS)).double()
         if counts.sum() >= 8:
             p = counts / counts.sum()
-            bias = (len(LOOKS) - 1) / (2 * counts.sum())  # Miller-Madow: a finite sample looks less even than it is
+            bias = ((counts > 0).sum() - 1) / (2 * counts.sum())  # Miller-Madow: few samples look uneven
             entropies.append(-(p * p.clamp_min(1e-12).log()).sum() + bias)
     return (torch.stack(entropies).mean() / math.log(len(LOOKS))).item() if entropies else float("nan")
 
@@ -254,7 +263,7 @@ def measure(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor, chunk: int
 def score(net: nn.Module, vae: WanVAE, meta: dict, args: argparse.Namespace) -> dict:
     """Held-out rooms along held-out paths. Prints as it goes; returns the averages."""
     group = 8
-    if args.scenes % group:
+    if args.scenes < group or args.scenes % group:
         raise ValueError(f"--scenes {args.scenes}: expected a multiple of {group}, the number of candidate paths")
     chunk = meta["chunk"] or 2
     prompts, paths, scene = sample_toy(args.scenes, mix(args.score_seed, 4), meta["frames"] - 1, held=True)
@@ -310,19 +319,23 @@ def main(args: argparse.Namespace) -> None:
     vae = load_vae(args.vae or (beside if beside.exists() else SHIPPED / "vae.pt"), device)
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"--steps {args.steps}: expected at least 1")
+    if args.guidance is not None and not math.isfinite(args.guidance):
+        raise ValueError(f"--guidance {args.guidance}: expected a finite number")
+    if args.out.suffix not in (".mp4", ".gif"):
+        raise ValueError(f"--out {args.out}: expected a name that ends in .mp4 or .gif")
     meta |= {name: value for name, value in (("steps", args.steps), ("guidance", args.guidance)) if value is not None}
     print(f"{ckpt}: stage {meta['stage']}, trained for {meta['step']} steps; {meta['steps']} sampling steps, "
           f"guidance {meta['guidance']:g}", file=sys.stderr)
 
+    if args.prompt is not None and not args.prompt.strip():
+        raise ValueError("--prompt is empty: expected a description of the world")
     paths = read_camera(args.camera)
-    for path in paths:
-        prompt = next(text for text in (args.prompt, path.prompt, TOY_PROMPT) if text is not None)
-        if not prompt.strip():
-            raise ValueError("--prompt is empty: expected a description of the world")
-        K = intrinsics(path.K or meta["K"])
-        if (K - intrinsics(meta["K"])).abs().max() > 1e-3 and not args.other_intrinsics:
+    for path in paths:  # all of them before the first is walked
+        if (intrinsics(path.K or meta["K"]) - intrinsics(meta["K"])).abs().max() > 1e-3 and not args.other_intrinsics:
             raise ValueError(f"{args.camera}: K {path.K}, but {ckpt} was trained with {meta['K']}; "
                              "--other-intrinsics to insist")
+    for path in paths:
+        prompt, K = args.prompt or path.prompt or TOY_PROMPT, intrinsics(path.K or meta["K"])
         Ks = K.expand(len(path.viewmats), 3, 3)
         if args.score or args.bench:
             timing = bench(net, vae, meta, prompt, path.viewmats, Ks)

@@ -108,7 +108,7 @@ def main(args: argparse.Namespace) -> None:
     step = load_state(folder, nets, optimizers) if args.resume else 0
     bar = tqdm(total=args.steps, initial=step, desc=meta["stage"], disable=rank > 0)
     while step < args.steps:
-        t0, loss_sum = time.time(), 0.0
+        t0, loss_sum, ids = time.time(), 0.0, []
         optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
         for micro in range(args.accum):
             net.set_requires_gradient_sync(micro == args.accum - 1)  # reduce over ranks once a step
@@ -117,9 +117,9 @@ def main(args: argparse.Namespace) -> None:
             camera = None if args.no_camera else batch.camera
             loss = flow_matching_loss(net, batch, camera, args.shift, args.null_prob) / args.accum
             loss.backward()
-            loss_sum += loss.detach()
+            loss_sum, ids = loss_sum + loss.detach(), ids + batch.ids
         grad_norm = nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm).full_tensor()
-        metrics = check_finite(step, {"loss": loss_sum, "grad_norm": grad_norm}, batch.ids)
+        metrics = check_finite(step, {"loss": loss_sum, "grad_norm": grad_norm}, ids)
         optimizer.step()
         optimizer.zero_grad()
         update_ema(ema, net, args.ema_decay)

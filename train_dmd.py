@@ -52,7 +52,6 @@ RECIPES = {
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--init", type=Path, default=Path("ckpt/ode.pt"), help="few-step causal student to start from")
-    p.add_argument("--scores", type=Path, default=Path("ckpt/camera.pt"), help="bidirectional camera model")
     p.add_argument("--data", type=Path, default=Path("data/toy"), help="latents folder (python data.py)")
     p.add_argument("--out", type=Path, default=Path("ckpt/dmd.pt"), help="checkpoint to write")
     p.add_argument("--preset", default="tiny", choices=RECIPES, help="network, and the defaults of the flags below")
@@ -63,6 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--lr", type=float)
     p.add_argument("--max-grad-norm", type=float)
     p.add_argument("--ema-decay", type=float)
+    p.add_argument("--scores", type=Path, default=Path("ckpt/camera.pt"), help="bidirectional, starts both scores")
     p.add_argument("--critic-lr", type=float)
     p.add_argument("--critic-updates", type=int, help="fake_score steps per generator step")
     p.add_argument("--guidance", type=float, help="of real_score, null + w (cond - null)")
@@ -166,7 +166,7 @@ def main(args: argparse.Namespace) -> None:
             number = step * (1 + args.critic_updates) + update
             shared = torch.Generator().manual_seed(mix(args.seed, 3, number))  # the same on every rank
             exit_step = int(torch.randint(meta["steps"], (), generator=shared))
-            loss_sum = 0.0
+            loss_sum, ids = 0.0, []
             for micro in range(args.accum):
                 turn.set_requires_gradient_sync(micro == args.accum - 1)  # reduce over ranks once an update
                 part, parts = micro * world_size + rank, args.accum * world_size
@@ -178,10 +178,10 @@ def main(args: argparse.Namespace) -> None:
                     loss = critic_loss(generator, fake_score, batch, levels, exit_step, meta["chunk"], meta["shift"])
                 loss = loss / args.accum
                 loss.backward()
-                loss_sum += loss.detach()
+                loss_sum, ids = loss_sum + loss.detach(), ids + batch.ids
             grad_norm = nn.utils.clip_grad_norm_(turn.parameters(), args.max_grad_norm).full_tensor()
             name = "critic_" if update else ""
-            metrics |= check_finite(step, {f"{name}loss": loss_sum, f"{name}grad_norm": grad_norm}, batch.ids)
+            metrics |= check_finite(step, {f"{name}loss": loss_sum, f"{name}grad_norm": grad_norm}, ids)
             opt.step()
             opt.zero_grad()
             if update == 0:

@@ -1,0 +1,87 @@
+"""
+What the tests share: two ways to run a script, and one miniature run of the whole recipe.
+
+The chain has 16 videos of 4 latent frames and two steps a stage, its learning rate high and its EMA short: two steps
+must move the weights that the next stage reads, or nothing would depend on them.
+"""
+import contextlib
+import gc
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import pytest
+import torch
+import torch.distributed as dist
+
+torch.set_num_threads(1)  # as in the processes below: the networks are tiny, and the numbers depend on it
+
+MINIATURE = "--batch-size 2 --lr 5e-3 --ema-decay 0.5 --log-every 1".split()
+SCRIPTS = {
+    "base": ("train_camera.py", "--no-camera", "--warmup", "0", "--sampling-steps", "4"),
+    "camera": ("train_camera.py", "--warmup", "0", "--sampling-steps", "4"),
+    "ar": ("train_ar.py", "--warmup", "0", "--sampling-steps", "4"),
+    "ode": ("distill_ode.py", "--warmup", "0"),
+    "cd": ("distill_cd.py", "--warmup", "0"),
+    "dmd": ("train_dmd.py", "--critic-lr", "5e-3", "--critic-updates", "2"),
+}  # stage: its script and what makes it short
+STAGES = [stage for stage in SCRIPTS if stage != "base"]
+
+
+def command(script, *flags, nproc=1):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", nproc] if nproc > 1 else []
+    return [str(part) for part in (sys.executable, *torchrun, ROOT / script, *flags)]
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def run(script, *flags, cwd, nproc=1):
+    """The script in a process of its own, or in nproc of them under torchrun."""
+    line = command(script, *flags, nproc=nproc)
+    return subprocess.run(line, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
+
+
+def call(script, *flags, cwd):
+    """The script in this process, __main__ block and all: seconds faster. Exits by SystemExit, as Python sees it."""
+    argv, sys.argv = sys.argv, [script, *map(str, flags)]
+    try:
+        with contextlib.chdir(cwd):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        sys.argv = argv
+        if dist.is_initialized():  # the script stopped half-way
+            gc.collect()
+            dist.destroy_process_group()
+
+
+def refusal(script, *flags, cwd):
+    """The one line with which a script refuses to run: Python prints a SystemExit's text to stderr and exits with 1."""
+    try:
+        with pytest.raises(SystemExit) as stop:
+            call(script, *flags, cwd=cwd)
+    except Exception as error:
+        pytest.fail(f"a traceback instead of one line: {error!r}", pytrace=False)
+    message = stop.value.code
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
+    return message
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """A folder in which the recipe ran once, start to end. Tests read it, and write elsewhere."""
+    folder = tmp_path_factory.mktemp("chain")
+    commands = [("data.py", "--count", "16", "--frames", "4", "--vae-steps", "3")]
+    for stage, (script, *flags) in SCRIPTS.items():
+        if stage == "ode":
+            commands.append((script, "--generate", "--pairs-count", "4", "--batch-size", "2"))
+        commands.append((script, *MINIATURE, *flags, "--steps", "2"))
+    for line in commands:
+        done = run(*line, cwd=folder)
+        assert done.returncode == 0, f"{' '.join(line)}\n{done.stderr}"
+    return folder

@@ -1,0 +1,326 @@
+"""
+stream.py on the miniature chain's checkpoints: what it writes, that streaming changes nothing, what it measures and
+whether the measures are right (ground truth instead of a model), and what bad input gets.
+"""
+import json
+import math
+
+import imageio.v3 as imageio
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import SCRIPTS, call, refusal
+from data import (
+    K_SQUARE, KEYS, LOOKS, N_PANELS, STEP, cast, encode_words, intrinsics, invert_se3, paint, parse_trajectory,
+    read_camera, render, rotation, sample_toy,
+)
+from model import guide, load_net, load_vae, noise_levels, rollout
+from stream import TOY_PROMPT, coverage, edge_ratio, explain, measure, pressed, psnr, read_pose, sharpness, stream
+
+CPU = torch.device("cpu")
+OTHER_PROMPT = ("red left wall, green right wall, yellow far wall, purple floor, blue ceiling, "
+                "near right white pillar, far middle cyan pillar")
+
+
+@torch.no_grad()
+def open_ckpt(chain, stage):
+    """A checkpoint's network, VAE and meta, the weights shaken: after two steps the camera hardly moves a pixel."""
+    net, meta = load_net(chain / f"ckpt/{stage}.pt", CPU)
+    rng = torch.Generator().manual_seed(0)
+    for name, p in net.named_parameters():
+        if p.ndim > 1:
+            p += (0.5 if name.endswith("modulation") else p.shape[1] ** -0.5) * torch.randn(p.shape, generator=rng)
+    return net, load_vae(chain / "ckpt/vae.pt"), meta
+
+
+def walk(net, vae, meta, path, prompts=(TOY_PROMPT,), seeds=(0,), seconds=None):
+    """The whole video [b 3 t H W] along a pose string or viewmats [f 4 4], and the number of pieces it came in."""
+    viewmats = parse_trajectory(path) if isinstance(path, str) else path
+    viewmats = viewmats.expand(len(prompts), *viewmats.shape)
+    Ks = intrinsics(meta["K"]).expand(*viewmats.shape[:2], 3, 3)
+    pieces = list(stream(net, vae, meta, list(prompts), viewmats, Ks, list(seeds), seconds))
+    return torch.cat(pieces, dim=2), len(pieces)
+
+
+def film(path):
+    return [frame for frame in imageio.imiter(path)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- Files
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_every_stage_streams_to_a_file(chain, tmp_path, stage):
+    call("stream.py", "--ckpt", f"ckpt/{stage}.pt", "--camera", "w*2,l+w*2", "--out", tmp_path / "walk.mp4", cwd=chain)
+    frames = film(tmp_path / "walk.mp4")
+    assert len(frames) == 1 + 4 * (5 - 1) and {frame.shape for frame in frames} == {(256, 256, 3)}
+    strip = 3 * 5 * 32  # every fourth of the frames, three times enlarged; the room that explains them above
+    assert imageio.imread(tmp_path / "walk.png").shape == (3 * 2 * 33, strip, 3)
+
+
+@pytest.mark.parametrize("entry", (
+    "w*2,l", {"trajectory": "w*2,l"}, {"trajectory": "w*2,l", "K": K_SQUARE},
+    {"c2w": invert_se3(parse_trajectory("w*2,l")).tolist()},
+    {"w2c": parse_trajectory("w*2,l").tolist(), "K": K_SQUARE, "prompt": TOY_PROMPT},
+))
+def test_camera_from_json_is_the_pose_string(chain, tmp_path, entry):
+    (tmp_path / "path.json").write_text(json.dumps(entry))
+    path, = read_camera(str(tmp_path / "path.json"))
+    torch.testing.assert_close(path.viewmats, parse_trajectory("w*2,l"))
+    call("stream.py", "--camera", tmp_path / "path.json", "--out", tmp_path / "walk.mp4", cwd=chain)
+    assert len(film(tmp_path / "walk.mp4")) == 13
+
+
+def test_several_paths_give_several_videos(chain, tmp_path):
+    paths = [{"id": "left", "caption": TOY_PROMPT, "trajectory": "a"},
+             {"id": "on", "caption": "fog", "trajectory": "w*2"}]
+    (tmp_path / "paths.json").write_text(json.dumps(paths))
+    call("stream.py", "--camera", tmp_path / "paths.json", "--out", tmp_path / "walk.mp4", cwd=chain)
+    assert len(film(tmp_path / "walk-left.mp4")) == 5 and len(film(tmp_path / "walk-on.mp4")) == 9
+
+
+def test_gif(chain, tmp_path):
+    call("stream.py", "--camera", "w*2,l", "--out", tmp_path / "walk.gif", cwd=chain)
+    assert imageio.imread(tmp_path / "walk.gif").shape == (13, 256, 256, 3)
+
+
+def test_pressed_keys_are_read_off_the_path():
+    for key in KEYS:
+        assert pressed(parse_trajectory(f"{key}*2")) == [set(), {key}, {key}]
+    assert pressed(parse_trajectory("w+l,s+i,a+u+j")) == [set(), {"w", "l"}, {"s", "i"}, {"a", "u", "j"}]
+
+
+def test_keys_are_drawn_at_the_bottom(chain, tmp_path):
+    for name, flags in ("plain", []), ("keys", ["--keys"]):
+        call("stream.py", "--camera", "w*2", "--out", tmp_path / f"{name}.mp4", *flags, cwd=chain)
+    plain, keys = (film(tmp_path / f"{name}.mp4")[-1].astype(int) for name in ("plain", "keys"))
+    change = abs(keys - plain).mean((1, 2))  # of each row
+    assert change[-40:].mean() > 10 and change[:-48].mean() < 2  # compression leaves a trace elsewhere
+
+
+# --------------------------------------------------------------------------------------------------------------- Stream
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_checkpoint_streams_with_its_own_sampler(chain, stage):
+    net, vae, meta = open_ckpt(chain, stage)
+    viewmats, prompt, rng = parse_trajectory("w"), encode_words(TOY_PROMPT)[None], torch.Generator().manual_seed(5)
+    camera = (viewmats[None], intrinsics(meta["K"]).expand(1, 2, 3, 3)) if stage != "base" else None
+    levels, draw = noise_levels(4, meta["shift"]), lambda: torch.randn(1, 2, 8, 8, 8, generator=rng)
+    x_t = draw()  # two latent frames: one chunk, no past
+    with torch.no_grad():
+        for sigma, lower in zip(levels, levels[1:]):
+            v, null = (net(x_t, torch.full((1, 2), sigma), text, camera) for text in (prompt, torch.zeros_like(prompt)))
+            if stage in ("base", "camera", "ar"):  # Euler steps, guided
+                x_t = x_t + (lower - sigma) * guide(v, null, meta["guidance"])
+            else:  # predict, and noise again
+                x_t = (1 - lower) * (x_t - sigma * v) + (lower * draw() if lower else 0)
+        expected = vae.decode(x_t)[0].clamp(-1, 1)
+    torch.testing.assert_close(walk(net, vae, meta, viewmats, seeds=[5])[0], expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("stage", ("camera", "ar", "dmd"))
+def test_streamed_video_equals_whole_decode(chain, stage):
+    net, vae, meta = open_ckpt(chain, stage)
+    path = "w*2,l*3,a"  # seven latent frames: with chunks of two, the last one is held for an eighth
+    video, pieces = walk(net, vae, meta, path)
+    f = 7 + (-7 % meta["chunk"] if meta["chunk"] else 0)
+    viewmats = parse_trajectory(path)
+    viewmats = torch.cat([viewmats, viewmats[-1:].expand(f - 7, 4, 4)])[None]
+    camera, prompt = (viewmats, intrinsics(meta["K"]).expand(1, f, 3, 3)), encode_words(TOY_PROMPT)[None]
+    x0 = rollout(net, meta, [torch.Generator().manual_seed(0)], (f, 8, 8, 8), prompt, torch.zeros_like(prompt), camera)
+    with torch.no_grad():
+        whole = vae.decode(torch.cat(list(x0), dim=1))[0][:, :, : 1 + 4 * 6].clamp(-1, 1)
+    assert pieces == (f // meta["chunk"] if meta["chunk"] else 1)
+    torch.testing.assert_close(video, whole, atol=2e-5, rtol=0)
+
+
+def test_path_that_ends_within_a_chunk_is_held(chain):
+    net, vae, meta = open_ckpt(chain, "dmd")
+    short = parse_trajectory("w*2")  # three latent frames, chunks of two
+    held = torch.cat([short, short[-1:]])
+    (a, _), (b, _) = walk(net, vae, meta, short), walk(net, vae, meta, held)
+    assert a.shape[2] == 9 and b.shape[2] == 13
+    torch.testing.assert_close(a, b[:, :, :9])
+
+
+def test_seed_prompt_and_path_each_decide_the_video(chain):
+    net, vae, meta = open_ckpt(chain, "dmd")
+    video, again, seed, prompt, path = (walk(net, vae, meta, *change)[0] for change in (
+        ("l*3",), ("l*3",), ("l*3", [TOY_PROMPT], [1]), ("l*3", [OTHER_PROMPT]), ("j*3",)))
+    assert torch.equal(video, again)
+    assert min((video - other).abs().max() for other in (seed, prompt, path)) > 1e-3  # through an untrained decoder
+
+
+@pytest.mark.parametrize("stage", ("ar", "dmd"))
+def test_batch_of_two_equals_each_alone(chain, stage):
+    net, vae, meta = open_ckpt(chain, stage)
+    both = walk(net, vae, meta, "w*3", [TOY_PROMPT, OTHER_PROMPT], [3, 4])[0]
+    for n, (prompt, seed) in enumerate(((TOY_PROMPT, 3), (OTHER_PROMPT, 4))):
+        torch.testing.assert_close(both[n : n + 1], walk(net, vae, meta, "w*3", [prompt], [seed])[0], atol=2e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------- Measures
+
+
+def test_score_is_one_line_of_finite_numbers(chain, tmp_path, capsys):
+    call("stream.py", "--score", "--scenes", "8", "--seed", "3", "--out", tmp_path / "score.mp4", cwd=chain)
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(row) >= set(
+        "psnr psnr_ceiling psnr_copy_first psnr_shuffled_camera sharpness counterfactual_accuracy chance rot_err_deg "
+        "trans_err prompt_accuracy coverage boundary_jump fps first_frame_s steps scenes seed".split())
+    assert all(math.isfinite(value) for value in row.values() if not isinstance(value, str))
+    assert (row["scenes"], row["seed"], row["steps"], row["chance"]) == (8, 3, 4, 1 / 8)
+    assert (tmp_path / "score.png").exists()
+
+
+def test_bench_says_where_the_time_goes(chain, capsys):
+    call("stream.py", "--bench", "--camera", "w*3", cwd=chain)
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["fps"] > 0 and row["first_frame_s"] > 0 and row["frames"] == 13
+    assert set(row["ms_per_frame"]) == {"text", "denoise", "commit", "decode"}
+    assert sum(row["ms_per_frame"].values()) == pytest.approx(1000 / row["fps"], rel=0.3)
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Eight held-out rooms and paths of five latent frames, seen as they are."""
+    _, paths, scene = sample_toy(8, seed=3, steps=4, held=True)
+    viewmats, K = torch.stack([parse_trajectory(path) for path in paths]), intrinsics(K_SQUARE)
+    return scene, viewmats, K, render(scene, viewmats, K, 32)
+
+
+def test_explain_finds_the_true_room(world):
+    scene, viewmats, K, video = world
+    found, looks, seen = explain(video, scene, viewmats, K)
+    assert psnr(found, video).min() > 35 and (looks == scene.looks)[seen].all() and seen.sum(1).min() >= 3
+
+
+def test_measures_of_a_perfect_video(world):
+    scene, viewmats, K, video = world
+    row = measure(video, scene, viewmats, K, chunk=2, candidates=8)
+    mean = {name: z.nanmean().item() for name, z in row.items() if z.is_floating_point()}
+    assert mean["psnr"] > 35 and mean["counterfactual_accuracy"] == 1
+    assert mean["psnr_shuffled_camera"] < 18 and mean["psnr_copy_first"] < 20
+    assert mean["sharpness"] == pytest.approx(1, abs=0.01) and mean["boundary_jump"] == pytest.approx(1, abs=0.01)
+    assert mean["prompt_accuracy"] > 0.97 and mean["rot_err_deg"] < 0.1 and mean["trans_err"] < 0.005
+
+
+def test_prompt_accuracy_counts_wrong_colours(world):
+    scene, viewmats, K, video = world
+    wrong = scene._replace(colours=(scene.colours + torch.tensor([0, 0, 1, 0, 0, 0, 0, 0])) % 8)  # the far wall's
+    accuracy = measure(video, wrong, viewmats, K, chunk=2, candidates=2)["prompt_accuracy"]
+    assert 0.6 < accuracy.mean() < 0.9  # six of seven, where all seven can be seen
+
+
+def test_psnr_is_in_decibels():
+    video = torch.zeros(2, 3, 5, 8, 8)
+    assert psnr(video, video + 0.2).tolist() == pytest.approx([20, 20])  # of a range of 2: 20 log10(2 / 0.2)
+
+
+def test_sharpness_falls_with_blur(world):
+    video = world[-1]
+    blurred = F.avg_pool3d(video, (1, 3, 3), stride=1, padding=(0, 1, 1), count_include_pad=False)
+    assert (sharpness(blurred) / sharpness(video)).max() < 0.8
+
+
+def test_edge_ratio_is_the_jump_between_chunks():
+    change = torch.ones(24)
+    change[[4, 12, 20]] = 2.0  # chunks of two latents: frames 0-4, 5-12, 13-20, 21-24
+    video = F.pad(change.cumsum(0), (1, 0)).view(1, 1, -1, 1, 1).expand(1, 3, 25, 4, 4)
+    assert edge_ratio(video, 2).item() == pytest.approx(2)
+
+
+def test_coverage_follows_the_prior():
+    seen = torch.ones(64, N_PANELS, dtype=torch.bool)
+    looks = torch.randint(len(LOOKS), (64, N_PANELS), generator=torch.Generator().manual_seed(0))
+    assert coverage(looks, seen) == pytest.approx(1, abs=0.02)
+    assert coverage(looks % 2, seen) == pytest.approx(0.5, abs=0.03)
+    assert coverage(torch.zeros_like(looks), seen) == pytest.approx(0, abs=0.02)
+
+
+@pytest.mark.parametrize("turn, move", [
+    ((0, 0), (0, 0, 0)), ((3, 0), (0, 0, 0)), ((0, -3), (0, 0, 0)), ((0, 0), (0, 0, -STEP)), ((0, 0), (STEP, 0, 0)),
+    ((0, 0), (0, STEP, 0)),
+])
+def test_read_pose_recovers_a_known_offset(world, turn, move):
+    scene, viewmats, K, _ = world
+    offset = torch.eye(4)
+    offset[:3, :3], offset[:3, 3] = rotation(*torch.deg2rad(torch.tensor(turn).float())), torch.tensor(move)
+    asked = viewmats[:, [1, 3]]
+    video = paint(cast(scene.pillars, invert_se3(invert_se3(asked) @ offset), K, 32), scene.colours, scene.looks)
+    degrees, units = read_pose(video, scene, asked, K)
+    assert degrees.mean().item() == pytest.approx(math.hypot(*turn), abs=0.5)
+    assert units.mean().item() == pytest.approx(math.hypot(*move), abs=0.025)
+
+
+# ------------------------------------------------------------------------------------------------------------ Bad input
+
+
+SHEAR = torch.eye(4) + 0.1 * torch.ones(4, 4).triu(1) * torch.tensor([1, 1, 1, 0])
+
+
+@pytest.mark.parametrize("text, found", [
+    ("{", "not JSON"), ("7", ""), ("{}", ""), ('{"trajectory": 7}', ""), ('{"trajectory": "w*2,x"}', "'x'"),
+    (json.dumps({"c2w": [torch.eye(4).tolist(), SHEAR.tolist()]}), "pose 1 is not a rigid transform"),
+    (json.dumps({"w2c": [torch.eye(4).tolist(), [[math.nan] * 4] * 4]}), "pose 1"),
+    (json.dumps({"c2w": torch.eye(4).tolist()}), "4x4"), ('{"c2w": []}', "4x4"), ('{"c2w": "w*2"}', ""), ("[]", ""),
+    (json.dumps({"trajectory": "w", "K": [320, 320, 160, 160]}), "not pixels"),
+    (json.dumps({"trajectory": "w", "K": [0.5, 0.5, 2, 0.5]}), "principal point"),
+    (json.dumps({"trajectory": "w", "K": [0.5, 0.5]}), "expected (fx/W, fy/H, cx/W, cy/H)"),
+    (json.dumps({"trajectory": "w", "K": 0.5}), "K"),
+    (json.dumps({"c2w": [torch.eye(4).tolist()] * 2, "K": [math.nan] * 4}), "K"),
+    (json.dumps({"trajectory": "w", "K": [0.7, 0.7, 0.5, 0.5]}), "--other-intrinsics"),
+    (json.dumps({"trajectory": "w", "prompt": ""}), "prompt"), (json.dumps({"trajectory": "w", "prompt": 7}), "prompt"),
+])
+def test_bad_path_file_is_refused_by_name(chain, tmp_path, text, found):
+    path = tmp_path / "path.json"
+    path.write_text(text)
+    for name in ("walk.mp4", "walk.png"):
+        (tmp_path / name).write_text("mine")
+    message = refusal("stream.py", "--camera", path, "--out", tmp_path / "walk.mp4", cwd=chain)
+    assert str(path) in message and found in message
+    assert all((tmp_path / name).read_text() == "mine" for name in ("walk.mp4", "walk.png"))
+
+
+@pytest.mark.parametrize("flags, found", [
+    (["--camera", "w*2,q"], "'q'"), (["--camera", ""], "trajectory"),
+    (["--camera", "none.json"], "none.json: no such file"),
+    (["--prompt", ""], "--prompt"), (["--prompt", "  "], "--prompt"), (["--steps", "0"], "--steps 0"),
+    (["--ckpt", "ckpt/none.pt"], "ckpt/none.pt: no such file"), (["--ckpt", "ckpt/vae.pt"], "ckpt/vae.pt: expected"),
+    (["--vae", "ckpt/ar.pt"], "ckpt/ar.pt: expected a checkpoint of stage vae, found ar"),
+    (["--score", "--scenes", "9"], "--scenes 9"), (["--score", "--scenes", "0"], "--scenes 0"),
+])
+def test_bad_flag_is_refused(chain, tmp_path, flags, found):
+    for name in ("walk.mp4", "walk.png"):
+        (tmp_path / name).write_text("mine")
+    assert found in refusal("stream.py", "--out", tmp_path / "walk.mp4", *flags, cwd=chain)
+    assert all((tmp_path / name).read_text() == "mine" for name in ("walk.mp4", "walk.png"))
+
+
+@pytest.mark.parametrize("name", ("walk.xyz", "walk", "file/walk.mp4"))
+def test_out_that_cannot_be_written_is_refused(chain, tmp_path, name):
+    (tmp_path / "file").write_text("mine")  # a file where a folder would have to be
+    assert str(tmp_path / name) in refusal("stream.py", "--camera", "w", "--out", tmp_path / name, cwd=chain)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("keep", (0, 100, 0.5))
+def test_truncated_checkpoint_is_refused(chain, tmp_path, keep):
+    whole = (chain / "ckpt/dmd.pt").read_bytes()
+    (tmp_path / "dmd.pt").write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
+    message = refusal("stream.py", "--ckpt", tmp_path / "dmd.pt", "--out", tmp_path / "walk.mp4", cwd=chain)
+    assert message.startswith(f"error: {tmp_path / 'dmd.pt'}: truncated") and not (tmp_path / "walk.mp4").exists()
+
+
+def test_other_intrinsics_can_be_insisted_on(chain, tmp_path):
+    (tmp_path / "path.json").write_text(json.dumps({"trajectory": "w*2", "K": [0.7, 0.7, 0.5, 0.5]}))
+    flags = ("--camera", tmp_path / "path.json", "--other-intrinsics")
+    call("stream.py", *flags, "--out", tmp_path / "walk.mp4", cwd=chain)
+    assert len(film(tmp_path / "walk.mp4")) == 9
+
+
+def test_default_checkpoint_is_the_chains_own(chain, tmp_path, capsys):
+    call("stream.py", "--camera", "w", "--out", tmp_path / "walk.mp4", cwd=chain)
+    assert "ckpt/dmd.pt" in capsys.readouterr().err
