@@ -160,7 +160,7 @@ def _camera_path(spec: str | dict, name: str) -> CameraPath:
         kind = "c2w" if "c2w" in spec else "w2c"
         poses, K = check_poses(torch.tensor(spec[kind], dtype=torch.float32), kind), spec.get("K")
     elif spec and all(isinstance(entry, dict) and "extrinsic" in entry for entry in spec.values()):
-        kind, entries = "c2w", list(spec.values())
+        kind, entries = "c2w", [spec[key] for key in sorted(spec, key=lambda key: (len(key), key))]  # "2" before "10"
         poses = check_poses(torch.tensor([entry["extrinsic"] for entry in entries], dtype=torch.float32), "extrinsic")
         (fx, _, cx), (_, fy, cy), _ = entries[0].get("K", ((0, 0, 0), (0, 0, 0), ()))
         if not (cx > 0 and cy > 0):
@@ -432,6 +432,13 @@ def open_latents(folder: str | Path) -> Latents:
     return Latents(folder, shards, starts, prompts, json.loads(shards[0].metadata()["meta"]))
 
 
+def check_data(data: Latents, source: dict) -> None:
+    """Raises ValueError when latents are not of the kind that the checkpoint described by `source` knows."""
+    for name in ("K", "size", "fps", "frames"):
+        if data.meta[name] != source[name]:
+            raise ValueError(f"{data.folder}: its {name} is {data.meta[name]}, the checkpoint's {source[name]}")
+
+
 @lru_cache(maxsize=8)
 def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, 1, epoch))).tolist()
@@ -478,6 +485,14 @@ def get_batch(data: Latents, seed: int, step: int, part: int, parts: int, size: 
     return Batch(*on[:3], (on[3], on[4]), rng, ids, prompt_ids, on_the_way)
 
 
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: expected at least 1")
+    return number
+
+
 def randn(rng: list[torch.Generator], *shape: int) -> Tensor:
     """Normal noise [b *shape], each sample from its own generator: the same on any device and any number of ranks."""
     return torch.stack([torch.randn(shape, generator=g) for g in rng])
@@ -514,10 +529,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=Path("data/toy"), help="latents folder to write")
     p.add_argument("--vae", type=Path, default=Path("ckpt/vae.pt"), help="trained here first if there is none")
-    p.add_argument("--count", type=int, default=4096, help="videos")
+    p.add_argument("--count", type=positive, default=4096, help="videos")
     p.add_argument("--frames", type=int, default=8, help="latent frames per video")
     p.add_argument("--size", type=int, default=32, help="pixels, height and width")
-    p.add_argument("--vae-steps", type=int, default=3000)
+    p.add_argument("--vae-steps", type=positive, default=3000)
     p.add_argument("--vae-lr", type=float, default=4e-3)
     p.add_argument("--seed", type=int, default=0)
     return p.parse_args(argv)
@@ -577,6 +592,8 @@ def main(args: argparse.Namespace) -> None:
     vae = load_vae(args.vae)
 
     args.out.mkdir(parents=True, exist_ok=True)
+    for old in [args.out / "prompts.safetensors", *args.out.glob("latents-*.safetensors")]:
+        old.unlink(missing_ok=True)  # the prompts first and written last: without them the folder does not open
     meta = {"K": list(K_SQUARE), "size": [args.size] * 2, "fps": FPS, "frames": args.frames, "vae": str(args.vae)}
     for start in tqdm(range(0, args.count, 512), "encode"):
         rows = slice(start, min(start + 512, args.count))

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Batch, get_batch, open_latents, rand, randn, write_log, write_sheet
+from data import Batch, check_data, get_batch, open_latents, positive, rand, randn, write_log, write_sheet
 from model import (
     add_noise, build, check_finite, gather, guide, load_checkpoint, load_state, load_vae, noise_levels, rollout,
     save_checkpoint, save_state, shard, start_process_group, update_ema, velocity_to_x0,
@@ -51,18 +51,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--out", type=Path, default=Path("ckpt/cd.pt"), help="checkpoint to write")
     p.add_argument("--preset", default="tiny", choices=RECIPES, help="network, and the defaults of the flags below")
     p.add_argument("--resume", action="store_true", help="continue from the state beside --out")
-    p.add_argument("--steps", type=int)
-    p.add_argument("--batch-size", type=int, help="videos per process and micro-batch")
-    p.add_argument("--accum", type=int, help="micro-batches per step")
+    p.add_argument("--steps", type=positive)
+    p.add_argument("--batch-size", type=positive, help="videos per process and micro-batch")
+    p.add_argument("--accum", type=positive, help="micro-batches per step")
     p.add_argument("--lr", type=float)
     p.add_argument("--max-grad-norm", type=float)
     p.add_argument("--ema-decay", type=float)
-    p.add_argument("--teacher-steps", type=int, help="intervals of the grid, a multiple of --sampling-steps")
+    p.add_argument("--teacher-steps", type=positive, help="intervals of the grid, a multiple of --sampling-steps")
     p.add_argument("--warmup", type=int, help="steps until lr is reached")
-    p.add_argument("--sampling-steps", type=int, help="of the student")
+    p.add_argument("--sampling-steps", type=positive, help="of the student")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--log-every", type=int, default=10)
-    p.add_argument("--save-every", type=int, default=500)
+    p.add_argument("--log-every", type=positive, default=10)
+    p.add_argument("--save-every", type=positive, default=500)
     p.set_defaults(**RECIPES[p.parse_known_args(argv)[0].preset])
     args = p.parse_args(argv)
     if args.teacher_steps % args.sampling_steps:
@@ -99,6 +99,7 @@ def main(args: argparse.Namespace) -> None:
     # -- end ---------------------------------------------------------------------------------------------------------
 
     weights, source = load_checkpoint(args.init, "ar", preset=args.preset)
+    check_data(data, source)
     with torch.device("meta"):
         net, ema, teacher = (build(args.preset) for _ in range(3))
     net, ema = shard(net, weights, device, train=True), shard(ema, weights, device)
@@ -135,13 +136,14 @@ def main(args: argparse.Namespace) -> None:
             write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
         if step % args.save_every == 0 or step == args.steps:
             weights = gather(ema)
+            if rank == 0:
+                save_checkpoint(args.out, weights, meta | {"step": step})
+            save_state(folder, step, nets, optimizers)  # after it: a state to resume from implies its checkpoint
             shown = get_batch(data, args.seed, -1, 0, 1, 4, device)
             chunks = rollout(ema, meta, shown.rng, shown.x0.shape[1:], shown.prompt, shown.null, shown.camera)
             x0 = torch.cat(list(chunks), dim=1)
             if rank == 0:
-                save_checkpoint(args.out, weights, meta | {"step": step})
                 write_sheet(folder / f"sheet-{step:06d}.png", [vae.decode(shown.x0)[0], vae.decode(x0)[0]])
-            save_state(folder, step, nets, optimizers)  # last: a state to resume from implies its checkpoint
         # -- end -----------------------------------------------------------------------------------------------------
 
 

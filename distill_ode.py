@@ -26,11 +26,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Batch, Latents, get_batch, open_latents, rand, randn, write_log, write_sheet
+from data import Batch, Latents, check_data, get_batch, open_latents, positive, rand, randn, write_log, write_sheet
 from model import (
     build, check_finite, denoise, gather, load_checkpoint, load_state, load_vae, noise_levels, rollout,
     save_checkpoint, save_state, shard, start_process_group, update_ema, velocity_to_x0,
@@ -53,21 +54,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--out", type=Path, default=Path("ckpt/ode.pt"), help="checkpoint to write")
     p.add_argument("--preset", default="tiny", choices=RECIPES, help="network, and the defaults of the flags below")
     p.add_argument("--resume", action="store_true", help="continue from the state beside --out")
-    p.add_argument("--steps", type=int)
-    p.add_argument("--batch-size", type=int, help="videos per process and micro-batch")
-    p.add_argument("--accum", type=int, help="micro-batches per step")
+    p.add_argument("--steps", type=positive)
+    p.add_argument("--batch-size", type=positive, help="videos per process and micro-batch")
+    p.add_argument("--accum", type=positive, help="micro-batches per step")
     p.add_argument("--lr", type=float)
     p.add_argument("--max-grad-norm", type=float)
     p.add_argument("--ema-decay", type=float)
     p.add_argument("--generate", action="store_true", help="write the pairs instead of training on them")
     p.add_argument("--pairs", type=Path, default=Path("data/ode"), help="folder of pairs")
-    p.add_argument("--pairs-count", type=int, help="videos to integrate")
-    p.add_argument("--teacher-steps", type=int, help="Euler steps of the teacher, a multiple of --sampling-steps")
+    p.add_argument("--pairs-count", type=positive, help="videos to integrate")
+    p.add_argument("--teacher-steps", type=positive, help="Euler steps of the teacher, a multiple of --sampling-steps")
     p.add_argument("--warmup", type=int, help="steps until lr is reached")
-    p.add_argument("--sampling-steps", type=int, help="of the student")
+    p.add_argument("--sampling-steps", type=positive, help="of the student")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--log-every", type=int, default=10)
-    p.add_argument("--save-every", type=int, default=500)
+    p.add_argument("--log-every", type=positive, default=10)
+    p.add_argument("--save-every", type=positive, default=500)
     p.set_defaults(**RECIPES[p.parse_known_args(argv)[0].preset])
     args = p.parse_args(argv)
     if args.teacher_steps % args.sampling_steps:
@@ -80,8 +81,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def integrate(teacher: nn.Module, batch: Batch, levels: list[float], keep: int, guidance: float, chunk: int) -> Tensor:
     """Every chunk from noise down `levels`, after ground truth -> states [b keep+1 f c h w], the end point last."""
     noise = randn(batch.rng, *batch.x0.shape[1:]).to(batch.x0.device)
-    both = lambda z: torch.cat([z, z])  # with the prompt and with the null, for guidance
-    text, stride, past, chunks = torch.cat([batch.prompt, batch.null]), (len(levels) - 1) // keep, None, []
+    both = (lambda z: torch.cat([z, z])) if guidance != 1 else (lambda z: z)  # with the prompt and with the null
+    text = torch.cat([batch.prompt, batch.null]) if guidance != 1 else batch.prompt
+    stride, past, chunks = (len(levels) - 1) // keep, None, []
     for start in range(0, batch.x0.shape[1], chunk):
         frames = slice(start, start + chunk)
         camera, truth = tuple(z[:, frames] for z in batch.camera), batch.x0[:, frames]
@@ -94,15 +96,29 @@ def integrate(teacher: nn.Module, batch: Batch, levels: list[float], keep: int, 
     return torch.cat(chunks, dim=2)
 
 
+def pair_terms(args: argparse.Namespace, teacher: dict) -> dict:
+    """What pairs depend on and training on them must agree with."""
+    return {"levels": noise_levels(args.teacher_steps, teacher["shift"])[:: args.teacher_steps // args.sampling_steps],
+            "teacher": f"{args.init.name} at step {teacher['step']}", "teacher_steps": args.teacher_steps,
+            "guidance": teacher["guidance"], "chunk": teacher["chunk"]}
+
+
 def generate(args: argparse.Namespace, teacher: nn.Module, data: Latents, meta: dict, rank: int, world_size: int,
              device: torch.device) -> None:
     """Write --pairs-count videos' states as a latents folder of its own. Shards that exist are not made again."""
     args.pairs.mkdir(parents=True, exist_ok=True)
     levels = noise_levels(args.teacher_steps, meta["shift"])
+    about = json.dumps(data.meta | pair_terms(args, meta) | {"seed": args.seed, "batch": [args.batch_size, world_size]})
+    for path in sorted(args.pairs.glob("latents-*.safetensors")):
+        with safe_open(path, "pt") as shard:
+            if shard.metadata()["meta"] != about:
+                raise ValueError(f"{path}: made by another teacher or other settings; remove {args.pairs} first")
     shards = -(-args.pairs_count // (args.batch_size * world_size))
     for i in tqdm(range(shards), "pairs", disable=rank > 0):
         path = args.pairs / f"latents-{i:06d}-{rank:03d}.safetensors"
-        if path.exists():
+        done = torch.tensor(float(path.exists()), device=device)
+        dist.all_reduce(done, op=dist.ReduceOp.MIN)  # the teacher is sharded: its ranks skip together or not at all
+        if done:
             continue
         batch = get_batch(data, args.seed, i, rank, world_size, args.batch_size, device)
         states = integrate(teacher, batch, levels, args.sampling_steps, meta["guidance"], meta["chunk"])
@@ -110,8 +126,8 @@ def generate(args: argparse.Namespace, teacher: nn.Module, data: Latents, meta: 
             raise ValueError(f"{path}: the teacher's states of rows {batch.ids} are not finite; not written")
         tensors = {"latents": batch.x0.half(), "states": states.half(), "viewmats": batch.camera[0],
                    "Ks": batch.camera[1], "prompt_ids": torch.tensor(batch.prompt_ids)}
-        save_file({name: z.cpu().contiguous() for name, z in tensors.items()}, path.with_suffix(".tmp"),
-                  {"meta": json.dumps(data.meta | {"levels": [*levels[:: args.teacher_steps // args.sampling_steps]]})})
+        tensors = {name: z.cpu().contiguous() for name, z in tensors.items()}
+        save_file(tensors, path.with_suffix(".tmp"), {"meta": about})
         path.with_suffix(".tmp").replace(path)
     if rank == 0:
         shutil.copy(data.folder / "prompts.safetensors", args.pairs)
@@ -137,6 +153,7 @@ def main(args: argparse.Namespace) -> None:
     # -- end ---------------------------------------------------------------------------------------------------------
 
     weights, source = load_checkpoint(args.init, "ar", preset=args.preset)
+    check_data(data, source)
     with torch.device("meta"):
         net, ema = (build(args.preset) for _ in range(2))
     net, ema = shard(net, weights, device, train=True), shard(ema, weights, device)
@@ -144,12 +161,13 @@ def main(args: argparse.Namespace) -> None:
     nets, optimizers = {"net": net, "ema": ema}, {"net": optimizer}
     meta = source | {"stage": "ode", "sampler": "renoise", "steps": args.sampling_steps, "guidance": 1.0,
                      "from": f"{args.init.name} at step {source['step']}"}
-    levels = noise_levels(args.sampling_steps, meta["shift"])
+    terms = pair_terms(args, source)
+    levels = terms["levels"]
     if args.generate:
         return generate(args, ema, data, source, rank, world_size, device)
     data = open_latents(args.pairs)
-    if data.meta.get("levels") != levels:
-        raise ValueError(f"{args.pairs}: expected pairs kept at levels {levels}, found {data.meta.get('levels')}")
+    if (found := {name: data.meta.get(name) for name in terms}) != terms:
+        raise ValueError(f"{args.pairs}: expected pairs with {terms}, found {found}; --generate makes them")
 
     step = load_state(folder, nets, optimizers) if args.resume else 0
     bar = tqdm(total=args.steps, initial=step, desc=meta["stage"], disable=rank > 0)
@@ -177,13 +195,14 @@ def main(args: argparse.Namespace) -> None:
             write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
         if step % args.save_every == 0 or step == args.steps:
             weights = gather(ema)
+            if rank == 0:
+                save_checkpoint(args.out, weights, meta | {"step": step})
+            save_state(folder, step, nets, optimizers)  # after it: a state to resume from implies its checkpoint
             shown = get_batch(data, args.seed, -1, 0, 1, 4, device)
             chunks = rollout(ema, meta, shown.rng, shown.x0.shape[1:], shown.prompt, shown.null, shown.camera)
             x0 = torch.cat(list(chunks), dim=1)
             if rank == 0:
-                save_checkpoint(args.out, weights, meta | {"step": step})
                 write_sheet(folder / f"sheet-{step:06d}.png", [vae.decode(shown.x0)[0], vae.decode(x0)[0]])
-            save_state(folder, step, nets, optimizers)  # last: a state to resume from implies its checkpoint
         # -- end -----------------------------------------------------------------------------------------------------
 
 

@@ -98,9 +98,9 @@ def projections(viewmats: Tensor, Ks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def per_frame(x: Tensor, P: Tensor) -> Tensor:
-    """Multiply every group of four channels of x [b f s d] by its frame's matrix P [b f 4 4]."""
-    y = rearrange(x, "b f s (g j) -> b f (s g) j", j=4) @ P.mT.to(x.dtype)
-    return rearrange(y, "b f (s g) i -> b f s (g i)", s=x.shape[2])
+    """Multiply every group of four channels of x [b f s d] by its frame's matrix P [b f 4 4], in P's precision."""
+    y = rearrange(x.to(P.dtype), "b f s (g j) -> b f (s g) j", j=4) @ P.mT
+    return rearrange(y, "b f (s g) i -> b f s (g i)", s=x.shape[2]).to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -127,8 +127,9 @@ class Past(NamedTuple):
 def rope_table(frames: Tensor, h: int, w: int, head_dim: int) -> Tensor:
     """Unit complex numbers [f*h*w 1 hd/2]: channel pairs turn with frame, row and column, in three bands of a head."""
     third = 2 * (head_dim // 6)
-    bands = (frames, head_dim - 2 * third), (torch.arange(h), third), (torch.arange(w), third)
-    t, y, x = (torch.outer(position.double(), 10000 ** -(torch.arange(0, width, 2, dtype=torch.float64) / width))
+    rows, columns = (torch.arange(n, device=frames.device).double() for n in (h, w))
+    bands = (frames.double(), head_dim - 2 * third), (rows, third), (columns, third)
+    t, y, x = (torch.outer(position, 10000 ** -(torch.arange(0, width, 2, device=frames.device).double() / width))
                for position, width in bands)
     grid = [repeat(t, "f e -> f h w e", h=h, w=w), repeat(y, "h e -> f h w e", f=len(t), w=w),
             repeat(x, "w e -> f h w e", f=len(t), h=h)]
@@ -316,7 +317,8 @@ class WanDiT(nn.Module):
             raise ValueError(f"x_t {list(x_t.shape)} needs sigma [{b} {f}] and viewmats [{b} {f} 4 4], found "
                              f"{list(sigma.shape)} and {camera and list(camera[0].shape)}")
         start = past.frames if past else 0
-        rope = rope_table(torch.arange(start, start + f), h // 2, w // 2, self.cfg.dim // self.cfg.heads).to(x_t.device)
+        frames = torch.arange(start, start + f, device=x_t.device)
+        rope = rope_table(frames, h // 2, w // 2, self.cfg.dim // self.cfg.heads)
         cameras = None if camera is None else projections(*camera)
         spans = None
         if clean is not None:  # [clean | noisy] along the frames, the clean half at noise level zero
@@ -361,8 +363,9 @@ class CausalConv3d(nn.Conv3d):
         if need == 0:
             return super().forward(x)
         b, c, _, h, w = x.shape
-        x = torch.cat([memory.get(self, x.new_zeros(b, c, need, h, w)), x], dim=2)
-        memory[self] = x[:, :, -need:]
+        past = memory[self] if self in memory else x.new_zeros(b, c, need, h, w)
+        x = torch.cat([past, x], dim=2)
+        memory[self] = x[:, :, -need:].clone()  # a view would keep the whole piece in memory
         return super().forward(x)
 
 
@@ -426,7 +429,7 @@ class Downsample(nn.Module):
         if self.time_conv is None:
             return x
         start = self not in memory
-        last, memory[self] = memory.get(self), x[:, :, -1:]
+        last, memory[self] = memory.get(self), x[:, :, -1:].clone()
         if start:  # frame 0 alone, then (0 1 2), (2 3 4), ...
             return x if t == 1 else torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
         return self.time_conv(torch.cat([last, x], dim=2))
@@ -444,7 +447,7 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         if self.time_conv is not None:
             first, rest = (x[:, :, :0], x) if self in memory else (x[:, :, :1], x[:, :, 1:])
-            memory[self] = x[:, :, :0]  # only a mark: the first frame is over, and is *not* history for the second
+            memory[self] = x.new_empty(0)  # only a mark: the first frame is over, and is *not* history for the second
             if rest.shape[2]:
                 rest = rearrange(self.time_conv(rest, memory), "b (s c) t h w -> b c (t s) h w", s=2)
             x = torch.cat([first, rest], dim=2)
@@ -784,12 +787,16 @@ def _training_state(nets: Nets, optimizers: Optimizers) -> dict:
 
 
 def save_state(folder: Path, step: int, nets: Nets, optimizers: Optimizers) -> None:
-    """Everything --resume needs, still sharded, in folder/state-STEP; the previous one goes when this is complete."""
-    state = _training_state(nets, optimizers) | {"step": torch.tensor(step)}
-    dcp.save(state, checkpoint_id=folder / f"state-{step:06d}")
+    """Everything --resume needs, still sharded, in folder/state-STEP; all others go when this one is complete."""
+    path, state = folder / f"state-{step:06d}", _training_state(nets, optimizers) | {"step": torch.tensor(step)}
+    if dist.get_rank() == 0 and path.exists():  # of an earlier run: half of it must not pass for this one's
+        shutil.rmtree(path)
+    dist.barrier()
+    dcp.save(state, checkpoint_id=path)
     if dist.get_rank() == 0:
-        for old in sorted(folder.glob("state-*"))[:-1]:
-            shutil.rmtree(old)
+        for old in folder.glob("state-*"):
+            if old != path:
+                shutil.rmtree(old)
 
 
 def load_state(folder: Path, nets: Nets, optimizers: Optimizers) -> int:

@@ -218,7 +218,7 @@ def sharpness(video: Tensor) -> Tensor:
 def edge_ratio(video: Tensor, chunk: int) -> Tensor:
     """Frame differences across chunk edges over those inside chunks [b]."""
     change = video.diff(dim=2).abs().mean((1, 3, 4))  # [b t-1]; entry t is the step from frame t to t + 1
-    edge = torch.tensor([t % 4 == 0 and t > 0 and (t // 4 + 1) % chunk == 0 for t in range(change.shape[1])])
+    edge = torch.tensor([t % 4 == 0 and (t // 4 + 1) % chunk == 0 for t in range(change.shape[1])])
     return change[:, edge].mean(1) / change[:, ~edge].mean(1)
 
 

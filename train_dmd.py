@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Batch, get_batch, mix, open_latents, rand, randn, write_log, write_sheet
+from data import Batch, check_data, get_batch, mix, open_latents, positive, rand, randn, write_log, write_sheet
 from model import (
     add_noise, build, check_finite, gather, guide, load_checkpoint, load_state, load_vae, noise_levels, rollout,
     save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema, velocity_to_x0,
@@ -41,11 +41,12 @@ from model import (
 
 RECIPES = {
     "tiny": dict(steps=120, batch_size=16, accum=1, lr=5e-5, critic_lr=1e-4, max_grad_norm=1.0, ema_decay=0.95,
-                 critic_updates=5, guidance=2.0),
-    # minWM: 200 critic updates, 32 videos, lr 2e-6 and 4e-7, betas (0, 0.999), EMA 0.99 from update 200, guidance "3.0"
-    # in a formula that adds one: 4 in ours. Its cache leaks gradient between chunks; ours is truncated exactly.
-    "wan-1.3b": dict(steps=40, batch_size=1, accum=4, lr=2e-6, critic_lr=4e-7, max_grad_norm=10.0, ema_decay=0.99,
-                     critic_updates=5, guidance=4.0),
+                 critic_updates=5, guidance=2.0, save_every=30),
+    # minWM: 200 critic updates, 32 videos, lr 2e-6 and 4e-7, betas (0, 0.999), EMA 0.99 from update 200 (ours has only
+    # 40 generator steps to follow, so it forgets faster), guidance "3.0" in a formula that adds one: 4 in ours. Its
+    # cache leaks gradient between chunks; ours is truncated exactly.
+    "wan-1.3b": dict(steps=40, batch_size=1, accum=4, lr=2e-6, critic_lr=4e-7, max_grad_norm=10.0, ema_decay=0.8,
+                     critic_updates=5, guidance=4.0, save_every=5),
 }
 
 
@@ -56,19 +57,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--out", type=Path, default=Path("ckpt/dmd.pt"), help="checkpoint to write")
     p.add_argument("--preset", default="tiny", choices=RECIPES, help="network, and the defaults of the flags below")
     p.add_argument("--resume", action="store_true", help="continue from the state beside --out")
-    p.add_argument("--steps", type=int, help="generator updates")
-    p.add_argument("--batch-size", type=int, help="videos per process and micro-batch")
-    p.add_argument("--accum", type=int, help="micro-batches per step")
+    p.add_argument("--steps", type=positive, help="generator updates")
+    p.add_argument("--batch-size", type=positive, help="videos per process and micro-batch")
+    p.add_argument("--accum", type=positive, help="micro-batches per step")
     p.add_argument("--lr", type=float)
     p.add_argument("--max-grad-norm", type=float)
     p.add_argument("--ema-decay", type=float)
     p.add_argument("--scores", type=Path, default=Path("ckpt/camera.pt"), help="bidirectional, starts both scores")
     p.add_argument("--critic-lr", type=float)
-    p.add_argument("--critic-updates", type=int, help="fake_score steps per generator step")
+    p.add_argument("--critic-updates", type=positive, help="fake_score steps per generator step")
     p.add_argument("--guidance", type=float, help="of real_score, null + w (cond - null)")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--log-every", type=int, default=10)
-    p.add_argument("--save-every", type=int, default=500)
+    p.add_argument("--log-every", type=positive, default=10)
+    p.add_argument("--save-every", type=positive)
     p.set_defaults(**RECIPES[p.parse_known_args(argv)[0].preset])
     return p.parse_args(argv)
 
@@ -143,6 +144,7 @@ def main(args: argparse.Namespace) -> None:
     if (scores["shift"], scores["K"]) != (source["shift"], source["K"]):
         raise ValueError(f"{args.init} and {args.scores} differ in noise schedule or camera: shift {source['shift']} "
                          f"and {scores['shift']}, K {source['K']} and {scores['K']}")
+    check_data(data, source)
     with torch.device("meta"):
         generator, ema, real_score, fake_score = (build(args.preset) for _ in range(4))
     generator, ema = shard(generator, weights, device, train=True), shard(ema, weights, device)
@@ -157,6 +159,7 @@ def main(args: argparse.Namespace) -> None:
     levels = noise_levels(meta["steps"], meta["shift"])
 
     step = load_state(folder, nets, optimizers) if args.resume else 0
+    optimizer.param_groups[0]["lr"], critic_optimizer.param_groups[0]["lr"] = args.lr, args.critic_lr
     bar = tqdm(total=args.steps, initial=step, desc=meta["stage"], disable=rank > 0)
     while step < args.steps:
         t0, metrics = time.time(), {}
@@ -195,13 +198,14 @@ def main(args: argparse.Namespace) -> None:
             write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
         if step % args.save_every == 0 or step == args.steps:
             weights = gather(ema)
+            if rank == 0:
+                save_checkpoint(args.out, weights, meta | {"step": step})
+            save_state(folder, step, nets, optimizers)  # after it: a state to resume from implies its checkpoint
             shown = get_batch(data, args.seed, -1, 0, 1, 4, device)
             chunks = rollout(ema, meta, shown.rng, shown.x0.shape[1:], shown.prompt, shown.null, shown.camera)
             x0 = torch.cat(list(chunks), dim=1)
             if rank == 0:
-                save_checkpoint(args.out, weights, meta | {"step": step})
                 write_sheet(folder / f"sheet-{step:06d}.png", [vae.decode(shown.x0)[0], vae.decode(x0)[0]])
-            save_state(folder, step, nets, optimizers)  # last: a state to resume from implies its checkpoint
         # -- end -----------------------------------------------------------------------------------------------------
 
 
