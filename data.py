@@ -138,11 +138,15 @@ def read_camera(source: str) -> list[CameraPath]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{source}: not JSON ({error})") from None
     try:
-        paths = [_camera_path(entry, Path(source).stem) for entry in (spec if isinstance(spec, list) else [spec])]
+        entries, stem = spec if isinstance(spec, list) else [spec], Path(source).stem
+        paths = [_camera_path(entry, f"{stem}-{n}" if len(entries) > 1 else stem) for n, entry in enumerate(entries)]
     except (ValueError, TypeError) as error:
         raise ValueError(f"{source}: {error}") from None
     if not paths:
         raise ValueError(f"{source}: an empty list, expected at least one path")
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names) or any(Path(name).name != name for name in names):
+        raise ValueError(f"{source}: ids {names} name the videos, so each must be a different file name")
     return paths
 
 

@@ -95,7 +95,7 @@ def pressed(viewmats: Tensor) -> list[set[str]]:
     """Which keys would make each step of a path [f 4 4]: one set per latent frame, the first empty."""
     c2w, keys = invert_se3(viewmats.double()), [set()]
     for a, b in zip(c2w, c2w[1:]):
-        step = torch.linalg.inv(a) @ b
+        step = invert_se3(a) @ b
         move, turn = step[:3, :3].T @ step[:3, 3], step[:3, 2]
         amounts = {"d": move[0], "a": -move[0], "dn": move[1], "u": -move[1], "w": move[2], "s": -move[2],
                    "l": turn[0], "j": -turn[0], "i": -turn[1], "k": turn[1]}
@@ -260,8 +260,8 @@ def measure(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor, chunk: int
     }
 
 
-def score(net: nn.Module, vae: WanVAE, meta: dict, args: argparse.Namespace) -> dict:
-    """Held-out rooms along held-out paths. Prints as it goes; returns the averages."""
+def score(net: nn.Module, vae: WanVAE, meta: dict, args: argparse.Namespace) -> tuple[dict, list[Tensor]]:
+    """Held-out rooms along held-out paths -> averages, and 16 videos below the renders that explain them best."""
     group = 8
     if args.scenes < group or args.scenes % group:
         raise ValueError(f"--scenes {args.scenes}: expected a multiple of {group}, the number of candidate paths")
@@ -281,8 +281,6 @@ def score(net: nn.Module, vae: WanVAE, meta: dict, args: argparse.Namespace) -> 
         ceilings.append(measure(through_vae, part, views, K, chunk, group))
         videos.append(video)
         best.append(explain(video, part, views, K)[0])
-    write_sheet(args.out.with_suffix(".png"), [torch.cat(best)[:16], torch.cat(videos)[:16]])
-
     def average(rows: list[dict]) -> dict:
         joined = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         spread = coverage(joined.pop("looks"), joined.pop("seen"))
@@ -291,7 +289,7 @@ def score(net: nn.Module, vae: WanVAE, meta: dict, args: argparse.Namespace) -> 
     ceiling = average(ceilings)
     floors = ("psnr_copy_first", "psnr_shuffled_camera")
     ceiling = {f"{name}_ceiling": value for name, value in ceiling.items() if name not in floors}
-    return average(rows) | {"chance": 1 / group} | ceiling
+    return average(rows) | {"chance": 1 / group} | ceiling, [torch.cat(best)[:16], torch.cat(videos)[:16]]
 
 
 def bench(net: nn.Module, vae: WanVAE, meta: dict, prompt: str, viewmats: Tensor, Ks: Tensor) -> dict:
@@ -334,19 +332,23 @@ def main(args: argparse.Namespace) -> None:
         if (intrinsics(path.K or meta["K"]) - intrinsics(meta["K"])).abs().max() > 1e-3 and not args.other_intrinsics:
             raise ValueError(f"{args.camera}: K {path.K}, but {ckpt} was trained with {meta['K']}; "
                              "--other-intrinsics to insist")
-    for path in paths:
-        prompt, K = args.prompt or path.prompt or TOY_PROMPT, intrinsics(path.K or meta["K"])
-        Ks = K.expand(len(path.viewmats), 3, 3)
-        if args.score or args.bench:
-            timing = bench(net, vae, meta, prompt, path.viewmats, Ks)
+
+    if args.bench or args.score:
+        views = paths[0].viewmats
+        timing = bench(net, vae, meta, args.prompt or TOY_PROMPT, views, intrinsics(meta["K"]).expand(len(views), 3, 3))
         if args.bench:
             print(json.dumps(timing))
         if args.score:
-            row = score(net, vae, meta, args) | {name: timing[name] for name in ("fps", "first_frame_s")}
+            row, sheet = score(net, vae, meta, args)
+            row |= {name: timing[name] for name in ("fps", "first_frame_s")}
             print(json.dumps(row | {"stage": meta["stage"], "steps": meta["steps"], "guidance": meta["guidance"],
                                     "scenes": args.scenes, "seed": args.seed, "score_seed": args.score_seed}))
-        if args.score or args.bench:
-            return
+            write_sheet(args.out.with_suffix(".png"), sheet)
+        return
+
+    for path in paths:
+        prompt, K = args.prompt or path.prompt or TOY_PROMPT, intrinsics(path.K or meta["K"])
+        Ks = K.expand(len(path.viewmats), 3, 3)
         if len(path.viewmats) > meta["frames"]:
             print(f"the path has {len(path.viewmats)} latent frames, trained were {meta['frames']}", file=sys.stderr)
         pieces = stream(net, vae, meta, [prompt], path.viewmats[None], Ks[None], [args.seed])

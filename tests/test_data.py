@@ -195,7 +195,7 @@ def test_a_list_holds_several_paths_with_ids_prompts_and_intrinsics(tmp_path):
     (tmp_path / "paths.json").write_text(json.dumps([{"id": "a", "caption": "one", "trajectory": "w"}, c2w, "s*3"]))
     paths = read_camera(str(tmp_path / "paths.json"))
     assert [(path.name, path.prompt, path.K) for path in paths] == [
-        ("a", "one", None), ("b", "two", K_WIDE), ("paths", None, None)]
+        ("a", "one", None), ("b", "two", K_WIDE), ("paths-2", None, None)]
     assert [len(path.viewmats) for path in paths] == [2, 3, 4]
 
 
