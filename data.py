@@ -4,7 +4,7 @@ Everything frozen, and everything that becomes a batch.
     1. Cameras      one type, one trajectory grammar, path.json
     2. Toy world    rooms ray-cast in torch: the data set, the base model and the ground truth of a laptop
     3. Words        a deterministic stand-in for the text encoder
-    4. Latents      the folder a training run reads, and get_batch, a pure function of (seed, step, rank)
+    4. Latents      the folder a training run reads, and get_batch, a pure function of (seed, step, part)
     5. main         $ python data.py     render the toy world, train its VAE, write the latents folder
 
 Cameras are OpenCV (x right, y down, z forward) and world-to-camera, the first frame is the identity, and intrinsics are
@@ -392,7 +392,7 @@ def encode_words(prompt: str) -> Tensor:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Latents. A folder of safetensors shards, read through memory maps: latents [n f c h w] fp16, viewmats [n f 4 4] and
-# Ks [n f 3 3] fp32, prompt_ids [n]; and prompts.safetensors with each distinct prompt's embedding once, the null last.
+# Ks [n f 3 3] fp32, prompt_ids [n]; and prompts.safetensors with the embedding of each prompt_id, the null last.
 
 
 class Batch(NamedTuple):
@@ -545,8 +545,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def train_vae(vae, video: Tensor, steps: int, lr: float, seed: int) -> None:
     """Reconstruct random clips of video [n 3 t h w]; a little KL keeps the latents smooth. In place.
 
-    Many small steps: 3 clips of 5 frames reach in two minutes what 16 clips reach in ten. Every fourth step sees one
-    long clip, at times forth and back again: a VAE that has only seen 5 frames drifts off in colour by the 13th.
+    Many small steps learn faster here than few large ones. Every fourth step sees one long clip, at times forth and
+    back again: a VAE that has only seen short ones drifts off in colour later in a video.
     """
     rng = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)

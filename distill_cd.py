@@ -14,7 +14,7 @@ Every pass is teacher-forced on the clean past.
     loss = || f(x_n, sigma_n) - sg f_ema(x_n + (sigma_m - sigma_n) v_teacher, sigma_m) ||^2,   f(x, sigma) = x - sigma v
 
 $ python distill_cd.py
-$ torchrun --nproc_per_node 8 distill_cd.py --preset wan-1.3b --data data/videos
+$ torchrun --nproc_per_node 2 distill_cd.py --batch-size 8
 """
 import argparse
 import gc

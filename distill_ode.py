@@ -13,7 +13,7 @@ Two phases that share one grid of noise levels.
     loss = || x_s - sigma_s v(x_s^i, x0^{<i}, sigma_s) - x_end^i ||^2        s in {0, 12, 24, 36} of 48
 
 $ python distill_ode.py --generate && python distill_ode.py
-$ torchrun --nproc_per_node 8 distill_ode.py --preset wan-1.3b --data data/videos --generate
+$ torchrun --nproc_per_node 2 distill_ode.py --batch-size 8 --generate
 """
 import argparse
 import gc

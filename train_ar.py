@@ -12,7 +12,7 @@ Teacher forcing. Three changes from train_camera.py, marked in the code:
     loss = || v(x_t^i, x0^{<i}, sigma^i, prompt, camera) - (noise^i - x0^i) ||^2, all chunks i in one pass
 
 $ python train_ar.py
-$ torchrun --nproc_per_node 8 train_ar.py --preset wan-1.3b --data data/videos
+$ torchrun --nproc_per_node 2 train_ar.py --batch-size 8
 """
 import argparse
 import gc

@@ -1,7 +1,7 @@
 """
 Stage 0: teach a text-to-video model to obey a camera.
 
-in:  ckpt/base.pt (or Wan's weights), latents with one camera per latent frame (data.py)
+in:  ckpt/base.pt, latents with one camera per latent frame (data.py)
 out: ckpt/camera.pt, a bidirectional model: every frame sees every frame
 
 Plain flow matching. One noise level sigma per video, mix the clean latents with noise, regress the slope from data to
@@ -11,7 +11,7 @@ noise. The camera enters through PRoPE, whose output layer starts at zero: at st
 
 $ python train_camera.py --no-camera            the toy world has no base model to download: make one, camera unseen
 $ python train_camera.py
-$ torchrun --nproc_per_node 8 train_camera.py --preset wan-1.3b --init wan.pt --data data/videos
+$ torchrun --nproc_per_node 2 train_camera.py --batch-size 8
 """
 import argparse
 import gc

@@ -19,7 +19,7 @@ and fake_score takes --critic-updates plain flow-matching steps on rollouts afte
 generator steps. (The papers count critic updates: their 200 are 40 of these.)
 
 $ python train_dmd.py
-$ torchrun --nproc_per_node 8 train_dmd.py --preset wan-1.3b --init ckpt/ode.pt --data data/videos
+$ torchrun --nproc_per_node 2 train_dmd.py --batch-size 8 --init ckpt/ode.pt
 """
 import argparse
 import gc
