@@ -220,6 +220,7 @@ FPS = 16
 PANELS = {"left wall": (0, 1), "right wall": (3, 1), "far wall": (6, 2), "floor": (8, 1), "ceiling": (11, 1),
           "pillar": (16, 1), "back wall": (14, 2)}
 N_PANELS = 16  # with a pattern; the pillars, plain, count as one more
+SURFACE_OF_PANEL = [0] * 3 + [1] * 3 + [2] * 2 + [3] * 3 + [4] * 3 + [7] * 2  # index into SURFACES
 
 
 class Scene(NamedTuple):
@@ -383,8 +384,10 @@ def word_vector(word: str) -> Tensor:
 
 
 def encode_words(prompt: str) -> Tensor:
-    """prompt -> [32 96], zero past its end; the empty prompt, all zero, is the null prompt. Longer ones are cut."""
-    words = prompt.lower().replace(",", " ").split()[:TEXT_LEN]
+    """prompt -> [32 96], zero past its end; the empty prompt is the null prompt. Raises ValueError past 32 words."""
+    words = prompt.lower().replace(",", " ").split()
+    if len(words) > TEXT_LEN:
+        raise ValueError(f"prompt {prompt!r}: {len(words)} words, expected at most {TEXT_LEN}")
     vectors = [torch.zeros(WORD_DIM)] * 2 + [word_vector(word) for word in words]
     rows = [torch.cat([vectors[i], vectors[i - 1], vectors[i - 2]]) for i in range(2, len(vectors))]
     return F.pad(torch.stack(rows), (0, 0, 0, TEXT_LEN - len(rows))) if rows else torch.zeros(TEXT_LEN, TEXT_DIM)
@@ -438,7 +441,7 @@ def open_latents(folder: str | Path) -> Latents:
 
 def check_data(data: Latents, source: dict) -> None:
     """Raises ValueError when latents are not of the kind that the checkpoint described by `source` knows."""
-    for name in ("K", "size", "fps", "frames"):
+    for name in ("K", "size", "fps", "frames", "vae_fingerprint"):
         if data.meta[name] != source[name]:
             raise ValueError(f"{data.folder}: its {name} is {data.meta[name]}, the checkpoint's {source[name]}")
 
@@ -446,6 +449,17 @@ def check_data(data: Latents, source: dict) -> None:
 @lru_cache(maxsize=8)
 def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, 1, epoch))).tolist()
+
+
+def save_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write safetensors so that a crash or a full disk never leaves half a file under the final name."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file({name: z.cpu().contiguous() for name, z in tensors.items()}, temporary, metadata)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"{path}: could not be written ({error})") from error
 
 
 def mix(*numbers: int) -> int:
@@ -507,9 +521,15 @@ def rand(rng: list[torch.Generator], *shape: int) -> Tensor:
     return torch.stack([torch.rand(shape, generator=g) for g in rng])
 
 
+def open_log(path: Path, step: int) -> None:
+    """Keep the lines of metrics up to `step`: none of an earlier run's, none that a resumed run will write again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+
+
 def write_log(path: Path, row: dict) -> None:
     """Append one line of metrics."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -534,12 +554,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--out", type=Path, default=Path("data/toy"), help="latents folder to write")
     p.add_argument("--vae", type=Path, default=Path("ckpt/vae.pt"), help="trained here first if there is none")
     p.add_argument("--count", type=positive, default=4096, help="videos")
-    p.add_argument("--frames", type=int, default=8, help="latent frames per video")
-    p.add_argument("--size", type=int, default=32, help="pixels, height and width")
+    p.add_argument("--frames", type=positive, default=8, help="latent frames per video")
+    p.add_argument("--size", type=positive, default=32, help="pixels, height and width")
     p.add_argument("--vae-steps", type=positive, default=3000)
     p.add_argument("--vae-lr", type=float, default=4e-3)
     p.add_argument("--seed", type=int, default=0)
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.size % 8 or args.frames < 2:
+        p.error(f"--size {args.size} --frames {args.frames}: expected a multiple of 8 pixels, and at least 2 frames")
+    return args
 
 
 def train_vae(vae, video: Tensor, steps: int, lr: float, seed: int) -> None:
@@ -574,7 +597,7 @@ def train_vae(vae, video: Tensor, steps: int, lr: float, seed: int) -> None:
 def main(args: argparse.Namespace) -> None:
     from dataclasses import replace  # the library half of this file imports nothing of ours; only this command does
 
-    from model import PRESETS, WanVAE, load_vae, save_checkpoint
+    from model import PRESETS, WanVAE, fingerprint, load_checkpoint, load_vae, save_checkpoint
 
     prompts, paths, scene = sample_toy(args.count, args.seed, args.frames - 1, held=False)
     viewmats, K = torch.stack([parse_trajectory(path) for path in paths]), intrinsics(K_SQUARE)
@@ -592,26 +615,29 @@ def main(args: argparse.Namespace) -> None:
             z = torch.cat([vae.encode(v[None].float() / 127.5 - 1)[0] for v in video[:256]])
         mean, std = z.mean((0, 1, 3, 4)).tolist(), z.std((0, 1, 3, 4)).tolist()
         vae.cfg = replace(vae.cfg, mean=tuple(mean), std=tuple(std))
-        save_checkpoint(args.vae, vae.state_dict(), {"stage": "vae", "preset": "tiny", "mean": mean, "std": std})
-    vae = load_vae(args.vae)
+        save_checkpoint(args.vae, vae.state_dict(), {"stage": "vae", "preset": "tiny", "mean": mean, "std": std,
+                                                     "fingerprint": fingerprint(vae.state_dict())})
+    known_as = load_checkpoint(args.vae, "vae")[1]["fingerprint"]
+    vae = load_vae(args.vae, torch.device("cpu"), known_as)
 
     args.out.mkdir(parents=True, exist_ok=True)
     for old in [args.out / "prompts.safetensors", *args.out.glob("latents-*.safetensors")]:
         old.unlink(missing_ok=True)  # the prompts first and written last: without them the folder does not open
-    meta = {"K": list(K_SQUARE), "size": [args.size] * 2, "fps": FPS, "frames": args.frames, "vae": str(args.vae)}
+    meta = {"K": list(K_SQUARE), "size": [args.size] * 2, "fps": FPS, "frames": args.frames, "vae": str(args.vae),
+            "vae_fingerprint": known_as}
     for start in tqdm(range(0, args.count, 512), "encode"):
         rows = slice(start, min(start + 512, args.count))
         with torch.no_grad():
             latents = torch.cat([vae.encode(v.float() / 127.5 - 1)[0] for v in video[rows].split(16)])
-        save_file({"latents": latents.half(), "viewmats": viewmats[rows], "prompt_ids": torch.arange(args.count)[rows],
-                   "Ks": K.expand(len(latents), args.frames, 3, 3).contiguous()},
-                  args.out / f"latents-{start:06d}.safetensors", {"meta": json.dumps(meta)})
+        shard = {"latents": latents.half(), "viewmats": viewmats[rows], "prompt_ids": torch.arange(args.count)[rows],
+                 "Ks": K.expand(len(latents), args.frames, 3, 3)}
+        save_shard(args.out / f"latents-{start:06d}.safetensors", shard, {"meta": json.dumps(meta)})
     embeds = torch.stack([encode_words(prompt) for prompt in [*prompts, ""]])
-    save_file({"embeds": embeds.half()}, args.out / "prompts.safetensors", {"prompts": json.dumps(prompts)})
+    save_shard(args.out / "prompts.safetensors", {"embeds": embeds.half()}, {"prompts": json.dumps(prompts)})
 
 
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -27,13 +27,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Batch, Latents, check_data, get_batch, open_latents, positive, rand, randn, write_log, write_sheet
+from data import (
+    Batch, Latents, check_data, get_batch, open_latents, open_log, positive, rand, randn, save_shard, write_log,
+    write_sheet,
+)
 from model import (
-    build, check_finite, denoise, gather, load_checkpoint, load_state, load_vae, noise_levels, rollout,
+    build, check_finite, commit, denoise, gather, load_checkpoint, load_state, load_vae, noise_levels, rollout,
     save_checkpoint, save_state, shard, start_process_group, update_ema, velocity_to_x0,
 )
 
@@ -81,7 +83,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def integrate(teacher: nn.Module, batch: Batch, levels: list[float], keep: int, guidance: float, chunk: int) -> Tensor:
     """Every chunk from noise down `levels`, after ground truth -> states [b keep+1 f c h w], the end point last."""
     noise = randn(batch.rng, *batch.x0.shape[1:]).to(batch.x0.device)
-    both = (lambda z: torch.cat([z, z])) if guidance != 1 else (lambda z: z)  # with the prompt and with the null
     text = torch.cat([batch.prompt, batch.null]) if guidance != 1 else batch.prompt
     stride, past, chunks = (len(levels) - 1) // keep, None, []
     for start in range(0, batch.x0.shape[1], chunk):
@@ -91,8 +92,7 @@ def integrate(teacher: nn.Module, batch: Batch, levels: list[float], keep: int, 
         for i in range(0, len(levels) - 1, stride):
             states.append(denoise(teacher, states[-1], levels[i : i + stride + 1], text, camera, guidance, past))
         chunks.append(torch.stack(states, dim=1))
-        zero = both(truth.new_zeros(truth.shape[:2]))
-        past = teacher(both(truth), zero, text, tuple(map(both, camera)), past=past, commit=True)
+        past = commit(teacher, truth, text, camera, guidance, past)
     return torch.cat(chunks, dim=2)
 
 
@@ -126,9 +126,7 @@ def generate(args: argparse.Namespace, teacher: nn.Module, data: Latents, meta: 
             raise ValueError(f"{path}: the teacher's states of rows {batch.ids} are not finite; not written")
         tensors = {"latents": batch.x0.half(), "states": states.half(), "viewmats": batch.camera[0],
                    "Ks": batch.camera[1], "prompt_ids": torch.tensor(batch.prompt_ids)}
-        tensors = {name: z.cpu().contiguous() for name, z in tensors.items()}
-        save_file(tensors, path.with_suffix(".tmp"), {"meta": about})
-        path.with_suffix(".tmp").replace(path)
+        save_shard(path, tensors, {"meta": about})
     if rank == 0:
         shutil.copy(data.folder / "prompts.safetensors", args.pairs)
 
@@ -138,7 +136,7 @@ def ode_loss(net: nn.Module, batch: Batch, levels: list[float], chunk: int) -> T
     b, f = batch.x0.shape[:2]
     n = len(levels) - 1  # the last level is 0, the end point
     i = (rand(batch.rng, -(-f // chunk)) * n).long().repeat_interleave(chunk, dim=1)[:, :f].to(batch.x0.device)  # [b f]
-    x_t = torch.stack([batch.states[row, i[row], torch.arange(f)] for row in range(b)])
+    x_t = batch.states[torch.arange(b)[:, None], i, torch.arange(f)]
     sigma = torch.tensor(levels, device=i.device, dtype=torch.float32)[i]
     v = net(x_t, sigma, batch.prompt, batch.camera, clean=batch.x0, chunk=chunk)
     return F.mse_loss(velocity_to_x0(v, x_t, sigma), batch.states[:, -1])
@@ -148,12 +146,20 @@ def main(args: argparse.Namespace) -> None:
     # -- setup (same in every stage) ---------------------------------------------------------------------------------
     rank, world_size, device = start_process_group()
     data = open_latents(args.data)
-    vae = load_vae(Path(data.meta["vae"]), device)
+    vae = load_vae(Path(data.meta["vae"]), device, data.meta["vae_fingerprint"])
     folder = args.out.with_suffix("")  # beside the checkpoint: state to resume from, metrics, sheets of samples
     # -- end ---------------------------------------------------------------------------------------------------------
 
     weights, source = load_checkpoint(args.init, "ar", preset=args.preset)
     check_data(data, source)
+    if args.generate:
+        with torch.device("meta"):
+            teacher = build(args.preset)
+        return generate(args, shard(teacher, weights, device), data, source, rank, world_size, device)
+    terms = pair_terms(args, source)
+    levels, data = terms["levels"], open_latents(args.pairs)
+    if (found := {name: data.meta.get(name) for name in terms}) != terms:
+        raise ValueError(f"{args.pairs}: expected pairs with {terms}, found {found}; --generate makes them")
     with torch.device("meta"):
         net, ema = (build(args.preset) for _ in range(2))
     net, ema = shard(net, weights, device, train=True), shard(ema, weights, device)
@@ -161,15 +167,13 @@ def main(args: argparse.Namespace) -> None:
     nets, optimizers = {"net": net, "ema": ema}, {"net": optimizer}
     meta = source | {"stage": "ode", "sampler": "renoise", "steps": args.sampling_steps, "guidance": 1.0,
                      "from": f"{args.init.name} at step {source['step']}"}
-    terms = pair_terms(args, source)
-    levels = terms["levels"]
-    if args.generate:
-        return generate(args, ema, data, source, rank, world_size, device)
-    data = open_latents(args.pairs)
-    if (found := {name: data.meta.get(name) for name in terms}) != terms:
-        raise ValueError(f"{args.pairs}: expected pairs with {terms}, found {found}; --generate makes them")
 
+    # -- start (same in every stage) ---------------------------------------------------------------------------------
     step = load_state(folder, nets, optimizers) if args.resume else 0
+    if rank == 0:
+        open_log(folder / "metrics.jsonl", step)
+        print(f"{args.out}: step {step} of {args.steps}" + (", nothing left to do" if step >= args.steps else ""))
+    # -- end ---------------------------------------------------------------------------------------------------------
     bar = tqdm(total=args.steps, initial=step, desc=meta["stage"], disable=rank > 0)
     while step < args.steps:
         t0, loss_sum, ids = time.time(), 0.0, []
@@ -210,7 +214,7 @@ if __name__ == "__main__":
     # -- run (same in every stage) ----------------------------------------------------------------------------------
     try:
         main(parse_args())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     gc.collect()  # frees FSDP's reference cycles, which could otherwise outlive the process group
     dist.destroy_process_group()

@@ -27,6 +27,7 @@ import os
 import shutil
 import sys
 import time
+import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict,
 )
@@ -595,21 +597,24 @@ def timed(seconds: dict[str, float] | None, name: str):
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+def doubled(*tensors: Tensor, guidance: float) -> list[Tensor]:
+    """With guidance, a batch goes through the network twice over, for the prompt and for the null prompt."""
+    return [torch.cat([z, z]) if guidance != 1 else z for z in tensors]
+
+
 @torch.no_grad()
 def denoise(net: nn.Module, x_t: Tensor, levels: list[float], prompt: Tensor, camera, guidance: float = 1.0,
             past: Past | None = None, renoise: list[Tensor] | None = None) -> Tensor:
-    """Noise x_t [b f c h w] -> x0 along `levels`. prompt [b l d], or [2b l d] with the null prompts behind.
+    """Noise x_t [b f c h w] -> x0 along `levels`. prompt [b l d], or with guidance [2b l d], the null prompts behind.
 
     Without renoise, Euler steps along the velocity: the sampler of a teacher. With renoise, one fresh noise for each
     level after the first, each step predicts x0 and noises it again to the next: the sampler of a distilled student.
     """
+    camera = camera and tuple(doubled(*camera, guidance=guidance))
     for i, (sigma, lower) in enumerate(zip(levels, levels[1:])):
         sigma = x_t.new_full(x_t.shape[:2], sigma)
-        if guidance == 1:
-            v = net(x_t, sigma, prompt, camera, past=past)
-        else:  # with and without the prompt as one batch
-            twice = lambda z: torch.cat([z, z])
-            v = net(twice(x_t), twice(sigma), prompt, camera and tuple(map(twice, camera)), past=past)
+        v = net(*doubled(x_t, sigma, guidance=guidance), prompt, camera, past=past)
+        if guidance != 1:
             v = guide(*v.chunk(2), guidance)
         if renoise is None:
             x_t = x_t + (lower - sigma[0, 0]) * v
@@ -617,6 +622,14 @@ def denoise(net: nn.Module, x_t: Tensor, levels: list[float], prompt: Tensor, ca
             x0 = velocity_to_x0(v, x_t, sigma)
             x_t = add_noise(x0, renoise[i], sigma.new_full(sigma.shape, lower)) if lower > 0 else x0
     return x_t
+
+
+@torch.no_grad()
+def commit(net: nn.Module, x0: Tensor, prompt: Tensor, camera, guidance: float = 1.0, past: Past | None = None) -> Past:
+    """The past, extended by finished frames x0 [b f c h w]: one pass at noise level zero. prompt as in `denoise`."""
+    camera = camera and tuple(doubled(*camera, guidance=guidance))
+    x0, sigma = doubled(x0, x0.new_zeros(x0.shape[:2]), guidance=guidance)
+    return net(x0, sigma, prompt, camera, past=past, commit=True)
 
 
 @torch.no_grad()
@@ -632,7 +645,6 @@ def rollout(net: nn.Module, meta: dict, rng: list[torch.Generator], shape: tuple
     renoise = meta["sampler"] == "renoise"
     noise = [torch.stack([torch.randn(shape, generator=g) for g in rng]).to(prompt.device)
              for _ in range(meta["steps"] if renoise else 1)]  # one for each level above 0
-    both = (lambda z: torch.cat([z, z])) if guidance != 1 else (lambda z: z)
     text, past = torch.cat([prompt, null]) if guidance != 1 else prompt, None
     for start in range(0, shape[0], meta["chunk"] or shape[0]):
         frames = slice(start, start + (meta["chunk"] or shape[0]))
@@ -643,8 +655,7 @@ def rollout(net: nn.Module, meta: dict, rng: list[torch.Generator], shape: tuple
         yield x0
         if frames.stop < shape[0]:
             with timed(seconds, "commit"):
-                zero = both(x0.new_zeros(x0.shape[:2]))
-                past = net(both(x0), zero, text, here and tuple(map(both, here)), past=past, commit=True)
+                past = commit(net, x0, text, here, guidance, past)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -735,6 +746,11 @@ def save_checkpoint(path: Path, weights: dict[str, Tensor], meta: dict) -> None:
         raise ValueError(f"{path}: could not be written ({error}); what was there before is untouched") from error
 
 
+def fingerprint(weights: dict[str, Tensor]) -> str:
+    """A short name for these very weights; latents and the models trained on them remember their VAE by it."""
+    return f"{zlib.crc32(b''.join(w.float().cpu().numpy().tobytes() for w in weights.values())):08x}"
+
+
 MAKERS = {  # stage: the command that makes its checkpoint
     "vae": "python data.py", "base": "python train_camera.py --no-camera", "camera": "python train_camera.py",
     "ar": "python train_ar.py", "ode": "python distill_ode.py", "cd": "python distill_cd.py",
@@ -743,7 +759,10 @@ MAKERS = {  # stage: the command that makes its checkpoint
 
 
 def load_checkpoint(path: Path, *stages: str, preset: str | None = None) -> tuple[dict[str, Tensor], dict]:
-    """weights (memory-mapped), meta. Raises ValueError for a missing, broken or foreign file, or the wrong stage's."""
+    """weights (memory-mapped), meta. Raises ValueError for a missing, broken or foreign file, or the wrong stage's.
+
+    Weights are returned only if they are, name for name and shape for shape, those of the network that meta describes.
+    """
     if not path.exists():
         hint = f"; `{MAKERS[path.stem]}` makes it" if path.stem in MAKERS else ""
         shipped = Path(__file__).parent / "ckpt/tiny" / path.name
@@ -758,6 +777,14 @@ def load_checkpoint(path: Path, *stages: str, preset: str | None = None) -> tupl
         raise ValueError(f"{path}: expected a checkpoint of stage {' or '.join(stages)}, found {stage}")
     if preset and meta["preset"] != preset:
         raise ValueError(f"{path}: a {meta['preset']} network, but --preset is {preset}")
+    if meta["preset"] not in PRESETS:
+        raise ValueError(f"{path}: a network of preset {meta['preset']!r}, known are {', '.join(PRESETS)}")
+    with torch.device("meta"):
+        net = WanVAE(PRESETS[meta["preset"]].vae) if stage == "vae" else build(meta["preset"], meta["camera"])
+    expected, found = ({name: tuple(w.shape) for name, w in z.items()} for z in (net.state_dict(), weights))
+    if wrong := [name for name in expected | found if expected.get(name) != found.get(name)]:
+        raise ValueError(f"{path}: {len(wrong)} of its tensors are not those of {meta['preset']}, first {wrong[0]}: "
+                         f"expected shape {expected.get(wrong[0], 'none')}, found {found.get(wrong[0], 'none')}")
     return weights, meta
 
 
@@ -771,8 +798,12 @@ def load_net(path: Path, device: torch.device, *stages: str) -> tuple[nn.Module,
     return net.eval().requires_grad_(False), meta
 
 
-def load_vae(path: Path, device: torch.device = torch.device("cpu")) -> WanVAE:
+def load_vae(path: Path, device: torch.device, known_as: str) -> WanVAE:
+    """Raises ValueError if it is not the very VAE that made the latents: `known_as`, its fingerprint."""
     weights, meta = load_checkpoint(path, "vae")
+    if meta["fingerprint"] != known_as:
+        raise ValueError(f"{path}: another VAE than the latents', expected fingerprint {known_as}, "
+                         f"found {meta['fingerprint']}")
     vae = WanVAE(replace(PRESETS[meta["preset"]].vae, mean=tuple(meta["mean"]), std=tuple(meta["std"])))
     vae.load_state_dict({name: w.float() for name, w in weights.items()})
     return vae.to(device).eval().requires_grad_(False)
@@ -786,13 +817,21 @@ def _training_state(nets: Nets, optimizers: Optimizers) -> dict:
     return state | {f"{name}.optimizer": get_optimizer_state_dict(nets[name], opt) for name, opt in optimizers.items()}
 
 
+def _reason(error: CheckpointException) -> str:
+    """One line of an exception that carries every rank's traceback."""
+    return "; ".join(f"rank {rank}: {failure!r}" for rank, (failure, _) in error.failures.items()).replace("\n", " ")
+
+
 def save_state(folder: Path, step: int, nets: Nets, optimizers: Optimizers) -> None:
     """Everything --resume needs, still sharded, in folder/state-STEP; all others go when this one is complete."""
     path, state = folder / f"state-{step:06d}", _training_state(nets, optimizers) | {"step": torch.tensor(step)}
     if dist.get_rank() == 0 and path.exists():  # of an earlier run: half of it must not pass for this one's
         shutil.rmtree(path)
     dist.barrier()
-    dcp.save(state, checkpoint_id=path)
+    try:
+        dcp.save(state, checkpoint_id=path)
+    except CheckpointException as error:
+        raise ValueError(f"{path}: could not be written ({_reason(error)}); the state before it is untouched") from None
     if dist.get_rank() == 0:
         for old in folder.glob("state-*"):
             if old != path:
@@ -805,7 +844,10 @@ def load_state(folder: Path, nets: Nets, optimizers: Optimizers) -> int:
     if not complete:
         raise ValueError(f"--resume: {folder} holds no saved state")
     state = _training_state(nets, optimizers) | {"step": torch.tensor(0)}
-    dcp.load(state, checkpoint_id=complete[-1])
+    try:
+        dcp.load(state, checkpoint_id=complete[-1])
+    except CheckpointException as error:
+        raise ValueError(f"{complete[-1]}: truncated, or a state of another network ({_reason(error)})") from None
     for name, net in nets.items():
         set_model_state_dict(net, state[name])
     for name, opt in optimizers.items():

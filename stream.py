@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    GRAMMAR, LOOKS, N_PANELS, NAMED, PALETTE, PANELS, STEP, SURFACES, TURN, Scene, cast,
-    encode_words, intrinsics, invert_se3, look_errors, mix, paint, panels_seen, parse_trajectory, pixel_cameras,
-    read_camera, read_prompt, render, rotation, sample_toy, write_sheet,
+    GRAMMAR, LOOKS, N_PANELS, NAMED, PALETTE, STEP, SURFACE_OF_PANEL, TURN, Scene, cast, encode_words, intrinsics,
+    invert_se3, look_errors, mix, paint, panels_seen, parse_trajectory, pixel_cameras, read_camera, read_prompt, render,
+    rotation, sample_toy, write_sheet,
 )
 from model import WanVAE, load_net, load_vae, rollout, timed
 
@@ -155,16 +155,11 @@ def named_colours(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> T
     """For every surface the prompt names: does its colour explain the video best? [b 7], NaN where unseen."""
     hits = cast(scene.pillars, pixel_cameras(viewmats), K, video.shape[-1])
     errors, b = [], len(video)
-    surface_of = torch.zeros(N_PANELS, dtype=torch.long)
-    for n, name in enumerate(SURFACES):
-        first, across = PANELS[name]
-        if name != "pillar":
-            surface_of[first : first + (3 if name not in ("far wall", "back wall") else across)] = n
     rays = torch.zeros(b, NAMED + 1).scatter_add_(1, hits.surface.flatten(1), torch.ones(hits.surface.flatten(1).shape))
     for colour in range(len(PALETTE)):
         colours = torch.full((b, NAMED + 1), colour)
         by_panel = look_errors(video, hits, colours)[:, :N_PANELS].min(-1).values
-        by_surface = torch.zeros(b, NAMED + 1).index_add_(1, surface_of, by_panel)
+        by_surface = torch.zeros(b, NAMED + 1).index_add_(1, torch.tensor(SURFACE_OF_PANEL), by_panel)
         image = paint(hits, colours, torch.zeros(b, N_PANELS, dtype=torch.long))  # pillars are plain: one look will do
         error = (image - video).square().sum(1).repeat_interleave(2, 2).repeat_interleave(2, 3)
         for pillar in (5, 6):
@@ -314,7 +309,7 @@ def main(args: argparse.Namespace) -> None:
     ckpt = args.ckpt or (Path("ckpt/dmd.pt") if Path("ckpt/dmd.pt").exists() else SHIPPED / "dmd.pt")
     net, meta = load_net(ckpt, device, "base", "camera", "ar", "ode", "cd", "dmd")
     beside = ckpt.with_name("vae.pt")
-    vae = load_vae(args.vae or (beside if beside.exists() else SHIPPED / "vae.pt"), device)
+    vae = load_vae(args.vae or (beside if beside.exists() else SHIPPED / "vae.pt"), device, meta["vae_fingerprint"])
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"--steps {args.steps}: expected at least 1")
     if args.guidance is not None and not math.isfinite(args.guidance):
@@ -371,5 +366,5 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

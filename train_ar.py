@@ -26,7 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Batch, check_data, get_batch, open_latents, positive, rand, randn, write_log, write_sheet
+from data import (
+    Batch, check_data, get_batch, open_latents, open_log, positive, rand, randn, write_log, write_sheet,
+)
 from model import (
     add_noise, build, check_finite, gather, load_checkpoint, load_state, load_vae, rollout, save_checkpoint,
     save_state, shard, shift_sigma, start_process_group, update_ema,
@@ -82,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
     # -- setup (same in every stage) ---------------------------------------------------------------------------------
     rank, world_size, device = start_process_group()
     data = open_latents(args.data)
-    vae = load_vae(Path(data.meta["vae"]), device)
+    vae = load_vae(Path(data.meta["vae"]), device, data.meta["vae_fingerprint"])
     folder = args.out.with_suffix("")  # beside the checkpoint: state to resume from, metrics, sheets of samples
     # -- end ---------------------------------------------------------------------------------------------------------
 
@@ -96,7 +98,12 @@ def main(args: argparse.Namespace) -> None:
     meta = source | {"stage": "ar", "chunk": args.chunk, "steps": args.sampling_steps, "guidance": args.guidance,  # 3
                      "from": f"{args.init.name} at step {source['step']}"}
 
+    # -- start (same in every stage) ---------------------------------------------------------------------------------
     step = load_state(folder, nets, optimizers) if args.resume else 0
+    if rank == 0:
+        open_log(folder / "metrics.jsonl", step)
+        print(f"{args.out}: step {step} of {args.steps}" + (", nothing left to do" if step >= args.steps else ""))
+    # -- end ---------------------------------------------------------------------------------------------------------
     bar = tqdm(total=args.steps, initial=step, desc=meta["stage"], disable=rank > 0)
     while step < args.steps:
         t0, loss_sum, ids = time.time(), 0.0, []
@@ -137,7 +144,7 @@ if __name__ == "__main__":
     # -- run (same in every stage) ----------------------------------------------------------------------------------
     try:
         main(parse_args())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     gc.collect()  # frees FSDP's reference cycles, which could otherwise outlive the process group
     dist.destroy_process_group()

@@ -15,8 +15,8 @@ The generator follows the difference (DMD, arXiv:2311.18828 eq. 7-8; two time sc
     x = rollout(noise)     x_t = (1 - sigma) x + sigma noise'
     grad = (x0_fake(x_t) - x0_real(x_t)) / mean |x - x0_real(x_t)|          loss = 1/2 || x - sg(x - grad) ||^2
 
-and fake_score takes --critic-updates plain flow-matching steps on rollouts after each generator step. --steps counts
-generator steps. (The papers count critic updates: their 200 are 40 of these.)
+and fake_score takes --fake-score-updates plain flow-matching steps on rollouts after each generator step. --steps
+counts generator steps. (The papers count fake_score's: their 200 are 40 of these.)
 
 $ python train_dmd.py
 $ torchrun --nproc_per_node 2 train_dmd.py --batch-size 8 --init ckpt/ode.pt
@@ -33,20 +33,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Batch, check_data, get_batch, mix, open_latents, positive, rand, randn, write_log, write_sheet
+from data import (
+    Batch, check_data, get_batch, mix, open_latents, open_log, positive, rand, randn, write_log, write_sheet,
+)
 from model import (
-    add_noise, build, check_finite, gather, guide, load_checkpoint, load_state, load_vae, noise_levels, rollout,
+    add_noise, build, check_finite, commit, gather, guide, load_checkpoint, load_state, load_vae, noise_levels, rollout,
     save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema, velocity_to_x0,
 )
 
 RECIPES = {
-    "tiny": dict(steps=120, batch_size=16, accum=1, lr=5e-5, critic_lr=1e-4, max_grad_norm=1.0, ema_decay=0.95,
-                 critic_updates=5, guidance=2.0, save_every=30),
-    # minWM: 200 critic updates, 32 videos, lr 2e-6 and 4e-7, betas (0, 0.999), EMA 0.99 from update 200 (ours has only
-    # 40 generator steps to follow, so it forgets faster), guidance "3.0" in a formula that adds one: 4 in ours. Its
-    # cache leaks gradient between chunks; ours is truncated exactly.
-    "wan-1.3b": dict(steps=40, batch_size=1, accum=4, lr=2e-6, critic_lr=4e-7, max_grad_norm=10.0, ema_decay=0.8,
-                     critic_updates=5, guidance=4.0, save_every=5),
+    "tiny": dict(steps=120, batch_size=16, accum=1, lr=5e-5, fake_score_lr=1e-4, max_grad_norm=1.0, ema_decay=0.95,
+                 fake_score_updates=5, guidance=2.0, save_every=30),
+    # minWM: 200 updates of fake_score, 32 videos, lr 2e-6 and 4e-7, betas (0, 0.999), EMA 0.99 from update 200 (ours
+    # has only 40 generator steps to follow, so it forgets faster), guidance "3.0" in a formula that adds one: 4 in
+    # ours. Its cache leaks gradient between chunks; ours is truncated exactly.
+    "wan-1.3b": dict(steps=40, batch_size=1, accum=4, lr=2e-6, fake_score_lr=4e-7, max_grad_norm=10.0, ema_decay=0.8,
+                     fake_score_updates=5, guidance=4.0, save_every=5),
 }
 
 
@@ -64,8 +66,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--max-grad-norm", type=float)
     p.add_argument("--ema-decay", type=float)
     p.add_argument("--scores", type=Path, default=Path("ckpt/camera.pt"), help="bidirectional, starts both scores")
-    p.add_argument("--critic-lr", type=float)
-    p.add_argument("--critic-updates", type=positive, help="fake_score steps per generator step")
+    p.add_argument("--fake-score-lr", type=float)
+    p.add_argument("--fake-score-updates", type=positive, help="fake_score steps per generator step")
     p.add_argument("--guidance", type=float, help="of real_score, null + w (cond - null)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--log-every", type=positive, default=10)
@@ -93,8 +95,7 @@ def self_rollout(generator: nn.Module, batch: Batch, levels: list[float], exit_s
                 x_t = add_noise(x0, noise[i + 1][:, frames], torch.full_like(sigma, levels[i + 1]))
         video.append(x0)
         if frames.stop < batch.x0.shape[1]:
-            with torch.no_grad():
-                past = generator(x0, torch.zeros_like(sigma), batch.prompt, camera, past=past, commit=True)
+            past = commit(generator, x0, batch.prompt, camera, past=past)  # without gradient
     return torch.cat(video, dim=1)
 
 
@@ -122,7 +123,7 @@ def generator_loss(generator: nn.Module, real_score: nn.Module, fake_score: nn.M
     return dmd_loss(x, x0_real, x0_fake)
 
 
-def critic_loss(generator: nn.Module, fake_score: nn.Module, batch: Batch, levels: list[float], exit_step: int,
+def fake_score_loss(generator: nn.Module, fake_score: nn.Module, batch: Batch, levels: list[float], exit_step: int,
                 chunk: int, shift: float) -> Tensor:
     """Flow matching on rollouts. The score sees the level that the noise was mixed at, exactly."""
     with torch.no_grad():
@@ -135,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
     # -- setup (same in every stage) ---------------------------------------------------------------------------------
     rank, world_size, device = start_process_group()
     data = open_latents(args.data)
-    vae = load_vae(Path(data.meta["vae"]), device)
+    vae = load_vae(Path(data.meta["vae"]), device, data.meta["vae_fingerprint"])
     folder = args.out.with_suffix("")  # beside the checkpoint: state to resume from, metrics, sheets of samples
     # -- end ---------------------------------------------------------------------------------------------------------
 
@@ -152,21 +153,27 @@ def main(args: argparse.Namespace) -> None:
     fake_score = shard(fake_score, score_weights, device, train=True)
     adamw = dict(betas=(0.0, 0.999), weight_decay=0.01, fused=True)  # no momentum: both chase a moving target
     optimizer = torch.optim.AdamW(generator.parameters(), lr=args.lr, **adamw)
-    critic_optimizer = torch.optim.AdamW(fake_score.parameters(), lr=args.critic_lr, **adamw)
+    fake_score_optimizer = torch.optim.AdamW(fake_score.parameters(), lr=args.fake_score_lr, **adamw)
     nets = {"generator": generator, "ema": ema, "fake_score": fake_score}
-    optimizers = {"generator": optimizer, "fake_score": critic_optimizer}
+    optimizers = {"generator": optimizer, "fake_score": fake_score_optimizer}
     meta = source | {"stage": "dmd", "from": f"{args.init.name} at step {source['step']}, scores {args.scores.name}"}
     levels = noise_levels(meta["steps"], meta["shift"])
 
+    # -- start (same in every stage) ---------------------------------------------------------------------------------
     step = load_state(folder, nets, optimizers) if args.resume else 0
-    optimizer.param_groups[0]["lr"], critic_optimizer.param_groups[0]["lr"] = args.lr, args.critic_lr
+    if rank == 0:
+        open_log(folder / "metrics.jsonl", step)
+        print(f"{args.out}: step {step} of {args.steps}" + (", nothing left to do" if step >= args.steps else ""))
+    # -- end ---------------------------------------------------------------------------------------------------------
+    for opt, lr in (optimizer, args.lr), (fake_score_optimizer, args.fake_score_lr):
+        opt.param_groups[0]["lr"] = lr  # a resumed state brings its own
     bar = tqdm(total=args.steps, initial=step, desc=meta["stage"], disable=rank > 0)
     while step < args.steps:
         t0, metrics = time.time(), {}
         # generator first, reading the score that was fitted to it; then the score catches up
-        for update in range(1 + args.critic_updates):
-            turn, opt = (generator, optimizer) if update == 0 else (fake_score, critic_optimizer)
-            number = step * (1 + args.critic_updates) + update
+        for update in range(1 + args.fake_score_updates):
+            turn, opt = (generator, optimizer) if update == 0 else (fake_score, fake_score_optimizer)
+            number = step * (1 + args.fake_score_updates) + update
             shared = torch.Generator().manual_seed(mix(args.seed, 3, number))  # the same on every rank
             exit_step = int(torch.randint(meta["steps"], (), generator=shared))
             loss_sum, ids = 0.0, []
@@ -178,12 +185,13 @@ def main(args: argparse.Namespace) -> None:
                     loss = generator_loss(generator, real_score, fake_score, batch, levels, exit_step, meta["chunk"],
                                           meta["shift"], args.guidance)
                 else:
-                    loss = critic_loss(generator, fake_score, batch, levels, exit_step, meta["chunk"], meta["shift"])
+                    loss = fake_score_loss(generator, fake_score, batch, levels, exit_step, meta["chunk"],
+                                           meta["shift"])
                 loss = loss / args.accum
                 loss.backward()
                 loss_sum, ids = loss_sum + loss.detach(), ids + batch.ids
             grad_norm = nn.utils.clip_grad_norm_(turn.parameters(), args.max_grad_norm).full_tensor()
-            name = "critic_" if update else ""
+            name = "fake_score_" if update else ""
             metrics |= check_finite(step, {f"{name}loss": loss_sum, f"{name}grad_norm": grad_norm}, ids)
             opt.step()
             opt.zero_grad()
@@ -213,7 +221,7 @@ if __name__ == "__main__":
     # -- run (same in every stage) ----------------------------------------------------------------------------------
     try:
         main(parse_args())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     gc.collect()  # frees FSDP's reference cycles, which could otherwise outlive the process group
     dist.destroy_process_group()

@@ -28,7 +28,7 @@ SCRIPTS = {
     "ar": ("train_ar.py", "--warmup", "0", "--sampling-steps", "4"),
     "ode": ("distill_ode.py", "--warmup", "0"),
     "cd": ("distill_cd.py", "--warmup", "0"),
-    "dmd": ("train_dmd.py", "--critic-lr", "5e-3", "--critic-updates", "2"),
+    "dmd": ("train_dmd.py", "--fake-score-lr", "5e-3", "--fake-score-updates", "2"),
 }  # stage: its script and what makes it short
 STAGES = [stage for stage in SCRIPTS if stage != "base"]
 

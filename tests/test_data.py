@@ -361,9 +361,11 @@ def test_the_empty_prompt_is_all_zero_and_padding_too():
     assert (rows[:3] > 0).all() and not rows[3:].any()
 
 
-def test_long_prompts_are_cut():
-    long = " ".join(f"word{i}" for i in range(2 * TEXT_LEN))
-    assert torch.equal(encode_words(long), encode_words(" ".join(long.split()[:TEXT_LEN])))
+def test_prompts_that_would_be_cut_are_refused():
+    words = [f"word{i}" for i in range(TEXT_LEN)]
+    assert encode_words(" ".join(words))[-1].any()
+    with pytest.raises(ValueError, match="33 words, expected at most 32"):
+        encode_words(" ".join([*words, "more"]))
 
 
 # ---------------------------------------------------------------------------------------------------------- 4. Latents

@@ -15,9 +15,9 @@ from einops import rearrange
 
 import model
 from model import (
-    PRESETS, WAN_VAE, DiTConfig, VAEConfig, WanDiT, WanVAE, add_noise, attend, build, denoise, guide, load_checkpoint,
-    load_net, load_vae, noise_levels, projections, rollout, save_checkpoint, shift_sigma, teacher_forcing_spans,
-    velocity_to_x0, with_camera,
+    PRESETS, WAN_VAE, DiTConfig, VAEConfig, WanDiT, WanVAE, add_noise, attend, build, denoise, fingerprint, guide,
+    load_checkpoint, load_net, load_vae, noise_levels, projections, rollout, save_checkpoint, shift_sigma,
+    teacher_forcing_spans, velocity_to_x0, with_camera,
 )
 
 ORACLE = Path(os.environ.get("ORACLE_DIR", Path(__file__).parents[2] / "shared/oracle"))
@@ -454,13 +454,18 @@ def tiny_weights():
     return {name: torch.randn_like(w) for name, w in build("tiny").state_dict().items()}
 
 
+def filled(value):
+    return {name: torch.full_like(w, value) for name, w in build("tiny").state_dict().items()}
+
+
 def one_line(error, path):
     """The message names the file and fits on a line."""
     return str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
 
 
 def test_checkpoint_round_trip(tmp_path):
-    weights = {"a": torch.randn(3, 4), "b.t": torch.randn(4, 3).mT}  # the second is not contiguous
+    weights = tiny_weights()
+    weights["head.head.weight"] = weights["head.head.weight"].mT.contiguous().mT  # not contiguous
     save_checkpoint(tmp_path / "new" / "ar.pt", weights, META)
     loaded, meta = load_checkpoint(tmp_path / "new" / "ar.pt", "camera", "ar")
     assert meta == META and loaded.keys() == weights.keys()
@@ -476,11 +481,30 @@ def test_checkpoint_round_trip(tmp_path):
 ], ids=["missing", "truncated", "text", "empty", "foreign", "no stage", "another stage"])
 def test_a_bad_checkpoint_is_named_in_one_line(tmp_path, damage):
     path = tmp_path / "ar.pt"
-    save_checkpoint(path, {"a": torch.zeros(2000)}, META)
+    save_checkpoint(path, filled(0), META)
     damage(path)
     with pytest.raises(ValueError) as error:
         load_checkpoint(path, "ar")
     assert one_line(error, path)
+
+
+@pytest.mark.parametrize("change, found", [
+    ({"head.head.bias": None}, "head.head.bias: expected shape (32,), found none"),
+    ({"extra": torch.zeros(3)}, "extra: expected shape none, found (3,)"),
+    ({"blocks.0.norm3.bias": torch.zeros(7)}, "blocks.0.norm3.bias: expected shape (192,), found (7,)"),
+])
+def test_tensors_of_another_network_are_named(tmp_path, change, found):
+    weights = {name: w for name, w in (filled(0) | change).items() if w is not None}
+    save_checkpoint(tmp_path / "ar.pt", weights, META)
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(tmp_path / "ar.pt")
+    assert one_line(error, tmp_path / "ar.pt") and str(error.value).endswith(found)
+
+
+def test_an_unknown_preset_is_named(tmp_path):
+    save_checkpoint(tmp_path / "ar.pt", filled(0), META | {"preset": "wan-99b"})
+    with pytest.raises(ValueError, match="'wan-99b', known are tiny"):
+        load_checkpoint(tmp_path / "ar.pt")
 
 
 def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
@@ -504,7 +528,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, failure):
     path = tmp_path / "ar.pt"
-    save_checkpoint(path, {"a": torch.ones(3)}, META)
+    save_checkpoint(path, filled(1), META)
 
     def fail(saved, file):
         file.write(b"half")
@@ -512,26 +536,26 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, failure):
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(ValueError) as error:
-        save_checkpoint(path, {"a": torch.zeros(3)}, META)
+        save_checkpoint(path, filled(0), META)
     assert one_line(error, path) and os.listdir(tmp_path) == ["ar.pt"]
-    assert torch.equal(load_checkpoint(path)[0]["a"], torch.ones(3))
+    assert all((w == 1).all() for w in load_checkpoint(path)[0].values())
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, Linux's disk that is always full")
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     path = tmp_path / "ar.pt"
-    save_checkpoint(path, {"a": torch.ones(3)}, META)
+    save_checkpoint(path, filled(1), META)
     (tmp_path / "ar.pt.tmp").symlink_to("/dev/full")
     with pytest.raises(ValueError) as error:
-        save_checkpoint(path, {"a": torch.zeros(300_000)}, META)
+        save_checkpoint(path, filled(0), META)
     assert one_line(error, path) and os.listdir(tmp_path) == ["ar.pt"]
-    assert torch.equal(load_checkpoint(path)[0]["a"], torch.ones(3))
+    assert all((w == 1).all() for w in load_checkpoint(path)[0].values())
 
 
 def test_a_path_below_a_file_is_refused_in_one_line(tmp_path):
     (tmp_path / "ckpt").write_text("a file where a folder should be")
     with pytest.raises(ValueError) as error:
-        save_checkpoint(tmp_path / "ckpt" / "ar.pt", {"a": torch.ones(3)}, META)
+        save_checkpoint(tmp_path / "ckpt" / "ar.pt", filled(1), META)
     assert one_line(error, tmp_path / "ckpt" / "ar.pt") and os.listdir(tmp_path) == ["ckpt"]
 
 
@@ -548,6 +572,10 @@ def test_a_half_precision_copy_loads(tmp_path, capsys):
 
 def test_load_vae_restores_weights_and_latent_scale(tmp_path):
     vae, video = random_vae(), torch.rand(1, 3, 5, 8, 8)
-    meta = {"stage": "vae", "preset": "tiny", "mean": list(vae.cfg.mean), "std": list(vae.cfg.std)}
+    name = fingerprint(vae.state_dict())
+    meta = {"stage": "vae", "preset": "tiny", "mean": list(vae.cfg.mean), "std": list(vae.cfg.std), "fingerprint": name}
     save_checkpoint(tmp_path / "vae.pt", vae.state_dict(), meta)
-    assert torch.equal(load_vae(tmp_path / "vae.pt").encode(video)[0], vae.encode(video)[0])
+    loaded = load_vae(tmp_path / "vae.pt", torch.device("cpu"), name)
+    assert torch.equal(loaded.encode(video)[0], vae.encode(video)[0]) and fingerprint(loaded.state_dict()) == name
+    with pytest.raises(ValueError, match=f"expected fingerprint 0, found {name}"):
+        load_vae(tmp_path / "vae.pt", torch.device("cpu"), "0")

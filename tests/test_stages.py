@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import ENVIRONMENT, MINIATURE, ROOT, SCRIPTS, STAGES, call, command, refusal, run
-from data import K_SQUARE, Batch, intrinsics, parse_trajectory, randn
+from data import K_SQUARE, Batch, intrinsics, open_log, parse_trajectory, randn
 from distill_cd import consistency_loss
 from distill_ode import ode_loss
 from model import DiTConfig, Past, WanDiT, load_checkpoint, noise_levels, rollout, save_checkpoint
 from train_ar import teacher_forcing_loss
 from train_camera import flow_matching_loss
-from train_dmd import critic_loss, dmd_loss, generator_loss, self_rollout
+from train_dmd import fake_score_loss, dmd_loss, generator_loss, self_rollout
 
 TRAINERS = sorted({script for script, *_ in SCRIPTS.values()})
 SHARED = ("--init --data --out --preset --resume --steps --batch-size --accum --lr --max-grad-norm --ema-decay".split(),
@@ -123,6 +123,30 @@ def test_killed_run_resumes_bit_exactly(chain, tmp_path):
     assert meta["step"] == reached + 2 and all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
+def test_resume_of_a_finished_run_says_so(chain, tmp_path, capsys):
+    shutil.copytree(chain / "ckpt/ar", tmp_path / "ar")
+    train("ar", "--out", tmp_path / "ar.pt", "--steps", "2", "--resume", cwd=chain)
+    assert f"{tmp_path / 'ar.pt'}: step 2 of 2, nothing left to do" in capsys.readouterr().out
+    assert not (tmp_path / "ar.pt").exists()
+
+
+def test_log_of_an_earlier_run_does_not_mix_with_this_ones(chain, tmp_path):
+    shutil.copytree(chain / "ckpt/ar", tmp_path / "ar")  # two steps of it
+    before = rows(tmp_path / "ar/metrics.jsonl")
+    open_log(tmp_path / "ar/metrics.jsonl", 1)
+    assert rows(tmp_path / "ar/metrics.jsonl") == before[:1]  # as after a kill between a save and the end
+    train("ar", "--out", tmp_path / "ar.pt", "--steps", "1", cwd=chain)
+    assert [row["step"] for row in rows(tmp_path / "ar/metrics.jsonl")] == [1]
+
+
+def test_truncated_state_is_refused(chain, tmp_path):
+    shutil.copytree(chain / "ckpt/ar", tmp_path / "ar")
+    for path in (tmp_path / "ar").glob("state-*/*.distcp"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    message = refusal("train_ar.py", "--resume", "--out", tmp_path / "ar.pt", "--steps", "9", cwd=chain)
+    assert message.startswith(f"error: {tmp_path / 'ar/state-000002'}: truncated")
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_equal_two_micro_batches(chain, tmp_path, stage):
     script, *short = SCRIPTS[stage]
@@ -204,11 +228,11 @@ def test_consistency_gradient_reaches_the_student_alone():
     assert all(p.grad is None for net in (ema, teacher) for p in net.parameters())
 
 
-def test_perfect_prediction_has_no_critic_loss():
+def test_perfect_prediction_has_no_fake_score_loss():
     still = make_batch().x0[:, :1]  # a generator that makes this picture, whatever the noise
     made = lambda x_t, *rest, commit=False, **past: None if commit else seer(still)(x_t, *rest)
-    assert critic_loss(made, seer(still), make_batch(), LEVELS, 3, CHUNK, SHIFT) < 1e-8
-    assert critic_loss(made, seer(still + 1), make_batch(), LEVELS, 3, CHUNK, SHIFT) > 1
+    assert fake_score_loss(made, seer(still), make_batch(), LEVELS, 3, CHUNK, SHIFT) < 1e-8
+    assert fake_score_loss(made, seer(still + 1), make_batch(), LEVELS, 3, CHUNK, SHIFT) > 1
 
 
 def test_dmd_gradient_is_its_formula():
@@ -234,9 +258,9 @@ def test_generator_gradient_reaches_the_generator_alone():
     assert all(p.grad is None for net in (real, fake) for p in net.parameters())
 
 
-def test_critic_gradient_reaches_the_fake_score_alone():
+def test_fake_score_gradient_reaches_the_fake_score_alone():
     generator, fake = make_net(0), make_net(1)
-    critic_loss(generator, fake, make_batch(), LEVELS, 1, CHUNK, SHIFT).backward()
+    fake_score_loss(generator, fake, make_batch(), LEVELS, 1, CHUNK, SHIFT).backward()
     assert all(p.grad is not None for p in fake.parameters()) and all(p.grad is None for p in generator.parameters())
 
 
@@ -352,6 +376,23 @@ def test_checkpoint_of_another_preset_is_refused(chain, tmp_path, script, flag, 
     save_checkpoint(path, weights, meta | {"preset": "wan-1.3b"})
     message = refusal(script, flag, path, "--out", tmp_path / "out.pt", cwd=chain)
     assert message.startswith(f"error: {path}: ") and "wan-1.3b" in message and "tiny" in message
+
+
+@pytest.mark.parametrize("change", ({"K": [0.7, 0.7, 0.5, 0.5]}, {"fps": 24}, {"vae_fingerprint": "0"}))
+def test_latents_of_another_kind_are_refused(chain, tmp_path, change):
+    weights, meta = load_checkpoint(chain / "ckpt/camera.pt")
+    save_checkpoint(tmp_path / "camera.pt", weights, meta | change)
+    (name, value), = change.items()
+    message = refusal("train_ar.py", "--init", tmp_path / "camera.pt", "--out", tmp_path / "ar.pt", cwd=chain)
+    assert message == f"error: data/toy: its {name} is {meta[name]}, the checkpoint's {value}"
+
+
+def test_pairs_of_another_teacher_are_refused(chain, tmp_path):
+    weights, meta = load_checkpoint(chain / "ckpt/ar.pt")
+    save_checkpoint(tmp_path / "ar.pt", weights, meta | {"step": 3})
+    for flags in [], ["--generate", "--pairs-count", "4", "--batch-size", "2"]:
+        message = refusal("distill_ode.py", "--init", tmp_path / "ar.pt", *flags, "--out", tmp_path / "o.pt", cwd=chain)
+        assert message.startswith("error: data/ode") and not (tmp_path / "o.pt").exists()
 
 
 def test_pairs_at_other_levels_are_refused(chain, tmp_path):

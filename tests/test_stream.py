@@ -15,7 +15,7 @@ from data import (
     K_SQUARE, KEYS, LOOKS, N_PANELS, STEP, cast, encode_words, intrinsics, invert_se3, paint, parse_trajectory,
     read_camera, render, rotation, sample_toy,
 )
-from model import guide, load_net, load_vae, noise_levels, rollout
+from model import guide, load_checkpoint, load_net, load_vae, noise_levels, rollout, save_checkpoint
 from stream import TOY_PROMPT, coverage, edge_ratio, explain, measure, pressed, psnr, read_pose, sharpness, stream
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def open_ckpt(chain, stage):
     for name, p in net.named_parameters():
         if p.ndim > 1:
             p += (0.5 if name.endswith("modulation") else p.shape[1] ** -0.5) * torch.randn(p.shape, generator=rng)
-    return net, load_vae(chain / "ckpt/vae.pt"), meta
+    return net, load_vae(chain / "ckpt/vae.pt", CPU, meta["vae_fingerprint"]), meta
 
 
 def walk(net, vae, meta, path, prompts=(TOY_PROMPT,), seeds=(0,), seconds=None):
@@ -288,6 +288,7 @@ def test_bad_path_file_is_refused_by_name(chain, tmp_path, text, found):
     (["--camera", "w*2,q"], "'q'"), (["--camera", ""], "trajectory"),
     (["--camera", "none.json"], "none.json: no such file"),
     (["--prompt", ""], "--prompt"), (["--prompt", "  "], "--prompt"), (["--steps", "0"], "--steps 0"),
+    (["--prompt", "fog " * 33], "33 words"),
     (["--ckpt", "ckpt/none.pt"], "ckpt/none.pt: no such file"), (["--ckpt", "ckpt/vae.pt"], "ckpt/vae.pt: expected"),
     (["--vae", "ckpt/ar.pt"], "ckpt/ar.pt: expected a checkpoint of stage vae, found ar"),
     (["--score", "--scenes", "9"], "--scenes 9"), (["--score", "--scenes", "0"], "--scenes 0"),
@@ -312,6 +313,13 @@ def test_truncated_checkpoint_is_refused(chain, tmp_path, keep):
     (tmp_path / "dmd.pt").write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
     message = refusal("stream.py", "--ckpt", tmp_path / "dmd.pt", "--out", tmp_path / "walk.mp4", cwd=chain)
     assert message.startswith(f"error: {tmp_path / 'dmd.pt'}: truncated") and not (tmp_path / "walk.mp4").exists()
+
+
+def test_another_vae_is_refused(chain, tmp_path):
+    weights, meta = load_checkpoint(chain / "ckpt/vae.pt")
+    save_checkpoint(tmp_path / "vae.pt", weights, meta | {"fingerprint": "0"})
+    message = refusal("stream.py", "--vae", tmp_path / "vae.pt", "--out", tmp_path / "walk.mp4", cwd=chain)
+    assert message.startswith(f"error: {tmp_path / 'vae.pt'}: another VAE") and not (tmp_path / "walk.mp4").exists()
 
 
 def test_other_intrinsics_can_be_insisted_on(chain, tmp_path):
