@@ -528,6 +528,14 @@ def open_log(path: Path, step: int) -> None:
     path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
 
 
+def sample_prefix(rng: list[torch.Generator], f: int, prob: float) -> Tensor:
+    """Which of f frames are to be made [b f]: 1 but for the first one or two, with probability `prob`, where they are
+    0: given, as an image or a short video that the world goes on from."""
+    draw = rand(rng, 1)
+    given = torch.where(draw < prob / 2, 1, torch.where(draw < prob, 2, 0)).clamp_max(f - 1)
+    return (torch.arange(f) >= given).float()
+
+
 def write_log(path: Path, row: dict) -> None:
     """Append one line of metrics."""
     with open(path, "a") as file:

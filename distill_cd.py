@@ -24,16 +24,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    Batch, check_data, get_batch, open_latents, open_log, positive, rand, randn, write_log, write_sheet,
+    Batch, check_data, get_batch, open_latents, open_log, positive, rand, randn, sample_prefix, write_log, write_sheet,
 )
 from model import (
-    add_noise, build, check_finite, gather, guide, load_checkpoint, load_state, load_vae, noise_levels, rollout,
-    save_checkpoint, save_state, shard, start_process_group, update_ema, velocity_to_x0,
+    add_noise, build, check_finite, gather, guide, load_checkpoint, load_state, load_vae, masked_mse, noise_levels,
+    rollout, save_checkpoint, save_state, shard, start_process_group, update_ema, velocity_to_x0,
 )
 
 RECIPES = {
@@ -74,12 +73,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def consistency_loss(student: nn.Module, ema: nn.Module, teacher: nn.Module, batch: Batch, levels: list[float],
-                     guidance: float, chunk: int) -> Tensor:
+                     guidance: float, chunk: int, prefix_prob: float) -> Tensor:
     """|| student at the upper end of an interval - EMA at the lower end ||^2, one interval per chunk."""
-    b, f = batch.x0.shape[:2]
-    forced = dict(clean=batch.x0, chunk=chunk)
+    f, forced = batch.x0.shape[1], dict(clean=batch.x0, chunk=chunk)
+    free = sample_prefix(batch.rng, f, prefix_prob).to(batch.x0.device)
     n = (rand(batch.rng, -(-f // chunk)) * (len(levels) - 1)).long().repeat_interleave(chunk, dim=1)[:, :f]  # [b f]
-    upper, lower = (torch.tensor(levels)[i].float().to(batch.x0.device) for i in (n, n + 1))
+    upper, lower = (torch.tensor(levels)[i].float().to(batch.x0.device) * free for i in (n, n + 1))
 
     noise = randn(batch.rng, *batch.x0.shape[1:]).to(batch.x0.device)
     x_n = add_noise(batch.x0, noise, upper)  # 1
@@ -89,7 +88,7 @@ def consistency_loss(student: nn.Module, ema: nn.Module, teacher: nn.Module, bat
         v_ema = ema(x_m, lower, batch.prompt, batch.camera, **forced)
         target = velocity_to_x0(v_ema, x_m, lower)  # 3: x_m itself where lower is 0
     v = student(x_n, upper, batch.prompt, batch.camera, **forced)
-    return F.mse_loss(velocity_to_x0(v, x_n, upper), target)  # 4
+    return masked_mse(velocity_to_x0(v, x_n, upper), target, free)  # 4
 
 
 def main(args: argparse.Namespace) -> None:
@@ -126,7 +125,8 @@ def main(args: argparse.Namespace) -> None:
             net.set_requires_gradient_sync(micro == args.accum - 1)  # reduce over ranks once a step
             part, parts = micro * world_size + rank, args.accum * world_size
             batch = get_batch(data, args.seed, step, part, parts, args.batch_size, device)
-            loss = consistency_loss(net, ema, teacher, batch, levels, source["guidance"], meta["chunk"]) / args.accum
+            loss = consistency_loss(net, ema, teacher, batch, levels, source["guidance"], meta["chunk"],
+                                    meta["prefix_prob"]) / args.accum
             loss.backward()
             loss_sum, ids = loss_sum + loss.detach(), ids + batch.ids
         grad_norm = nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm).full_tensor()

@@ -25,18 +25,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    Batch, Latents, check_data, get_batch, open_latents, open_log, positive, rand, randn, save_shard, write_log,
-    write_sheet,
+    Batch, Latents, check_data, get_batch, open_latents, open_log, positive, rand, randn, sample_prefix, save_shard,
+    write_log, write_sheet,
 )
 from model import (
-    build, check_finite, commit, denoise, gather, load_checkpoint, load_state, load_vae, noise_levels, rollout,
-    save_checkpoint, save_state, shard, start_process_group, update_ema, velocity_to_x0,
+    add_noise, build, check_finite, commit, denoise, gather, load_checkpoint, load_state, load_vae, masked_mse,
+    noise_levels, rollout, save_checkpoint, save_state, shard, start_process_group, update_ema, velocity_to_x0,
 )
 
 RECIPES = {
@@ -80,9 +79,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 @torch.no_grad()
-def integrate(teacher: nn.Module, batch: Batch, levels: list[float], keep: int, guidance: float, chunk: int) -> Tensor:
-    """Every chunk from noise down `levels`, after ground truth -> states [b keep+1 f c h w], the end point last."""
-    noise = randn(batch.rng, *batch.x0.shape[1:]).to(batch.x0.device)
+def integrate(teacher: nn.Module, batch: Batch, levels: list[float], keep: int, guidance: float, chunk: int,
+              prefix_prob: float) -> Tensor:
+    """Every chunk from noise down `levels`, after ground truth -> states [b keep+1 f c h w], the end point last.
+
+    Frames that are given are the same in all states.
+    """
+    free = sample_prefix(batch.rng, batch.x0.shape[1], prefix_prob).to(batch.x0.device)
+    noise = add_noise(batch.x0, randn(batch.rng, *batch.x0.shape[1:]).to(batch.x0.device), free)
     text = torch.cat([batch.prompt, batch.null]) if guidance != 1 else batch.prompt
     stride, past, chunks = (len(levels) - 1) // keep, None, []
     for start in range(0, batch.x0.shape[1], chunk):
@@ -90,7 +94,8 @@ def integrate(teacher: nn.Module, batch: Batch, levels: list[float], keep: int, 
         camera, truth = tuple(z[:, frames] for z in batch.camera), batch.x0[:, frames]
         states = [noise[:, frames]]
         for i in range(0, len(levels) - 1, stride):
-            states.append(denoise(teacher, states[-1], levels[i : i + stride + 1], text, camera, guidance, past))
+            states.append(denoise(teacher, states[-1], levels[i : i + stride + 1], text, camera, guidance, past,
+                                  free=free[:, frames]))
         chunks.append(torch.stack(states, dim=1))
         past = commit(teacher, truth, text, camera, guidance, past)
     return torch.cat(chunks, dim=2)
@@ -121,7 +126,8 @@ def generate(args: argparse.Namespace, teacher: nn.Module, data: Latents, meta: 
         if done:
             continue
         batch = get_batch(data, args.seed, i, rank, world_size, args.batch_size, device)
-        states = integrate(teacher, batch, levels, args.sampling_steps, meta["guidance"], meta["chunk"])
+        states = integrate(teacher, batch, levels, args.sampling_steps, meta["guidance"], meta["chunk"],
+                           meta["prefix_prob"])
         if not states.isfinite().all():
             raise ValueError(f"{path}: the teacher's states of rows {batch.ids} are not finite; not written")
         tensors = {"latents": batch.x0.half(), "states": states.half(), "viewmats": batch.camera[0],
@@ -137,9 +143,10 @@ def ode_loss(net: nn.Module, batch: Batch, levels: list[float], chunk: int) -> T
     n = len(levels) - 1  # the last level is 0, the end point
     i = (rand(batch.rng, -(-f // chunk)) * n).long().repeat_interleave(chunk, dim=1)[:, :f].to(batch.x0.device)  # [b f]
     x_t = batch.states[torch.arange(b)[:, None], i, torch.arange(f)]
-    sigma = torch.tensor(levels, device=i.device, dtype=torch.float32)[i]
+    free = (batch.states[:, 0] != batch.states[:, -1]).flatten(2).any(-1)  # [b f]
+    sigma = torch.tensor(levels, device=i.device, dtype=torch.float32)[i] * free
     v = net(x_t, sigma, batch.prompt, batch.camera, clean=batch.x0, chunk=chunk)
-    return F.mse_loss(velocity_to_x0(v, x_t, sigma), batch.states[:, -1])
+    return masked_mse(velocity_to_x0(v, x_t, sigma), batch.states[:, -1], free)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -61,6 +61,11 @@ def velocity_to_x0(v: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
     return x_t - rearrange(sigma, "b f -> b f 1 1 1") * v
 
 
+def masked_mse(a: Tensor, b: Tensor, free: Tensor) -> Tensor:
+    """Mean square of a - b [b f c h w] over the frames that are to be made: free [b f] is 1 there, 0 on given ones."""
+    return ((a - b).square().mean((2, 3, 4)) * free).sum() / free.sum()
+
+
 def guide(v_cond: Tensor, v_null: Tensor, guidance: float) -> Tensor:
     """Classifier-free guidance (arXiv:2207.12598). 1 is off. Code that writes cond + w (cond - null) means w + 1."""
     return torch.lerp(v_null, v_cond, guidance)  # exact at 0 and 1
@@ -604,23 +609,25 @@ def doubled(*tensors: Tensor, guidance: float) -> list[Tensor]:
 
 @torch.no_grad()
 def denoise(net: nn.Module, x_t: Tensor, levels: list[float], prompt: Tensor, camera, guidance: float = 1.0,
-            past: Past | None = None, renoise: list[Tensor] | None = None) -> Tensor:
+            past: Past | None = None, renoise: list[Tensor] | None = None, free: Tensor | None = None) -> Tensor:
     """Noise x_t [b f c h w] -> x0 along `levels`. prompt [b l d], or with guidance [2b l d], the null prompts behind.
 
     Without renoise, Euler steps along the velocity: the sampler of a teacher. With renoise, one fresh noise for each
     level after the first, each step predicts x0 and noises it again to the next: the sampler of a distilled student.
+    Frames where free [b f] is 0 are given: x_t holds them clean, they stay at noise level zero and come out unchanged.
     """
     camera = camera and tuple(doubled(*camera, guidance=guidance))
-    for i, (sigma, lower) in enumerate(zip(levels, levels[1:])):
-        sigma = x_t.new_full(x_t.shape[:2], sigma)
+    free = x_t.new_ones(x_t.shape[:2]) if free is None else free
+    for i, (upper, lower) in enumerate(zip(levels, levels[1:])):
+        sigma = upper * free
         v = net(*doubled(x_t, sigma, guidance=guidance), prompt, camera, past=past)
         if guidance != 1:
             v = guide(*v.chunk(2), guidance)
         if renoise is None:
-            x_t = x_t + (lower - sigma[0, 0]) * v
+            x_t = x_t + ((lower - upper) * free)[..., None, None, None] * v
         else:
             x0 = velocity_to_x0(v, x_t, sigma)
-            x_t = add_noise(x0, renoise[i], sigma.new_full(sigma.shape, lower)) if lower > 0 else x0
+            x_t = add_noise(x0, renoise[i], lower * free) if lower > 0 else x0
     return x_t
 
 
@@ -634,24 +641,29 @@ def commit(net: nn.Module, x0: Tensor, prompt: Tensor, camera, guidance: float =
 
 @torch.no_grad()
 def rollout(net: nn.Module, meta: dict, rng: list[torch.Generator], shape: tuple[int, ...], prompt: Tensor,
-            null: Tensor, camera: tuple[Tensor, Tensor], seconds: dict[str, float] | None = None):
+            null: Tensor, camera: tuple[Tensor, Tensor], seconds: dict[str, float] | None = None,
+            prefix: Tensor | None = None):
     """Yield x0 [b f c h w] chunk by chunk, each denoised after what was yielded before it.
 
     meta: how the checkpoint says it is to be sampled. Bidirectional models have chunk 0: all frames at once.
     rng: one generator per video, shape: [f c h w]; so a video does not depend on the others in its batch.
     seconds: if given, the time spent is added to its "denoise" and "commit".
+    prefix: the first latent frames [b p c h w], an image or a short video, if they are given rather than made.
     """
     levels, guidance = noise_levels(meta["steps"], meta["shift"]), meta["guidance"]
     renoise = meta["sampler"] == "renoise"
     noise = [torch.stack([torch.randn(shape, generator=g) for g in rng]).to(prompt.device)
              for _ in range(meta["steps"] if renoise else 1)]  # one for each level above 0
     text, past = torch.cat([prompt, null]) if guidance != 1 else prompt, None
+    prefix = noise[0][:, :0] if prefix is None else prefix
+    noise[0] = torch.cat([prefix, noise[0][:, prefix.shape[1] :]], dim=1)
+    free = (torch.arange(shape[0], device=prompt.device) >= prefix.shape[1]).float().expand(len(prompt), -1)
     for start in range(0, shape[0], meta["chunk"] or shape[0]):
         frames = slice(start, start + (meta["chunk"] or shape[0]))
         here = tuple(z[:, frames] for z in camera) if meta["camera"] else None
         x_t, *rest = (z[:, frames] for z in noise)
         with timed(seconds, "denoise"):
-            x0 = denoise(net, x_t, levels, text, here, guidance, past, rest if renoise else None)
+            x0 = denoise(net, x_t, levels, text, here, guidance, past, rest if renoise else None, free[:, frames])
         yield x0
         if frames.stop < shape[0]:
             with timed(seconds, "commit"):

@@ -18,6 +18,7 @@ from pathlib import Path
 import imageio.v3 as imageio
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -40,6 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--ckpt", type=Path, help="default ckpt/dmd.pt if there is one, else the shipped four-step model")
     p.add_argument("--vae", type=Path, help="default vae.pt beside the checkpoint, else the shipped one")
     p.add_argument("--prompt", help="default: the path's own, else a room of the toy world")
+    p.add_argument("--image", type=Path, help="an image, or a video of 1 + 4k frames, that the world goes on from")
     p.add_argument("--out", type=Path, default=Path("walk.mp4"), help=".mp4 or .gif; the contact sheet goes beside it")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--steps", type=int, help="denoising steps, instead of the checkpoint's own")
@@ -50,6 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--score", action="store_true", help="measure on held-out rooms and paths of the toy world")
     p.add_argument("--scenes", type=int, default=64, help="with --score: how many")
     p.add_argument("--score-seed", type=int, default=1, help="with --score: which")
+    p.add_argument("--given", type=int, default=0, help="with --score: how many latent frames of the truth are given")
     return p.parse_args(argv)
 
 
@@ -59,9 +62,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @torch.no_grad()
 def stream(net: nn.Module, vae: WanVAE, meta: dict, prompts: list[str], viewmats: Tensor, Ks: Tensor, seeds: list[int],
-           seconds: dict[str, float] | None = None):
+           seconds: dict[str, float] | None = None, prefix: Tensor | None = None):
     """Yield video [b 3 t H W] in [-1, 1] as it is made: 1 + 4 (n - 1) frames of the first chunk of n latents, then 4 n.
 
+    prefix: latents [b p c h w] to go on from; they are the first frames of the video.
     viewmats [b f 4 4], Ks [b f 3 3], one prompt and one seed per video. A path that ends within a chunk is held there.
     """
     device, (b, f), chunk = next(net.parameters()).device, viewmats.shape[:2], meta["chunk"]
@@ -73,7 +77,7 @@ def stream(net: nn.Module, vae: WanVAE, meta: dict, prompts: list[str], viewmats
         null = encode_words("").expand_as(prompt).to(device)
     rng = [torch.Generator().manual_seed(seed) for seed in seeds]
     memory, left = None, 1 + 4 * (f - 1)
-    for x0 in rollout(net, meta, rng, shape, prompt, null, camera, seconds):
+    for x0 in rollout(net, meta, rng, shape, prompt, null, camera, seconds, prefix):
         with timed(seconds, "decode"):
             video, memory = vae.decode(x0, memory)
             video = video[:, :, :left].clamp(-1, 1)
@@ -81,8 +85,35 @@ def stream(net: nn.Module, vae: WanVAE, meta: dict, prompts: list[str], viewmats
         yield video
 
 
+def read_prefix(path: Path, vae: WanVAE, meta: dict, frames: int) -> Tensor:
+    """An image or a short video -> latents [1 p c h w], cut to the checkpoint's shape around the middle.
+
+    Raises ValueError when it cannot be read, is not 1 + 4k frames long, or leaves none of `frames` latents to make.
+    """
+    if not meta["prefix_prob"]:
+        raise ValueError(f"--image {path}: this checkpoint was never trained to go on from an image")
+    try:
+        video = np.stack(list(imageio.imiter(path)))[..., :3] if path.suffix in VIDEOS else imageio.imread(path)[None]
+    except Exception as error:  # each of imageio's plugins has its own
+        raise ValueError(f"--image {path}: cannot be read ({str(error).splitlines()[0]})") from None
+    if video.ndim != 4 or video.shape[3] < 3 or len(video) % 4 != 1 or 1 + len(video) // 4 >= frames:
+        raise ValueError(f"--image {path}: found shape {list(video.shape)}, expected [t h w 3] with t = 1 + 4k and "
+                         f"fewer latent frames than the path's {frames}")
+    video = rearrange(torch.from_numpy(video[..., :3].copy()), "t h w c -> t c h w").float() / 127.5 - 1
+    h, w = meta["size"]
+    scale = max(h / video.shape[2], w / video.shape[3])
+    size = [max(h, round(scale * video.shape[2])), max(w, round(scale * video.shape[3]))]
+    video = F.interpolate(video, size, mode="bilinear", antialias=True)
+    top, left = (size[0] - h) // 2, (size[1] - w) // 2
+    video = rearrange(video[:, :, top : top + h, left : left + w], "t c h w -> 1 c t h w")
+    with torch.no_grad():
+        return vae.encode(video.to(next(vae.parameters()).device))[0]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Files.
+
+VIDEOS = (".mp4", ".gif", ".webm", ".mov", ".avi", ".mkv")
 
 GLYPHS = {  # 3x5 letters for the key overlay
     "w": "101101101111101", "a": "010101111101101", "s": "011100010001110", "d": "110101101101110",
@@ -260,6 +291,9 @@ def score(net: nn.Module, vae: WanVAE, meta: dict, args: argparse.Namespace) -> 
     group = 8
     if args.scenes < group or args.scenes % group:
         raise ValueError(f"--scenes {args.scenes}: expected a multiple of {group}, the number of candidate paths")
+    if args.given and not (meta["prefix_prob"] and 0 < args.given < meta["frames"]):
+        raise ValueError(f"--given {args.given}: expected a checkpoint trained with given frames, and fewer than its "
+                         f"{meta['frames']}")
     chunk = meta["chunk"] or 2
     prompts, paths, scene = sample_toy(args.scenes, mix(args.score_seed, 4), meta["frames"] - 1, held=True)
     viewmats, K = torch.stack([parse_trajectory(path) for path in paths]), intrinsics(meta["K"])
@@ -268,10 +302,12 @@ def score(net: nn.Module, vae: WanVAE, meta: dict, args: argparse.Namespace) -> 
         part, views = Scene(*(z[i : i + group] for z in scene)), viewmats[i : i + group]
         seeds = [mix(args.seed, 5, n) for n in range(i, i + group)]
         Ks = K.expand(*views.shape[:2], 3, 3)
-        video = torch.cat(list(stream(net, vae, meta, prompts[i : i + group], views, Ks, seeds)), dim=2).cpu()
         truth = render(part, views, K, meta["size"][0])
         with torch.no_grad():
-            through_vae = vae.decode(vae.encode(truth.to(next(vae.parameters()).device))[0])[0].clamp(-1, 1).cpu()
+            x0 = vae.encode(truth.to(next(vae.parameters()).device))[0]
+            through_vae = vae.decode(x0)[0].clamp(-1, 1).cpu()
+        pieces = stream(net, vae, meta, prompts[i : i + group], views, Ks, seeds, prefix=x0[:, : args.given])
+        video = torch.cat(list(pieces), dim=2).cpu()
         rows.append(measure(video, part, views, K, chunk, group))
         ceilings.append(measure(through_vae, part, views, K, chunk, group))
         videos.append(video)
@@ -337,7 +373,8 @@ def main(args: argparse.Namespace) -> None:
             row, sheet = score(net, vae, meta, args)
             row |= {name: timing[name] for name in ("fps", "first_frame_s")}
             print(json.dumps(row | {"stage": meta["stage"], "steps": meta["steps"], "guidance": meta["guidance"],
-                                    "scenes": args.scenes, "seed": args.seed, "score_seed": args.score_seed}))
+                                    "scenes": args.scenes, "given": args.given, "seed": args.seed,
+                                    "score_seed": args.score_seed}))
             write_sheet(args.out.with_suffix(".png"), sheet)
         return
 
@@ -346,7 +383,8 @@ def main(args: argparse.Namespace) -> None:
         Ks = K.expand(len(path.viewmats), 3, 3)
         if len(path.viewmats) > meta["frames"]:
             print(f"the path has {len(path.viewmats)} latent frames, trained were {meta['frames']}", file=sys.stderr)
-        pieces = stream(net, vae, meta, [prompt], path.viewmats[None], Ks[None], [args.seed])
+        prefix = read_prefix(args.image, vae, meta, len(path.viewmats)) if args.image else None
+        pieces = stream(net, vae, meta, [prompt], path.viewmats[None], Ks[None], [args.seed], prefix=prefix)
         video = torch.cat(list(tqdm(pieces, "chunks")), dim=2)
         out = args.out if len(paths) == 1 else args.out.with_name(f"{args.out.stem}-{path.name}{args.out.suffix}")
         write_video(out, video[0], meta["fps"], pressed(path.viewmats) if args.keys else None)

@@ -22,16 +22,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    Batch, check_data, get_batch, open_latents, open_log, positive, rand, randn, write_log, write_sheet,
+    Batch, check_data, get_batch, open_latents, open_log, positive, rand, randn, sample_prefix, write_log, write_sheet,
 )
 from model import (
-    add_noise, build, check_finite, gather, load_checkpoint, load_state, load_vae, rollout, save_checkpoint,
-    save_state, shard, shift_sigma, start_process_group, update_ema,
+    add_noise, build, check_finite, gather, load_checkpoint, load_state, load_vae, masked_mse, rollout,
+    save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema,
 )
 
 RECIPES = {
@@ -68,16 +67,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-def teacher_forcing_loss(net: nn.Module, batch: Batch, chunk: int, shift: float, null_prob: float) -> Tensor:
+def teacher_forcing_loss(net: nn.Module, batch: Batch, chunk: int, shift: float, null_prob: float,
+                         prefix_prob: float) -> Tensor:
     """|| v - (noise - x0) ||^2 at one noise level per chunk, each chunk after its clean past."""
-    b, f = batch.x0.shape[:2]
+    f = batch.x0.shape[1]
+    free = sample_prefix(batch.rng, f, prefix_prob).to(batch.x0.device)
     sigma = shift_sigma(rand(batch.rng, -(-f // chunk)), shift).to(batch.x0.device)  # 1
-    sigma = sigma.repeat_interleave(chunk, dim=1)[:, :f]
+    sigma = sigma.repeat_interleave(chunk, dim=1)[:, :f] * free
     noise = randn(batch.rng, *batch.x0.shape[1:]).to(batch.x0.device)
     drop = rand(batch.rng, 1, 1).to(batch.x0.device) < null_prob
     prompt = torch.where(drop, batch.null, batch.prompt)
     v = net(add_noise(batch.x0, noise, sigma), sigma, prompt, batch.camera, clean=batch.x0, chunk=chunk)  # 2
-    return F.mse_loss(v, noise - batch.x0)
+    return masked_mse(v, noise - batch.x0, free)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -112,7 +113,8 @@ def main(args: argparse.Namespace) -> None:
             net.set_requires_gradient_sync(micro == args.accum - 1)  # reduce over ranks once a step
             part, parts = micro * world_size + rank, args.accum * world_size
             batch = get_batch(data, args.seed, step, part, parts, args.batch_size, device)
-            loss = teacher_forcing_loss(net, batch, args.chunk, meta["shift"], args.null_prob) / args.accum
+            loss = teacher_forcing_loss(net, batch, args.chunk, meta["shift"], args.null_prob, meta["prefix_prob"])
+            loss = loss / args.accum
             loss.backward()
             loss_sum, ids = loss_sum + loss.detach(), ids + batch.ids
         grad_norm = nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm).full_tensor()

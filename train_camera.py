@@ -6,6 +6,7 @@ out: ckpt/camera.pt, a bidirectional model: every frame sees every frame
 
 Plain flow matching. One noise level sigma per video, mix the clean latents with noise, regress the slope from data to
 noise. The camera enters through PRoPE, whose output layer starts at zero: at step 0 this is the base model, exactly.
+In some videos the first frame or two are given, as an image to go on from: they stay at noise level zero, without loss.
 
     x_t = (1 - sigma) x0 + sigma noise          loss = || v(x_t, sigma, prompt, camera) - (noise - x0) ||^2
 
@@ -21,23 +22,22 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Batch, get_batch, open_latents, open_log, positive, rand, randn, write_log, write_sheet
+from data import Batch, get_batch, open_latents, open_log, positive, rand, randn, sample_prefix, write_log, write_sheet
 from model import (
-    add_noise, build, check_finite, fresh_weights, gather, load_checkpoint, load_state, load_vae, rollout,
+    add_noise, build, check_finite, fresh_weights, gather, load_checkpoint, load_state, load_vae, masked_mse, rollout,
     save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema, with_camera,
 )
 
 RECIPES = {
     "tiny": dict(steps=1500, batch_size=16, accum=1, lr=2e-3, warmup=50, max_grad_norm=1.0, ema_decay=0.995,
-                 shift=3.0, null_prob=0.1, guidance=2.0, sampling_steps=48),
+                 shift=3.0, null_prob=0.1, prefix_prob=0.25, guidance=2.0, sampling_steps=48),
     # minWM: 5 k steps, 32 videos, lr 2e-6, clip 10, shift 5, guidance 8. Ours: EMA from the first step, no loss weight
     # (theirs falls to zero at pure noise, where every sample starts).
     "wan-1.3b": dict(steps=5000, batch_size=1, accum=4, lr=2e-6, warmup=0, max_grad_norm=10.0, ema_decay=0.99,
-                     shift=5.0, null_prob=0.0, guidance=8.0, sampling_steps=50),
+                     shift=5.0, null_prob=0.0, prefix_prob=0.0, guidance=8.0, sampling_steps=50),
 }
 
 
@@ -58,6 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--warmup", type=int, help="steps until lr is reached")
     p.add_argument("--shift", type=float, help="of the noise levels, towards pure noise")
     p.add_argument("--null-prob", type=float, help="how often the prompt is dropped, so that guidance has a null")
+    p.add_argument("--prefix-prob", type=float, help="how often the first latent frames are given, as an image")
     p.add_argument("--guidance", type=float, help="for sampling; 1 is off")
     p.add_argument("--sampling-steps", type=positive)
     p.add_argument("--seed", type=int, default=0)
@@ -69,15 +70,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def flow_matching_loss(net: nn.Module, batch: Batch, camera: tuple | None, shift: float, null_prob: float) -> Tensor:
+def flow_matching_loss(net: nn.Module, batch: Batch, camera: tuple | None, shift: float, null_prob: float,
+                       prefix_prob: float) -> Tensor:
     """|| v - (noise - x0) ||^2 at one noise level per video."""
-    b, f = batch.x0.shape[:2]
-    sigma = shift_sigma(rand(batch.rng, 1), shift).to(batch.x0.device).expand(b, f)
+    f = batch.x0.shape[1]
+    free = sample_prefix(batch.rng, f, prefix_prob).to(batch.x0.device)
+    sigma = shift_sigma(rand(batch.rng, 1), shift).to(batch.x0.device) * free  # [b f]
     noise = randn(batch.rng, *batch.x0.shape[1:]).to(batch.x0.device)
     drop = rand(batch.rng, 1, 1).to(batch.x0.device) < null_prob
     prompt = torch.where(drop, batch.null, batch.prompt)
     v = net(add_noise(batch.x0, noise, sigma), sigma, prompt, camera)
-    return F.mse_loss(v, noise - batch.x0)
+    return masked_mse(v, noise - batch.x0, free)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -103,8 +106,9 @@ def main(args: argparse.Namespace) -> None:
     meta = {"stage": "base" if args.no_camera else "camera", "preset": args.preset, "camera": not args.no_camera,
             "K": data.meta["K"], "size": data.meta["size"], "fps": data.meta["fps"], "frames": data.meta["frames"],
             "vae_fingerprint": data.meta["vae_fingerprint"],
-            "chunk": 0, "shift": args.shift, "sampler": "euler", "steps": args.sampling_steps,
-            "guidance": args.guidance, "from": source and f"{args.init.name} at step {source['step']}"}
+            "prefix_prob": 0.0 if args.no_camera else args.prefix_prob, "chunk": 0, "shift": args.shift,
+            "sampler": "euler", "steps": args.sampling_steps, "guidance": args.guidance,
+            "from": source and f"{args.init.name} at step {source['step']}"}
 
     # -- start (same in every stage) ---------------------------------------------------------------------------------
     step = load_state(folder, nets, optimizers) if args.resume else 0
@@ -121,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
             part, parts = micro * world_size + rank, args.accum * world_size
             batch = get_batch(data, args.seed, step, part, parts, args.batch_size, device)
             camera = None if args.no_camera else batch.camera
-            loss = flow_matching_loss(net, batch, camera, args.shift, args.null_prob) / args.accum
+            loss = flow_matching_loss(net, batch, camera, args.shift, args.null_prob, meta["prefix_prob"]) / args.accum
             loss.backward()
             loss_sum, ids = loss_sum + loss.detach(), ids + batch.ids
         grad_norm = nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm).full_tensor()

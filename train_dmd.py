@@ -34,11 +34,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    Batch, check_data, get_batch, mix, open_latents, open_log, positive, rand, randn, write_log, write_sheet,
+    Batch, check_data, get_batch, mix, open_latents, open_log, positive, rand, randn, sample_prefix, write_log,
+    write_sheet,
 )
 from model import (
-    add_noise, build, check_finite, commit, gather, guide, load_checkpoint, load_state, load_vae, noise_levels, rollout,
-    save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema, velocity_to_x0,
+    add_noise, build, check_finite, commit, gather, guide, load_checkpoint, load_state, load_vae, masked_mse,
+    noise_levels, rollout, save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema,
+    velocity_to_x0,
 )
 
 RECIPES = {
@@ -76,32 +78,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-def self_rollout(generator: nn.Module, batch: Batch, levels: list[float], exit_step: int, chunk: int) -> Tensor:
+def self_rollout(generator: nn.Module, batch: Batch, levels: list[float], exit_step: int, chunk: int,
+                 free: Tensor) -> Tensor:
     """Video made chunk by chunk after its own past [b f c h w]; gradient through step exit_step of each chunk alone.
 
     exit_step is shared by all chunks and ranks. The result is the prediction of that step: clean only in the sense in
-    which a few-step model's predictions are, which is what the scores must judge.
+    which a few-step model's predictions are, which is what the scores must judge. Frames where free [b f] is 0 are
+    given: the batch's own, clean.
     """
     want_grad, past, video = torch.is_grad_enabled(), None, []
     noise = [randn(batch.rng, *batch.x0.shape[1:]).to(batch.x0.device) for _ in range(exit_step + 1)]
+    noise[0] = add_noise(batch.x0, noise[0], free)
     for start in range(0, batch.x0.shape[1], chunk):
         frames = slice(start, start + chunk)
         camera, x_t = tuple(z[:, frames] for z in batch.camera), noise[0][:, frames]
         for i in range(exit_step + 1):
-            sigma = x_t.new_full(x_t.shape[:2], levels[i])
+            sigma = levels[i] * free[:, frames]
             with torch.set_grad_enabled(want_grad and i == exit_step):
                 x0 = velocity_to_x0(generator(x_t, sigma, batch.prompt, camera, past=past), x_t, sigma)
             if i < exit_step:
-                x_t = add_noise(x0, noise[i + 1][:, frames], torch.full_like(sigma, levels[i + 1]))
+                x_t = add_noise(x0, noise[i + 1][:, frames], levels[i + 1] * free[:, frames])
         video.append(x0)
         if frames.stop < batch.x0.shape[1]:
             past = commit(generator, x0, batch.prompt, camera, past=past)  # without gradient
     return torch.cat(video, dim=1)
 
 
-def noised(x: Tensor, batch: Batch, shift: float) -> tuple[Tensor, Tensor, Tensor]:
+def noised(x: Tensor, batch: Batch, shift: float, free: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x at a random level between 0.02 and 0.98, one per video -> x_t, noise, sigma."""
-    sigma = shift_sigma(rand(batch.rng, 1), shift).clamp(0.02, 0.98).to(x.device).expand(x.shape[:2])
+    sigma = shift_sigma(rand(batch.rng, 1), shift).clamp(0.02, 0.98).to(x.device) * free
     noise = randn(batch.rng, *x.shape[1:]).to(x.device)
     return add_noise(x, noise, sigma), noise, sigma
 
@@ -113,10 +118,12 @@ def dmd_loss(x: Tensor, x0_real: Tensor, x0_fake: Tensor) -> Tensor:
 
 
 def generator_loss(generator: nn.Module, real_score: nn.Module, fake_score: nn.Module, batch: Batch,
-                   levels: list[float], exit_step: int, chunk: int, shift: float, guidance: float) -> Tensor:
-    x = self_rollout(generator, batch, levels, exit_step, chunk)
+                   levels: list[float], exit_step: int, chunk: int, shift: float, guidance: float,
+                   prefix_prob: float) -> Tensor:
+    free = sample_prefix(batch.rng, batch.x0.shape[1], prefix_prob).to(batch.x0.device)
+    x = self_rollout(generator, batch, levels, exit_step, chunk, free)
     with torch.no_grad():
-        x_t, _, sigma = noised(x, batch, shift)
+        x_t, _, sigma = noised(x, batch, shift, free)
         v_fake = fake_score(x_t, sigma, batch.prompt, batch.camera)
         v_real = guide(*(real_score(x_t, sigma, text, batch.camera) for text in (batch.prompt, batch.null)), guidance)
         x0_real, x0_fake = velocity_to_x0(v_real, x_t, sigma), velocity_to_x0(v_fake, x_t, sigma)
@@ -124,12 +131,13 @@ def generator_loss(generator: nn.Module, real_score: nn.Module, fake_score: nn.M
 
 
 def fake_score_loss(generator: nn.Module, fake_score: nn.Module, batch: Batch, levels: list[float], exit_step: int,
-                chunk: int, shift: float) -> Tensor:
+                    chunk: int, shift: float, prefix_prob: float) -> Tensor:
     """Flow matching on rollouts. The score sees the level that the noise was mixed at, exactly."""
+    free = sample_prefix(batch.rng, batch.x0.shape[1], prefix_prob).to(batch.x0.device)
     with torch.no_grad():
-        x = self_rollout(generator, batch, levels, exit_step, chunk)
-    x_t, noise, sigma = noised(x, batch, shift)
-    return F.mse_loss(fake_score(x_t, sigma, batch.prompt, batch.camera), noise - x)
+        x = self_rollout(generator, batch, levels, exit_step, chunk, free)
+    x_t, noise, sigma = noised(x, batch, shift, free)
+    return masked_mse(fake_score(x_t, sigma, batch.prompt, batch.camera), noise - x, free)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -183,10 +191,10 @@ def main(args: argparse.Namespace) -> None:
                 batch = get_batch(data, args.seed, number, part, parts, args.batch_size, device)
                 if update == 0:
                     loss = generator_loss(generator, real_score, fake_score, batch, levels, exit_step, meta["chunk"],
-                                          meta["shift"], args.guidance)
+                                          meta["shift"], args.guidance, meta["prefix_prob"])
                 else:
                     loss = fake_score_loss(generator, fake_score, batch, levels, exit_step, meta["chunk"],
-                                           meta["shift"])
+                                           meta["shift"], meta["prefix_prob"])
                 loss = loss / args.accum
                 loss.backward()
                 loss_sum, ids = loss_sum + loss.detach(), ids + batch.ids

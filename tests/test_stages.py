@@ -31,6 +31,8 @@ SHARED = ("--init --data --out --preset --resume --steps --batch-size --accum --
           "--seed --log-every --save-every".split())  # a stage's own flags stand between the two
 B, F, CHUNK, SHIFT = 2, 5, 2, 3.0  # five frames: the last chunk is a short one
 LEVELS = noise_levels(4, SHIFT)
+PREFIX = 0.5  # how often first frames are given
+FREE = torch.tensor([[1.0, 1, 1, 1, 1], [0, 0, 0, 1, 1]])  # 0: given, here to the middle of the second chunk
 
 
 def train(stage, *flags, cwd):
@@ -195,14 +197,14 @@ def seer(x0):
 
 def test_perfect_prediction_has_no_flow_matching_loss():
     batch = make_batch()
-    assert flow_matching_loss(seer(batch.x0), batch, batch.camera, SHIFT, 0.1) < 1e-8
-    assert flow_matching_loss(seer(batch.x0 + 1), make_batch(), batch.camera, SHIFT, 0.1) > 1
+    assert flow_matching_loss(seer(batch.x0), batch, batch.camera, SHIFT, 0.1, PREFIX) < 1e-8
+    assert flow_matching_loss(seer(batch.x0 + 1), make_batch(), batch.camera, SHIFT, 0.1, PREFIX) > 1
 
 
 def test_perfect_prediction_has_no_teacher_forcing_loss():
     batch = make_batch()
-    assert teacher_forcing_loss(seer(batch.x0), batch, CHUNK, SHIFT, 0.1) < 1e-8
-    assert teacher_forcing_loss(seer(batch.x0 + 1), make_batch(), CHUNK, SHIFT, 0.1) > 1
+    assert teacher_forcing_loss(seer(batch.x0), batch, CHUNK, SHIFT, 0.1, PREFIX) < 1e-8
+    assert teacher_forcing_loss(seer(batch.x0 + 1), make_batch(), CHUNK, SHIFT, 0.1, PREFIX) > 1
 
 
 def test_perfect_prediction_has_no_ode_loss():
@@ -214,16 +216,17 @@ def test_perfect_prediction_has_no_ode_loss():
 def test_perfect_prediction_has_no_consistency_loss():
     batch = make_batch()
     net = seer(batch.x0)
-    assert consistency_loss(net, net, net, batch, noise_levels(48, SHIFT), 3.0, CHUNK) < 1e-8
+    assert consistency_loss(net, net, net, batch, noise_levels(48, SHIFT), 3.0, CHUNK, PREFIX) < 1e-8
     # where the interval ends at noise level 0 the target is the teacher's point itself: the EMA's error does not enter
-    wrong = consistency_loss(net, seer(batch.x0 + 1), net, make_batch(), noise_levels(1, SHIFT), 3.0, CHUNK)
+    wrong = consistency_loss(net, seer(batch.x0 + 1), net, make_batch(), noise_levels(1, SHIFT), 3.0, CHUNK, PREFIX)
     assert wrong < 1e-8
-    assert consistency_loss(net, seer(batch.x0 + 1), net, make_batch(), noise_levels(48, SHIFT), 3.0, CHUNK) > 0.5
+    behind = seer(batch.x0 + 1)
+    assert consistency_loss(net, behind, net, make_batch(), noise_levels(48, SHIFT), 3.0, CHUNK, PREFIX) > 0.5
 
 
 def test_consistency_gradient_reaches_the_student_alone():
     student, ema, teacher = (make_net(seed) for seed in range(3))
-    consistency_loss(student, ema, teacher, make_batch(), noise_levels(48, SHIFT), 3.0, CHUNK).backward()
+    consistency_loss(student, ema, teacher, make_batch(), noise_levels(48, SHIFT), 3.0, CHUNK, PREFIX).backward()
     assert all(p.grad is not None for p in student.parameters())
     assert all(p.grad is None for net in (ema, teacher) for p in net.parameters())
 
@@ -231,8 +234,8 @@ def test_consistency_gradient_reaches_the_student_alone():
 def test_perfect_prediction_has_no_fake_score_loss():
     still = make_batch().x0[:, :1]  # a generator that makes this picture, whatever the noise
     made = lambda x_t, *rest, commit=False, **past: None if commit else seer(still)(x_t, *rest)
-    assert fake_score_loss(made, seer(still), make_batch(), LEVELS, 3, CHUNK, SHIFT) < 1e-8
-    assert fake_score_loss(made, seer(still + 1), make_batch(), LEVELS, 3, CHUNK, SHIFT) > 1
+    assert fake_score_loss(made, seer(still), make_batch(), LEVELS, 3, CHUNK, SHIFT, PREFIX) < 1e-8
+    assert fake_score_loss(made, seer(still + 1), make_batch(), LEVELS, 3, CHUNK, SHIFT, PREFIX) > 1
 
 
 def test_dmd_gradient_is_its_formula():
@@ -246,21 +249,21 @@ def test_dmd_gradient_is_its_formula():
 
 def test_dmd_stops_where_the_scores_agree():
     generator, score, other = (make_net(seed) for seed in range(3))
-    agree, differ = (generator_loss(generator, score, fake, make_batch(), LEVELS, 1, CHUNK, SHIFT, guidance=1.0)
+    agree, differ = (generator_loss(generator, score, fake, make_batch(), LEVELS, 1, CHUNK, SHIFT, 1.0, PREFIX)
                      for fake in (score, other))
     assert agree < 1e-10 < 1e-3 < differ
 
 
 def test_generator_gradient_reaches_the_generator_alone():
     generator, real, fake = (make_net(seed) for seed in range(3))
-    generator_loss(generator, real, fake, make_batch(), LEVELS, 1, CHUNK, SHIFT, guidance=2.0).backward()
+    generator_loss(generator, real, fake, make_batch(), LEVELS, 1, CHUNK, SHIFT, 2.0, PREFIX).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in generator.parameters())
     assert all(p.grad is None for net in (real, fake) for p in net.parameters())
 
 
 def test_fake_score_gradient_reaches_the_fake_score_alone():
     generator, fake = make_net(0), make_net(1)
-    fake_score_loss(generator, fake, make_batch(), LEVELS, 1, CHUNK, SHIFT).backward()
+    fake_score_loss(generator, fake, make_batch(), LEVELS, 1, CHUNK, SHIFT, PREFIX).backward()
     assert all(p.grad is not None for p in fake.parameters()) and all(p.grad is None for p in generator.parameters())
 
 
@@ -273,11 +276,14 @@ def detached_rollout(net, batch, exit_step, detach):
     past, video = None, []
     for start in range(0, F, CHUNK):
         frames = slice(start, start + CHUNK)
-        camera, x_t = [z[:, frames] for z in batch.camera], noise[0][:, frames]
+        camera, given = [z[:, frames] for z in batch.camera], FREE[:, frames, None, None, None] == 0
+        truth, x_t = batch.x0[:, frames], torch.where(given, batch.x0[:, frames], noise[0][:, frames])
         for i in range(exit_step + 1):
-            x0 = x_t - LEVELS[i] * net(x_t, torch.full(x_t.shape[:2], LEVELS[i]), batch.prompt, camera, past=past)
+            v = net(x_t, LEVELS[i] * FREE[:, frames], batch.prompt, camera, past=past)
+            x0 = torch.where(given, truth, x_t - LEVELS[i] * v)
             if i < exit_step:
-                x_t = detach((1 - LEVELS[i + 1]) * x0 + LEVELS[i + 1] * noise[i + 1][:, frames])
+                x_t = (1 - LEVELS[i + 1]) * x0 + LEVELS[i + 1] * noise[i + 1][:, frames]
+                x_t = detach(torch.where(given, truth, x_t))
         video.append(x0)
         past = net(detach(x0), torch.zeros(x0.shape[:2]), batch.prompt, camera, past=past, commit=True)
         past = Past(past.frames, [tuple(map(detach, layer)) for layer in past.layers])
@@ -293,7 +299,7 @@ def gradient(net, video):
 @pytest.mark.parametrize("exit_step", range(4))
 def test_self_rollout_gradient_is_exactly_truncated(exit_step, dtype):
     net = make_net(0, dtype)
-    video = self_rollout(net, make_batch(), LEVELS, exit_step, CHUNK)
+    video = self_rollout(net, make_batch(), LEVELS, exit_step, CHUNK, FREE)
     reference = detached_rollout(net, make_batch(), exit_step, torch.Tensor.detach)
     torch.testing.assert_close(video, reference, atol=1e-5, rtol=1e-5)
     truncated = gradient(net, video)
@@ -310,7 +316,7 @@ def test_committed_past_carries_no_gradient():
             pasts.append(past)
         return net(*inputs, past=past, **flags)
 
-    assert self_rollout(watched, make_batch(), LEVELS, 2, CHUNK).requires_grad
+    assert self_rollout(watched, make_batch(), LEVELS, 2, CHUNK, FREE).requires_grad
     assert pasts and not any(z.requires_grad for past in pasts for layer in past.layers for z in layer)
 
 
@@ -319,7 +325,42 @@ def test_self_rollout_is_the_sampler():
     net, batch = make_net(0), make_batch()
     chunks = list(rollout(net, meta, batch.rng, batch.x0.shape[1:], batch.prompt, batch.null, batch.camera))
     with torch.no_grad():
-        torch.testing.assert_close(self_rollout(net, make_batch(), LEVELS, 3, CHUNK), torch.cat(chunks, dim=1))
+        video = self_rollout(net, make_batch(), LEVELS, 3, CHUNK, torch.ones(B, F))
+    torch.testing.assert_close(video, torch.cat(chunks, dim=1))
+
+
+@pytest.mark.parametrize("given", (1, 2, 3))
+@pytest.mark.parametrize("sampler, guidance", (("euler", 2.0), ("renoise", 1.0)))
+def test_prefix_comes_out_unchanged_and_what_follows_depends_on_it(given, sampler, guidance):
+    meta = {"steps": 4, "shift": SHIFT, "guidance": guidance, "sampler": sampler, "chunk": CHUNK, "camera": True}
+    net, batch = make_net(0), make_batch()
+
+    def walk(prefix):
+        rng = make_batch().rng
+        chunks = rollout(net, meta, rng, batch.x0.shape[1:], batch.prompt, batch.null, batch.camera, prefix=prefix)
+        return torch.cat(list(chunks), dim=1)
+
+    alone, after, other = walk(None), walk(batch.x0[:, :given]), walk(batch.x0[:, :given] + 1)
+    assert torch.equal(after[:, :given], batch.x0[:, :given])
+    assert min((after - z)[:, given:].abs().mean() for z in (alone, other)) > 1e-2
+
+
+def test_losses_ignore_what_was_given():
+    """Where frames are given, no noise is added and no prediction counts."""
+    for loss in (lambda net, batch: flow_matching_loss(net, batch, batch.camera, SHIFT, 0.0, 1.0),
+                 lambda net, batch: teacher_forcing_loss(net, batch, CHUNK, SHIFT, 0.0, 1.0)):
+        seen = []
+
+        def net(x_t, sigma, *_, **__):
+            seen.append((x_t, sigma))
+            wrong = torch.where(sigma[..., None, None, None] == 0, 1e3, 0.0)  # absurd on given frames alone
+            return seer(make_batch().x0)(x_t, sigma) + wrong
+
+        assert loss(net, make_batch()) < 1e-8
+        (x_t, sigma), = seen
+        given = (sigma == 0).sum(1)
+        assert ((given == 1) | (given == 2)).all() and (sigma[:, 0] == 0).all()
+        assert torch.equal(x_t[sigma == 0], make_batch().x0[sigma == 0])
 
 
 # ------------------------------------------------------------------------------------------------------------ Wrong use

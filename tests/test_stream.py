@@ -6,6 +6,7 @@ import json
 import math
 
 import imageio.v3 as imageio
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -159,6 +160,49 @@ def test_batch_of_two_equals_each_alone(chain, stage):
     both = walk(net, vae, meta, "w*3", [TOY_PROMPT, OTHER_PROMPT], [3, 4])[0]
     for n, (prompt, seed) in enumerate(((TOY_PROMPT, 3), (OTHER_PROMPT, 4))):
         torch.testing.assert_close(both[n : n + 1], walk(net, vae, meta, "w*3", [prompt], [seed])[0], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name, frames", (("room.png", 1), ("room.gif", 5)))
+def test_image_is_gone_on_from(chain, tmp_path, world, name, frames):
+    truth = ((world[-1][0, :, :frames] + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+    imageio.imwrite(tmp_path / name, truth[0] if frames == 1 else truth)
+    for out, flags in ("alone", []), ("after", ["--image", tmp_path / name]):
+        call("stream.py", "--camera", "w*3", "--out", tmp_path / f"{out}.gif", *flags, cwd=chain)
+    alone, after = (imageio.imread(tmp_path / f"{out}.gif")[:, ::8, ::8] for out in ("alone", "after"))
+    vae = load_vae(chain / "ckpt/vae.pt", CPU, load_checkpoint(chain / "ckpt/vae.pt")[1]["fingerprint"])
+    with torch.no_grad():  # what the VAE leaves of the image
+        image = torch.from_numpy(imageio.imread(tmp_path / name)[..., :3].copy()).float().view(1, frames, 32, 32, 3)
+        shown = vae.decode(vae.encode(image.permute(0, 4, 1, 2, 3) / 127.5 - 1)[0])[0].clamp(-1, 1)
+    shown = ((shown[0] + 1) * 127.5).permute(1, 2, 3, 0).numpy()
+    assert abs(after[:frames].astype(float) - shown).mean() < 8  # a gif has 256 colours
+    assert abs(after[frames:].astype(int) - alone[frames:]).max() > 0
+
+
+@pytest.mark.parametrize("name, found", (
+    ("none.png", "cannot be read"), ("text.png", "cannot be read"), ("long.gif", "fewer latent frames"),
+    ("three.gif", "1 + 4k"), ("grey.png", "[1, 32, 32]"),
+))
+def test_bad_image_is_refused(chain, tmp_path, name, found):
+    (tmp_path / "text.png").write_text("not an image")
+    for clip, shape in ("long.gif", (13, 32, 32, 3)), ("three.gif", (3, 32, 32, 3)), ("grey.png", (32, 32)):
+        imageio.imwrite(tmp_path / clip, np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8))
+    flags = ("--camera", "w*3", "--image", tmp_path / name, "--out", tmp_path / "walk.mp4")
+    message = refusal("stream.py", *flags, cwd=chain)
+    assert message.startswith(f"error: --image {tmp_path / name}: ") and found in message
+    assert not (tmp_path / "walk.mp4").exists()
+
+
+def test_image_is_refused_where_it_was_never_trained(chain, tmp_path):
+    flags = ("--ckpt", "ckpt/base.pt", "--image", "room.png", "--out", tmp_path / "walk.mp4")
+    assert "never trained to go on from an image" in refusal("stream.py", *flags, cwd=chain)
+
+
+def test_given_frames_are_scored(chain, tmp_path, capsys):
+    flags = ("--score", "--scenes", "8", "--out", tmp_path / "score.mp4")
+    call("stream.py", *flags, "--given", "1", cwd=chain)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["given"] == 1
+    assert "--given 4" in refusal("stream.py", *flags, "--given", "4", cwd=chain)
+    assert "--given 1" in refusal("stream.py", *flags, "--given", "1", "--ckpt", "ckpt/base.pt", cwd=chain)
 
 
 # ------------------------------------------------------------------------------------------------------------- Measures
