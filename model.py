@@ -5,9 +5,11 @@ The networks, what their output means, and how their weights travel.
     2. Cameras          PRoPE: projective matrices as relative position encoding
     3. Wan DiT          the diffusion transformer, bidirectional and causal with the same weights
     4. Wan VAE          causal 3-D convolutions; encode and decode whole or as a stream
-    5. Presets          tiny (trained on a laptop), wan-1.3b, wan-14b
-    6. Sampling         the two samplers and the chunked rollout
-    7. Weights          shard, average, save, load, resume
+    5. HY DiT           HunyuanVideo-1.5: video and text as two streams, an image to go on from, actions
+    6. HY VAE           16 times smaller in space; what was a stride is channels folded out of the grid
+    7. Presets          tiny and tiny-hy (trained on a laptop), wan-1.3b, wan-14b, hy-8b
+    8. Sampling         the two samplers and the chunked rollout
+    9. Weights          shard, average, save, load, resume
 
 One call for every backbone, so that a stage does not know which network it trains:
 
@@ -16,13 +18,18 @@ One call for every backbone, so that a stage does not know which network it trai
     v = net(x_t, sigma, prompt, camera, past=past)                 streaming: each chunk sees cached keys and values
     past = net(x0, zero, prompt, camera, past=past, commit=True)   ... and a finished chunk joins them
 
-    x_t [b f c h w]   sigma [b f] fp32, 1 is pure noise   prompt [b l d]   camera = (viewmats [b f 4 4], Ks [b f 3 3])
+    x_t [b f c h w]   sigma [b f] fp32, 1 is pure noise   prompt [b l d], for HY a tuple of such tensors (HYPrompt)
+    camera = (viewmats [b f 4 4], Ks [b f 3 3]), for HY also (viewmats, Ks, action [b f])
+
+A commit of no frames starts a stream with the prompt alone. Wan can do without it. HY cannot: in its bidirectional pass
+the text reads the video too, in a stream it must not, and that the stream has begun is all that tells the two apart.
 
 Axis letters, here and in every file: b batch, f latent frames, c latent channels, h w latent grid, n tokens, d width,
 nh heads, hd head width, l text tokens, t pixel frames.
 """
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -37,7 +44,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -124,20 +131,37 @@ class DiTConfig:
     text_dim: int
     freq_dim: int = 256
 
+    @property
+    def rope_bands(self) -> tuple[int, int, int]:
+        """How many channels of a head turn with the frame, the row and the column."""
+        head_dim = self.dim // self.heads
+        third = 2 * (head_dim // 6)
+        return head_dim - 2 * third, third, third
+
 
 class Past(NamedTuple):
     """Keys and values of the frames committed so far. Never written in place: a commit makes a new one."""
     frames: int  # committed so far; the next chunk's RoPE positions start here
     layers: list[tuple[Tensor, ...]]  # per block: k, v and, with a camera, PRoPE's k, v, each [b nh n hd]
+    text: tuple[list[tuple[Tensor, Tensor]], Tensor | None] | None = None  # HY: per block k, v of the prompt; its mask
 
 
-def rope_table(frames: Tensor, h: int, w: int, head_dim: int) -> Tensor:
+def sinusoid(position: Tensor, width: int) -> Tensor:
+    """position [...] -> [... width]: cosines, then sines, of the position at speeds from 1 down to 1/10000.
+
+    In the precision of `position`: fp64 for Wan, fp32 for HY, as each was trained. At 1000, fp32 is off by 3e-5.
+    """
+    half = width // 2
+    index = torch.arange(half, dtype=position.dtype, device=position.device)
+    angle = position[..., None] * torch.exp(-math.log(10000) * index / half)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def rope_table(frames: Tensor, h: int, w: int, bands: tuple[int, int, int], theta: float) -> Tensor:
     """Unit complex numbers [f*h*w 1 hd/2]: channel pairs turn with frame, row and column, in three bands of a head."""
-    third = 2 * (head_dim // 6)
-    rows, columns = (torch.arange(n, device=frames.device).double() for n in (h, w))
-    bands = (frames.double(), head_dim - 2 * third), (rows, third), (columns, third)
-    t, y, x = (torch.outer(position, 10000 ** -(torch.arange(0, width, 2, device=frames.device).double() / width))
-               for position, width in bands)
+    positions = frames.double(), *(torch.arange(n, device=frames.device).double() for n in (h, w))
+    t, y, x = (torch.outer(position, theta ** -(torch.arange(0, width, 2, device=frames.device).double() / width))
+               for position, width in zip(positions, bands))
     grid = [repeat(t, "f e -> f h w e", h=h, w=w), repeat(y, "h e -> f h w e", f=len(t), w=w),
             repeat(x, "w e -> f h w e", f=len(t), h=h)]
     angle = rearrange(torch.cat(grid, dim=-1), "f h w e -> (f h w) 1 e")
@@ -151,7 +175,7 @@ def rotate(x: Tensor, rope: Tensor, heads: int) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Over the full width, before the heads are split; in fp32."""
+    """Over the last axis, in fp32: Wan's full width before the heads are split, HY's every head."""
 
     def __init__(self, d: int):
         super().__init__()
@@ -186,21 +210,30 @@ def teacher_forcing_spans(f: int, chunk: int) -> Spans:
     return spans
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, spans: Spans, past: tuple[Tensor, Tensor] | None):
-    """q, k, v [b f s d] -> attention output [b f s d], and this pass's keys and values [b nh n hd] for the cache."""
-    f, s = q.shape[1:3]
+def look(q: Tensor, seen: list[tuple[Tensor, Tensor]], mask: Tensor | None = None) -> Tensor:
+    """q [b nh n hd] attends to all pieces (k, v) in `seen`; mask [b l], if any: which keys of the first piece count."""
+    k, v = seen[0] if len(seen) == 1 else (torch.cat(z, dim=2) for z in zip(*seen))
+    if mask is not None:
+        mask = F.pad(mask, (0, k.shape[2] - mask.shape[1]), value=True)[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, spans: Spans, past: tuple[Tensor, Tensor] | None,
+           text: tuple[Tensor, Tensor, Tensor | None] | None = None):
+    """q, k, v [b f s d] -> attention output [b f s d], and this pass's keys and values [b nh n hd] for the cache.
+
+    text: keys and values of a prompt that every frame sees besides, and their mask [b l].
+    """
+    s = q.shape[2]
     q, k, v = (rearrange(z, "b f s (nh hd) -> b nh (f s) hd", nh=heads) for z in (q, k, v))
-    new = (k, v)
-    if past is not None:
-        k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+    before, mask = [*([text[:2]] if text else []), *([past] if past else [])], text and text[2]
     if spans is None:
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = look(q, [*before, (k, v)], mask)
     else:
         tokens = lambda z, frames: z[:, :, frames.start * s : frames.stop * s]
-        y = torch.cat([F.scaled_dot_product_attention(
-            tokens(q, queries), *(torch.cat([tokens(z, keys) for keys in seen], dim=2) for z in (k, v))
-        ) for queries, seen in spans], dim=2)
-    return rearrange(y, "b nh (f s) hd -> b f s (nh hd)", f=f), new
+        y = torch.cat([look(tokens(q, queries), [*before, *((tokens(k, keys), tokens(v, keys)) for keys in seen)], mask)
+                       for queries, seen in spans], dim=2)
+    return rearrange(y, "b nh (f s) hd -> b f s (nh hd)", s=s), (k, v)
 
 
 class SelfAttention(nn.Module):
@@ -305,10 +338,8 @@ class WanDiT(nn.Module):
 
     def time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """sigma [b f] -> time embedding e [b f d] for the head, and its projection [b f 6 d] for the blocks."""
-        half = self.cfg.freq_dim // 2
-        speed = 10000 ** -(torch.arange(half, dtype=torch.float64, device=sigma.device) / half)
-        angle = 1000 * sigma.double()[..., None] * speed  # Wan counts noise from 0 to 1000, here and nowhere else
-        e = self.time_embedding(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.head.modulation.dtype))
+        angles = sinusoid(1000 * sigma.double(), self.cfg.freq_dim)  # Wan counts noise to 1000, here and nowhere else
+        e = self.time_embedding(angles.to(self.head.modulation.dtype))
         return e, rearrange(self.time_projection(e), "b f (six d) -> b f six d", six=6)
 
     def forward(self, x_t: Tensor, sigma: Tensor, prompt: Tensor, camera: tuple[Tensor, Tensor] | None = None, *,
@@ -325,7 +356,7 @@ class WanDiT(nn.Module):
                              f"{list(sigma.shape)} and {camera and list(camera[0].shape)}")
         start = past.frames if past else 0
         frames = torch.arange(start, start + f, device=x_t.device)
-        rope = rope_table(frames, h // 2, w // 2, self.cfg.dim // self.cfg.heads)
+        rope = rope_table(frames, h // 2, w // 2, self.cfg.rope_bands, theta=10000)
         cameras = None if camera is None else projections(*camera)
         spans = None
         if clean is not None:  # [clean | noisy] along the frames, the clean half at noise level zero
@@ -536,6 +567,10 @@ class WanVAE(nn.Module):
         """video [b 3 t H W] -> mean and log-variance of the raw latents, each [b c f h w]. Only training needs both."""
         return self.conv1(self.encoder(video, memory), memory).chunk(2, dim=1)
 
+    def image(self, z: Tensor, memory: Memory) -> Tensor:
+        """Raw latents [b c f h w] -> video [b 3 t H W]: what `moments` started from."""
+        return self.decoder(self.conv2(z, memory), memory)
+
     def encode(self, video: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
         """video [b 3 t H W] in [-1, 1] -> latents [b f c h w], memory for the next piece.
 
@@ -554,23 +589,523 @@ class WanVAE(nn.Module):
         memory = dict(memory or {})
         mean, std = (latents.new_tensor(s).view(-1, 1, 1, 1) for s in (self.cfg.mean, self.cfg.std))
         z = rearrange(latents, "b f c h w -> b c f h w") * std + mean
-        return self.decoder(self.conv2(z, memory), memory), memory
+        return self.image(z, memory), memory
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. Presets.
+# 5. HY DiT, with HunyuanVideo-1.5's structure and parameter names, and HY-WorldPlay's names for camera and actions.
+# Video and text are two streams of tokens with weights of their own that meet in one attention (MMDiT,
+# arXiv:2403.03206). Text is a stream like any other, of one "frame" of l tokens: [b 1 l d].
+#
+# The text stream is causal like the rest: in a stream, and under teacher forcing, text sees only text and stands at
+# noise level zero. So it depends on the prompt alone, and its keys and values are computed once and kept in the Past.
+
+
+class HYPrompt(NamedTuple):
+    """What HY's encoders make of a prompt and of an image to go on from. Every leaf is batch-first, so a batch, a null
+    prompt or a prompt dropped with some probability is `stack`, `cat` or `where` leaf by leaf."""
+    text: Tensor  # [b l text_dim] of the language model (Qwen2.5-VL)
+    text_mask: Tensor  # [b l], 0 on padding
+    byt5: Tensor  # [b l byt5[0]] of the glyph encoder: the words that the video is to show in quotes
+    byt5_mask: Tensor  # [b l]
+    vision: Tensor  # [b l vision_dim], the image as SigLIP sees it; all zero: there is no image
+    image: Tensor  # [b p c+1 h w], what is given of the first p latent frames: clean latents and a channel of ones
+
+
+@dataclass(frozen=True)
+class HYConfig:
+    dim: int
+    mlp_dim: int
+    heads: int
+    layers: int
+    channels: int  # of the latents
+    text_dim: int
+    vision_dim: int
+    byt5: tuple[int, int, int]  # widths on the way to dim
+    rope_bands: tuple[int, int, int]  # channels of a head that turn with frame, row, column
+    action: bool  # with the camera also its discrete labels
+    refiner_layers: int = 2
+    patch: int = 1
+    # Two habits of public checkpoints that ours do not have. HunyuanVideo-1.5 shows the text stream the video's noise
+    # level; minWM, all of whose stages we match, holds it at zero, without which the text could not be cached.
+    timed_text: bool = False
+    # minWM's cached rollout lets PRoPE's queries read the RoPE branch's old keys and values, which no training stage
+    # but DMD does; checkpoints that its DMD made expect that.
+    released_cache: bool = False
+
+
+class NumberEmbedding(nn.Module):
+    """A number -> sinusoid -> [d]: noise levels, counted from 0 to 1000, and action labels, counted from 0 to 80."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
+
+    def forward(self, number: Tensor) -> Tensor:
+        return self.mlp(sinusoid(number.float(), 256).to(self.mlp[0].weight.dtype))
+
+
+class MLP(nn.Module):
+    def __init__(self, d: int, hidden: int, act: nn.Module):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(d, hidden), act, nn.Linear(hidden, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class RefinerBlock(nn.Module):
+    def __init__(self, d: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = (nn.LayerNorm(d, eps=1e-6) for _ in range(2))
+        self.self_attn_qkv, self.self_attn_proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.mlp = MLP(d, 4 * d, nn.SiLU())
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
+
+    def forward(self, x: Tensor, e: Tensor, mask: Tensor) -> Tensor:
+        """x [b l d], e [b d], mask [b l] -> x."""
+        gate_attn, gate_mlp = rearrange(self.adaLN_modulation(e), "b (two d) -> two b 1 d", two=2)
+        qkv = self.self_attn_qkv(self.norm1(x))
+        q, k, v = rearrange(qkv, "b l (three nh hd) -> three b nh l hd", three=3, nh=self.heads)
+        x = x + gate_attn * self.self_attn_proj(rearrange(look(q, [(k, v)], mask), "b nh l hd -> b l (nh hd)"))
+        return x + gate_mlp * self.mlp(self.norm2(x))
+
+
+class TokenRefiner(nn.Module):
+    """The language model saw each word after those before it; here every word sees the whole prompt."""
+
+    def __init__(self, cfg: HYConfig):
+        super().__init__()
+        d = cfg.dim
+        self.input_embedder = nn.Linear(cfg.text_dim, d)
+        self.t_embedder = NumberEmbedding(d)
+        self.c_embedder = nn.ModuleDict({"linear_1": nn.Linear(cfg.text_dim, d), "linear_2": nn.Linear(d, d)})
+        blocks = [RefinerBlock(d, cfg.heads) for _ in range(cfg.refiner_layers)]
+        self.individual_token_refiner = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
+
+    def forward(self, text: Tensor, mask: Tensor, sigma: Tensor) -> Tensor:
+        """text [b l text_dim], mask [b l], sigma [b] -> [b l d]; rows of padding hold anything."""
+        n = rearrange(mask.sum(1), "b -> b 1").clamp(min=1)
+        mean = ((text.float() * mask[..., None]).sum(1) / n).to(text.dtype)  # in bf16 a thousand tokens do not add up
+        e = self.t_embedder(1000 * sigma)
+        e = e + self.c_embedder["linear_2"](F.silu(self.c_embedder["linear_1"](mean)))
+        mask = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)  # an empty prompt: never attend to nothing
+        x = self.input_embedder(text)
+        for block in self.individual_token_refiner["blocks"]:
+            x = block(x, e, mask)
+        return x
+
+
+class GlyphMapper(nn.Module):
+    def __init__(self, widths: tuple[int, int, int], d: int):
+        super().__init__()
+        self.layernorm = nn.LayerNorm(widths[0])
+        self.fc1, self.fc2, self.fc3 = (nn.Linear(a, b) for a, b in zip(widths, [*widths[1:], d]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(self.layernorm(x))))))
+
+
+class VisionProjection(nn.Module):
+    def __init__(self, c: int, d: int):
+        super().__init__()
+        self.proj = nn.Sequential(nn.LayerNorm(c), nn.Linear(c, c), nn.GELU(), nn.Linear(c, d), nn.LayerNorm(d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+class DoubleBlock(nn.ModuleDict):
+    """The same layers twice over, for the streams "img" (the video) and "txt", by their released names."""
+
+    def __init__(self, cfg: HYConfig, camera: bool):
+        super().__init__()
+        self.cfg = cfg
+        d, head_dim = cfg.dim, cfg.dim // cfg.heads
+        for stream in ("img", "txt"):
+            self[f"{stream}_mod"] = nn.ModuleDict({"linear": nn.Linear(d, 6 * d)})
+            for layer in ("q", "k", "v", "proj"):
+                self[f"{stream}_attn_{layer}"] = nn.Linear(d, d)
+            self[f"{stream}_attn_q_norm"], self[f"{stream}_attn_k_norm"] = RMSNorm(head_dim), RMSNorm(head_dim)
+            self[f"{stream}_mlp"] = MLP(d, cfg.mlp_dim, nn.GELU("tanh"))
+        if camera:
+            self["img_attn_prope_proj"] = nn.Linear(d, d)
+
+    def modulation(self, stream: str, e: Tensor) -> Tensor:
+        """e [b f d] -> shift, scale, gate of the attention, then of the MLP. Per frame: tokens need no copy of it."""
+        return rearrange(self[f"{stream}_mod"]["linear"](F.silu(e)), "b f (six d) -> six b f 1 d", six=6)
+
+    def qkv(self, stream: str, x: Tensor, shift: Tensor, scale: Tensor) -> list[Tensor]:
+        """x [b f s d] -> q, k, v [b f s d]; q and k with every head at its own unit scale."""
+        x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        q, k, v = (self[f"{stream}_attn_{name}"](x) for name in ("q", "k", "v"))
+        heads = (rearrange(z, "b f s (nh hd) -> b f s nh hd", nh=self.cfg.heads) for z in (q, k))
+        q, k = (self[f"{stream}_attn_{name}_norm"](z).flatten(3) for name, z in zip(("q", "k"), heads))
+        return [q, k, v]
+
+    def mlp(self, stream: str, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        return x + gate * self[f"{stream}_mlp"](F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+
+    def forward(self, x, e, text, e_text, text_kv, mask, rope, camera, spans, past, joint):
+        """One layer of both streams. x [b f s d], e [b f d], text [b 1 l d], e_text [b 1 d], mask [b l].
+
+        text_kv: cached keys and values of the text, whose stream then need not run. joint: text sees the video, too.
+        Returns x, text, and both streams' keys and values.
+        """
+        heads, text_q = self.cfg.heads, None
+        if text_kv is None:
+            m_text = self.modulation("txt", e_text)
+            text_q, *text_kv = (rearrange(z, "b 1 l (nh hd) -> b nh l hd", nh=heads)
+                                for z in self.qkv("txt", text, *m_text[:2]))
+
+        m = self.modulation("img", e)
+        q, k, v = self.qkv("img", x, *m[:2])
+        q_rope, k_rope = rotate(q, rope, heads), rotate(k, rope, heads)
+        y, kv = attend(q_rope, k_rope, v, heads, spans, past and past[:2], (*text_kv, mask))
+        seen_by_text = [tuple(text_kv), kv] if joint else [tuple(text_kv)]
+        y = self["img_attn_proj"](y)
+        if camera is not None:
+            P, P_inv = camera
+            q, k, v = per_frame(q, P.mT), per_frame(k, P_inv), per_frame(v, P_inv)
+            old = past and (past[:2] if self.cfg.released_cache else past[2:])
+            z, kv_camera = attend(q, k, v, heads, spans, old, (*text_kv, mask))
+            y, kv = y + self["img_attn_prope_proj"](per_frame(z, P)), kv + kv_camera
+        x = self.mlp("img", x + m[2] * y, *m[3:])
+
+        if text_q is not None:
+            y = rearrange(look(text_q, seen_by_text, mask), "b nh l hd -> b 1 l (nh hd)")
+            text = self.mlp("txt", text + m_text[2] * self["txt_attn_proj"](y), *m_text[3:])
+        return x, text, kv, tuple(text_kv)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, d: int, c_out: int):
+        super().__init__()
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
+        self.linear = nn.Linear(d, c_out)
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        shift, scale = rearrange(self.adaLN_modulation(e), "b f (two d) -> two b f 1 d", two=2)
+        return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+
+
+class HYDiT(nn.Module):
+    """HunyuanVideo-1.5's transformer; with `camera`, plus HY-WorldPlay's PRoPE and, if cfg has them, action labels."""
+
+    def __init__(self, cfg: HYConfig, camera: bool = True):
+        super().__init__()
+        self.cfg = cfg
+        d, p = cfg.dim, cfg.patch
+        self.img_in = nn.ModuleDict({"proj": nn.Conv3d(2 * cfg.channels + 1, d, (1, p, p), stride=(1, p, p))})
+        self.time_in = NumberEmbedding(d)
+        self.txt_in = TokenRefiner(cfg)
+        self.byt5_in = GlyphMapper(cfg.byt5, d)
+        self.vision_in = VisionProjection(cfg.vision_dim, d)
+        self.cond_type_embedding = nn.Embedding(3, d)
+        self.action_in = NumberEmbedding(d) if camera and cfg.action else None
+        self.double_blocks = nn.ModuleList([DoubleBlock(cfg, camera) for _ in range(cfg.layers)])
+        self.final_layer = FinalLayer(d, p * p * cfg.channels)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.double_blocks
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Training from scratch: every residual branch is closed, and the network starts by predicting nothing."""
+        closed = "_mod.linear", "adaLN_modulation", "prope_proj", "final_layer.linear", "action_in.mlp.2"
+        for name, p in self.named_parameters():
+            if name.endswith("bias") or any(part in name for part in closed):
+                nn.init.zeros_(p)
+            elif p.ndim == 1:
+                nn.init.ones_(p)
+            elif name.startswith("cond_type_embedding"):
+                nn.init.normal_(p, std=0.02)
+            else:
+                nn.init.xavier_uniform_(p.flatten(1))
+
+    def read(self, prompt: HYPrompt, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The prompt as one sequence [b 1 l d], image, glyphs and text, and its mask [b l], None if nothing is padding.
+
+        Attention knows no order among these tokens. Those that are padding for the whole batch are dropped.
+        """
+        vision, byt5, text = (z.to(self.time_in.mlp[0].weight.dtype) for z in (prompt.vision, prompt.byt5, prompt.text))
+        kind = self.cond_type_embedding.weight
+        tokens = [self.vision_in(vision) + kind[2], self.byt5_in(byt5) + kind[1],
+                  self.txt_in(text, prompt.text_mask.bool(), sigma) + kind[0]]
+        pictured = (vision != 0).flatten(1).any(1, keepdim=True).expand(vision.shape[:2])
+        mask = torch.cat([pictured, prompt.byt5_mask.bool(), prompt.text_mask.bool()], dim=1)
+        used = mask.any(0)
+        mask = mask[:, used]
+        return torch.cat(tokens, dim=1)[:, None, used], None if mask.all() else mask
+
+    def forward(self, x_t: Tensor, sigma: Tensor, prompt: HYPrompt, camera: tuple[Tensor, ...] | None = None, *,
+                clean: Tensor | None = None, chunk: int = 0, past: Past | None = None, commit: bool = False):
+        """x_t [b f c h w], sigma [b f], prompt, camera ([b f 4 4], [b f 3 3]) -> v [b f c h w], fp32. As WanDiT, but:
+
+        camera may have a third part, action labels [b f] (9 * translation + rotation; HY-WorldPlay).
+        past=None is a bidirectional pass, in which text sees the video. A stream starts with a commit of no frames.
+        """
+        b, f, c, h, w = x_t.shape
+        viewmats, Ks, action = (*camera, None)[:3] if camera else (None, None, None)
+        if sigma.shape != (b, f) or (camera and viewmats.shape != (b, f, 4, 4)):
+            raise ValueError(f"x_t {list(x_t.shape)} needs sigma [{b} {f}] and viewmats [{b} {f} 4 4], found "
+                             f"{list(sigma.shape)} and {camera and list(viewmats.shape)}")
+        if action is not None and (self.action_in is None or action.shape != (b, f)):
+            raise ValueError(f"x_t {list(x_t.shape)} needs {'no' if self.action_in is None else f'[{b} {f}]'} action "
+                             f"labels, found {list(action.shape)}")
+        start = past.frames if past else 0
+        frames = torch.arange(start, start + f, device=x_t.device)
+        p, joint = self.cfg.patch, clean is None and past is None and not commit
+        rope = rope_table(frames, h // p, w // p, self.cfg.rope_bands, theta=256)
+        cameras = None if camera is None else projections(viewmats, Ks)
+        image = prompt.image[:, start : start + f]  # one noisy frame, one given frame, or zeros where none is given
+        x_t = torch.cat([x_t, F.pad(image, (0, 0, 0, 0, 0, 0, 0, f - image.shape[1]))], dim=2)
+        spans = None
+        text_sigma = sigma.amax(1) if self.cfg.timed_text and joint else sigma.new_zeros(b)
+        if clean is not None:  # [clean | noisy] along the frames, the clean half at noise level zero
+            x_t, sigma = torch.cat([torch.cat([clean, x_t[:, :, c:]], dim=2), x_t], dim=1), F.pad(sigma, (f, 0))
+            rope, cameras = torch.cat([rope, rope]), cameras and tuple(torch.cat([P, P], dim=1) for P in cameras)
+            action = None if action is None else torch.cat([action, action], dim=1)
+            spans = teacher_forcing_spans(f, chunk)
+
+        weight = self.img_in["proj"].weight.flatten(1)
+        x = rearrange(x_t, "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=p).to(weight.dtype)
+        x = F.linear(x, weight, self.img_in["proj"].bias)  # [b f s d]
+        e = self.time_in(1000 * sigma)  # [b f d]
+        if action is not None:
+            e = e + self.action_in(action)
+        if past and past.text:
+            text, e_text, (text_kvs, mask) = None, None, past.text
+        else:
+            (text, mask), text_kvs = self.read(prompt, text_sigma), [None] * len(self.double_blocks)
+            e_text = self.time_in(1000 * text_sigma)[:, None]
+        kvs, new_text_kvs = [], []
+        for i, block in enumerate(self.double_blocks):
+            old = past.layers[i] if past and past.layers else None
+            x, text, kv, text_kv = block(x, e, text, e_text, text_kvs[i], mask, rope, cameras, spans, old, joint)
+            kvs.append(kv if commit else None)
+            new_text_kvs.append(text_kv if commit else None)
+        if commit:
+            if past and past.layers:
+                kvs = [tuple(torch.cat(z, dim=2) for z in zip(*pair)) for pair in zip(past.layers, kvs)]
+            return Past(start + f, kvs, (new_text_kvs, mask))
+        v = self.final_layer(x[:, -f:], e[:, -f:])
+        return rearrange(v, "b f (h w) (c p q) -> b f c (h p) (w q)", h=h // p, p=p, q=p).float()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. HY VAE, with HunyuanVideo-1.5's parameter names. Same pixels, same pieces and the same `memory` as Wan's. A grid
+# becomes smaller by folding neighbours into channels, past which a skip leads around every convolution; the borders are
+# padded with their own pixels, the start of the video with its first frame.
+
+
+def fold(x: Tensor, frames: int) -> Tensor:
+    """Neighbours 2 x 2 in a frame, and as many `frames`, become channels."""
+    return rearrange(x, "b c (t r) (h p) (w q) -> b (r p q c) t h w", r=frames, p=2, q=2)
+
+
+def unfold(x: Tensor, frames: int) -> Tensor:
+    return rearrange(x, "b (r p q c) t h w -> b c (t r) (h p) (w q)", r=frames, p=2, q=2)
+
+
+def narrow(x: Tensor, c: int) -> Tensor:
+    """Neighbouring channels averaged down to c."""
+    return reduce(x, "b (c g) t h w -> b c t h w", "mean", c=c)
+
+
+def widen(x: Tensor, c: int) -> Tensor:
+    """Every channel repeated in place up to c."""
+    return repeat(x, "b i t h w -> b (i g) t h w", g=c // x.shape[1])
+
+
+class EdgeConv3d(nn.Module):
+    """A 3 x 3 x 3 convolution that sees the past; what lies outside the video is like what lies at its edge."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.conv = nn.Conv3d(c_in, c_out, 3)
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        past = memory[self] if self in memory else repeat(x[:, :, 0], "b c h w -> b c two h w", two=2)
+        x = torch.cat([past, x], dim=2)
+        memory[self] = x[:, :, -2:].clone()  # a view would keep the whole piece in memory
+        return self.conv(F.pad(x, (1, 1, 1, 1, 0, 0), mode="replicate"))
+
+
+class HYResidualBlock(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.norm1, self.norm2 = ChannelNorm(c, 3), ChannelNorm(c, 3)
+        self.conv1, self.conv2 = EdgeConv3d(c, c), EdgeConv3d(c, c)
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)), memory)
+        return x + self.conv2(F.silu(self.norm2(y)), memory)
+
+
+class PastAttention(nn.Module):
+    """Single-head attention in which a frame sees itself and all before it, so its memory grows with the video.
+
+    recall=False: every frame sees itself only, in constant memory. That is another function, and minWM's latents were
+    made with it: its streamed copy of this VAE forgets the keys and values that the released one attends to.
+    """
+
+    def __init__(self, c: int, recall: bool):
+        super().__init__()
+        self.recall = recall
+        self.norm = ChannelNorm(c, 3)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv3d(c, c, 1) for _ in range(4))
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        t, h = x.shape[2:4]
+        y = self.norm(x)
+        q, k, v = (rearrange(layer(y), "b c t h w -> b 1 t (h w) c") for layer in (self.q, self.k, self.v))
+        kv = torch.stack([k, v])
+        if self.recall:
+            kv = torch.cat([memory[self], kv], dim=3) if self in memory else kv
+            memory[self] = kv
+        frames, before = [], kv.shape[3] - t
+        for i in range(t):
+            k, v = kv[:, :, :, 0 if self.recall else i : before + i + 1].flatten(3, 4)  # [b 1 n c]
+            frames.append(F.scaled_dot_product_attention(q[:, :, i], k, v))
+        return x + self.proj_out(rearrange(frames, "t b 1 (h w) c -> b c t h w", h=h))
+
+
+class FoldDown(nn.Module):
+    """Halve the grid; with `time`, also the frame rate, the first frame of the video passing through unpaired."""
+
+    def __init__(self, c_in: int, c_out: int, time: bool):
+        super().__init__()
+        self.c_out, self.time = c_out, time
+        self.conv = EdgeConv3d(c_in, c_out // (8 if time else 4))
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        y = self.conv(x, memory)
+        if not self.time:
+            return fold(y, 1) + narrow(fold(x, 1), self.c_out)
+        n = 0 if self in memory else 1
+        memory[self] = x.new_empty(0)  # only a mark: the first frame is over
+        first = fold(y[:, :, :n], 1)  # half the channels: twice the same
+        return torch.cat([torch.cat([first, first], dim=1) + narrow(fold(x[:, :, :n], 1), self.c_out),
+                          fold(y[:, :, n:], 2) + narrow(fold(x[:, :, n:], 2), self.c_out)], dim=2)
+
+
+class UnfoldUp(nn.Module):
+    """Double the grid; with `time`, also double the frame rate, except for the first frame."""
+
+    def __init__(self, c_in: int, c_out: int, time: bool):
+        super().__init__()
+        self.c_out, self.time = c_out, time
+        self.conv = EdgeConv3d(c_in, c_out * (8 if time else 4))
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        y = self.conv(x, memory)
+        if not self.time:
+            return unfold(y + widen(x, 4 * self.c_out), 1)
+        n = 0 if self in memory else 1
+        memory[self] = x.new_empty(0)
+        first = unfold(y[:, :, :n], 1)[:, : self.c_out]  # the other half would be a second frame
+        return torch.cat([first + widen(unfold(x[:, :, :n], 1), self.c_out),
+                          unfold(y[:, :, n:], 2) + widen(unfold(x[:, :, n:], 2), self.c_out)], dim=2)
+
+
+@dataclass(frozen=True)
+class HYVAEConfig:
+    widths: tuple[int, ...]  # of the encoder, per grid; the last two halvings are also in time
+    z_dim: int
+    res_blocks: int
+    mean: tuple[float, ...]  # of the latents, per channel: diffusion sees (mu - mean) / std
+    std: tuple[float, ...]
+    recall: bool = True  # see PastAttention
+
+    @property
+    def stride(self) -> int:
+        return 2 ** (len(self.widths) - 1)
+
+
+class HYCoder(nn.Module):
+    """Encoder (`down`) or decoder (`up`): levels of residual blocks with samplers between them, and a middle where the
+    grid is smallest. On the latents' side, conv_in or conv_out has a skip around it, too."""
+
+    def __init__(self, c_in: int, widths: tuple[int, ...], c_out: int, blocks: int, up: bool, recall: bool):
+        super().__init__()
+        levels, last = [], len(widths) - 1
+        for i, (a, b) in enumerate(zip(widths, [*widths[1:], None])):
+            level = nn.ModuleDict({"block": nn.ModuleList([HYResidualBlock(a) for _ in range(blocks)])})
+            if i < last and up:  # the two steps next to the latents are also in time
+                level["upsample"] = UnfoldUp(a, b, time=i < 2)
+            elif i < last:
+                level["downsample"] = FoldDown(a, b, time=i >= last - 2)
+            levels.append(level)
+        wide = widths[0] if up else widths[-1]
+        self.conv_in = EdgeConv3d(c_in, widths[0])
+        setattr(self, "up" if up else "down", nn.ModuleList(levels))
+        self.mid = nn.ModuleDict({"block_1": HYResidualBlock(wide), "attn_1": PastAttention(wide, recall),
+                                  "block_2": HYResidualBlock(wide)})
+        self.norm_out, self.conv_out = ChannelNorm(widths[-1], 3), EdgeConv3d(widths[-1], c_out)
+        layers = [layer for level in levels for layer in [*level["block"], *list(level.values())[1:]]]
+        self.layers = [*self.mid.values(), *layers] if up else [*layers, *self.mid.values()]
+        self.is_decoder = up
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        y = self.conv_in(x, memory)
+        x = y + widen(x, y.shape[1]) if self.is_decoder else y
+        for layer in self.layers:
+            x = layer(x, memory)
+        y = self.conv_out(F.silu(self.norm_out(x)), memory)
+        return y if self.is_decoder else y + narrow(x, y.shape[1])
+
+
+class HYVAE(nn.Module):
+    """HunyuanVideo-1.5's VAE with its released parameter names."""
+
+    def __init__(self, cfg: HYVAEConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.encoder = HYCoder(3, cfg.widths, 2 * cfg.z_dim, cfg.res_blocks, False, cfg.recall)
+        self.decoder = HYCoder(cfg.z_dim, cfg.widths[::-1], 3, cfg.res_blocks + 1, True, cfg.recall)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Training from scratch: as WanVAE's."""
+        for name, layer in self.named_modules():
+            if isinstance(layer, nn.Conv3d):
+                nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
+                nn.init.zeros_(layer.bias)
+                if name.endswith(("conv2.conv", "proj_out")):
+                    nn.init.zeros_(layer.weight)
+        out = self.encoder.conv_out.conv
+        nn.init.zeros_(out.weight[self.cfg.z_dim :])
+        nn.init.constant_(out.bias[self.cfg.z_dim :], -5.0)  # log-variance
+
+    def moments(self, video: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """video [b 3 t H W] -> mean and log-variance of the raw latents, each [b c f h w]. Only training needs both."""
+        return self.encoder(video, memory).chunk(2, dim=1)
+
+    def image(self, z: Tensor, memory: Memory) -> Tensor:
+        """Raw latents [b c f h w] -> video [b 3 t H W]: what `moments` started from."""
+        return self.decoder(z, memory)
+
+    encode, decode = WanVAE.encode, WanVAE.decode  # the same scale, the same pieces, the same refusals
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Presets.
 
 WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
             0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
 WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
            3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 WAN_VAE = VAEConfig(96, 16, (1, 2, 4, 4), 2, (False, True, True), WAN_MEAN, WAN_STD)
+HY_VAE = HYVAEConfig((128, 256, 512, 1024, 1024), 32, 2, (0.0,) * 32, (1 / 1.03682,) * 32)
 
 
 @dataclass(frozen=True)
 class Preset:
-    dit: DiTConfig
-    vae: VAEConfig
+    dit: DiTConfig | HYConfig
+    vae: VAEConfig | HYVAEConfig
 
 
 PRESETS = {
@@ -578,16 +1113,26 @@ PRESETS = {
                    VAEConfig(16, 8, (1, 2, 2), 1, (True, True), (0.0,) * 8, (1.0,) * 8)),
     "wan-1.3b": Preset(DiTConfig(1536, 8960, 12, 30, channels=16, text_dim=4096), WAN_VAE),
     "wan-14b": Preset(DiTConfig(5120, 13824, 40, 40, channels=16, text_dim=4096), WAN_VAE),
+    "tiny-hy": Preset(HYConfig(192, 384, 4, 3, channels=32, text_dim=96, vision_dim=8, byt5=(8, 8, 8),
+                               rope_bands=(8, 20, 20), action=False, refiner_layers=1),
+                      HYVAEConfig((16, 32, 32, 32), 32, 1, (0.0,) * 32, (1.0,) * 32)),
+    "hy-8b": Preset(HYConfig(2048, 8192, 16, 54, channels=32, text_dim=3584, vision_dim=1152, byt5=(1472, 2048, 2048),
+                             rope_bands=(16, 56, 56), action=True), HY_VAE),
 }
 
 
-def build(preset: str, camera: bool = True) -> WanDiT:
+def build(preset: str, camera: bool = True) -> WanDiT | HYDiT:
     """The network of a preset, weights not yet set; under torch.device("meta") it takes no memory."""
-    return WanDiT(PRESETS[preset].dit, camera)
+    cfg = PRESETS[preset].dit
+    return HYDiT(cfg, camera) if isinstance(cfg, HYConfig) else WanDiT(cfg, camera)
+
+
+def build_vae(cfg: VAEConfig | HYVAEConfig) -> WanVAE | HYVAE:
+    return HYVAE(cfg) if isinstance(cfg, HYVAEConfig) else WanVAE(cfg)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Sampling. What trainers show and stream.py serves.
+# 8. Sampling. What trainers show and stream.py serves.
 
 
 @contextmanager
@@ -671,7 +1216,7 @@ def rollout(net: nn.Module, meta: dict, rng: list[torch.Generator], shape: tuple
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. Weights: shard, average, save, load, resume.
+# 9. Weights: shard, average, save, load, resume.
 
 
 def start_process_group() -> tuple[int, int, torch.device]:
