@@ -272,7 +272,7 @@ class CrossAttention(nn.Module):
         k = rearrange(self.norm_k(self.k(text)), "b l (nh hd) -> b nh l hd", nh=self.heads)
         v = rearrange(self.v(text), "b l (nh hd) -> b nh l hd", nh=self.heads)
         y = F.scaled_dot_product_attention(q, k, v)
-        return self.o(rearrange(y, "b nh (f s) hd -> b f s (nh hd)", f=x.shape[1]))
+        return self.o(rearrange(y, "b nh (f s) hd -> b f s (nh hd)", s=x.shape[2]))
 
 
 class Block(nn.Module):
@@ -1147,15 +1147,22 @@ def timed(seconds: dict[str, float] | None, name: str):
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+def leafwise(f, *prompts):
+    """f over prompts: over their tensors if that is what they are, else leaf by leaf over tuples of such (HYPrompt)."""
+    if isinstance(prompts[0], Tensor):
+        return f(*prompts)
+    return type(prompts[0])(*(leafwise(f, *leaves) for leaves in zip(*prompts)))
+
+
 def doubled(*tensors: Tensor, guidance: float) -> list[Tensor]:
     """With guidance, a batch goes through the network twice over, for the prompt and for the null prompt."""
     return [torch.cat([z, z]) if guidance != 1 else z for z in tensors]
 
 
 @torch.no_grad()
-def denoise(net: nn.Module, x_t: Tensor, levels: list[float], prompt: Tensor, camera, guidance: float = 1.0,
+def denoise(net: nn.Module, x_t: Tensor, levels: list[float], prompt, camera, guidance: float = 1.0,
             past: Past | None = None, renoise: list[Tensor] | None = None, free: Tensor | None = None) -> Tensor:
-    """Noise x_t [b f c h w] -> x0 along `levels`. prompt [b l d], or with guidance [2b l d], the null prompts behind.
+    """Noise x_t [b f c h w] -> x0 along `levels`. prompt of b samples, or with guidance 2b, the null prompts behind.
 
     Without renoise, Euler steps along the velocity: the sampler of a teacher. With renoise, one fresh noise for each
     level after the first, each step predicts x0 and noises it again to the next: the sampler of a distilled student.
@@ -1177,7 +1184,7 @@ def denoise(net: nn.Module, x_t: Tensor, levels: list[float], prompt: Tensor, ca
 
 
 @torch.no_grad()
-def commit(net: nn.Module, x0: Tensor, prompt: Tensor, camera, guidance: float = 1.0, past: Past | None = None) -> Past:
+def commit(net: nn.Module, x0: Tensor, prompt, camera, guidance: float = 1.0, past: Past | None = None) -> Past:
     """The past, extended by finished frames x0 [b f c h w]: one pass at noise level zero. prompt as in `denoise`."""
     camera = camera and tuple(doubled(*camera, guidance=guidance))
     x0, sigma = doubled(x0, x0.new_zeros(x0.shape[:2]), guidance=guidance)
@@ -1185,8 +1192,8 @@ def commit(net: nn.Module, x0: Tensor, prompt: Tensor, camera, guidance: float =
 
 
 @torch.no_grad()
-def rollout(net: nn.Module, meta: dict, rng: list[torch.Generator], shape: tuple[int, ...], prompt: Tensor,
-            null: Tensor, camera: tuple[Tensor, Tensor], seconds: dict[str, float] | None = None,
+def rollout(net: nn.Module, meta: dict, rng: list[torch.Generator], shape: tuple[int, ...], prompt,
+            null, camera: tuple[Tensor, ...], seconds: dict[str, float] | None = None,
             prefix: Tensor | None = None):
     """Yield x0 [b f c h w] chunk by chunk, each denoised after what was yielded before it.
 
@@ -1197,12 +1204,17 @@ def rollout(net: nn.Module, meta: dict, rng: list[torch.Generator], shape: tuple
     """
     levels, guidance = noise_levels(meta["steps"], meta["shift"]), meta["guidance"]
     renoise = meta["sampler"] == "renoise"
-    noise = [torch.stack([torch.randn(shape, generator=g) for g in rng]).to(prompt.device)
+    noise = [torch.stack([torch.randn(shape, generator=g) for g in rng]).to(camera[0].device)
              for _ in range(meta["steps"] if renoise else 1)]  # one for each level above 0
-    text, past = torch.cat([prompt, null]) if guidance != 1 else prompt, None
+    text = leafwise(lambda *z: torch.cat(z), prompt, null) if guidance != 1 else prompt
     prefix = noise[0][:, :0] if prefix is None else prefix
     noise[0] = torch.cat([prefix, noise[0][:, prefix.shape[1] :]], dim=1)
-    free = (torch.arange(shape[0], device=prompt.device) >= prefix.shape[1]).float().expand(len(prompt), -1)
+    free = (torch.arange(shape[0], device=prefix.device) >= prefix.shape[1]).float().expand(len(rng), -1)
+    past = None
+    if meta["chunk"]:  # a stream starts with the prompt alone
+        here = tuple(z[:, :0] for z in camera) if meta["camera"] else None
+        with timed(seconds, "commit"):
+            past = commit(net, noise[0][:, :0], text, here, guidance)
     for start in range(0, shape[0], meta["chunk"] or shape[0]):
         frames = slice(start, start + (meta["chunk"] or shape[0]))
         here = tuple(z[:, frames] for z in camera) if meta["camera"] else None
