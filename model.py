@@ -1014,7 +1014,7 @@ class UnfoldUp(nn.Module):
 @dataclass(frozen=True)
 class HYVAEConfig:
     widths: tuple[int, ...]  # of the encoder, per grid; the last two halvings are also in time
-    z_dim: int
+    z_dim: int  # the last width is a multiple of its double
     res_blocks: int
     mean: tuple[float, ...]  # of the latents, per channel: diffusion sees (mu - mean) / std
     std: tuple[float, ...]
@@ -1113,9 +1113,9 @@ PRESETS = {
                    VAEConfig(16, 8, (1, 2, 2), 1, (True, True), (0.0,) * 8, (1.0,) * 8)),
     "wan-1.3b": Preset(DiTConfig(1536, 8960, 12, 30, channels=16, text_dim=4096), WAN_VAE),
     "wan-14b": Preset(DiTConfig(5120, 13824, 40, 40, channels=16, text_dim=4096), WAN_VAE),
-    "tiny-hy": Preset(HYConfig(192, 384, 4, 3, channels=32, text_dim=96, vision_dim=8, byt5=(8, 8, 8),
-                               rope_bands=(8, 20, 20), action=False, refiner_layers=1),
-                      HYVAEConfig((16, 32, 32, 32), 32, 1, (0.0,) * 32, (1.0,) * 32)),
+    "tiny-hy": Preset(HYConfig(160, 320, 4, 3, channels=32, text_dim=96, vision_dim=8, byt5=(8, 8, 8),
+                               rope_bands=(8, 16, 16), action=False, refiner_layers=1),
+                      HYVAEConfig((16, 32, 32, 64), 32, 1, (0.0,) * 32, (1.0,) * 32)),
     "hy-8b": Preset(HYConfig(2048, 8192, 16, 54, channels=32, text_dim=3584, vision_dim=1152, byt5=(1472, 2048, 2048),
                              rope_bands=(16, 56, 56), action=True), HY_VAE),
 }
