@@ -1154,6 +1154,16 @@ def leafwise(f, *prompts):
     return type(prompts[0])(*(leafwise(f, *leaves) for leaves in zip(*prompts)))
 
 
+def with_null(prompt, null, guidance: float):
+    """The prompts of a batch and, with guidance, the null prompts behind them."""
+    return leafwise(lambda *z: torch.cat(z), prompt, null) if guidance != 1 else prompt
+
+
+def choose(first: Tensor, a, b):
+    """Prompts a where first [b] says so, else b."""
+    return leafwise(lambda x, y: torch.where(first.view(-1, *[1] * (x.ndim - 1)), x, y), a, b)
+
+
 def doubled(*tensors: Tensor, guidance: float) -> list[Tensor]:
     """With guidance, a batch goes through the network twice over, for the prompt and for the null prompt."""
     return [torch.cat([z, z]) if guidance != 1 else z for z in tensors]
@@ -1191,6 +1201,11 @@ def commit(net: nn.Module, x0: Tensor, prompt, camera, guidance: float = 1.0, pa
     return net(x0, sigma, prompt, camera, past=past, commit=True)
 
 
+def begin(net: nn.Module, x: Tensor, prompt, camera, guidance: float = 1.0) -> Past:
+    """The past of a stream that has no frames yet, only its prompt. x, camera: any frames of the video's shape."""
+    return commit(net, x[:, :0], prompt, camera and tuple(z[:, :0] for z in camera), guidance)
+
+
 @torch.no_grad()
 def rollout(net: nn.Module, meta: dict, rng: list[torch.Generator], shape: tuple[int, ...], prompt,
             null, camera: tuple[Tensor, ...], seconds: dict[str, float] | None = None,
@@ -1206,15 +1221,13 @@ def rollout(net: nn.Module, meta: dict, rng: list[torch.Generator], shape: tuple
     renoise = meta["sampler"] == "renoise"
     noise = [torch.stack([torch.randn(shape, generator=g) for g in rng]).to(camera[0].device)
              for _ in range(meta["steps"] if renoise else 1)]  # one for each level above 0
-    text = leafwise(lambda *z: torch.cat(z), prompt, null) if guidance != 1 else prompt
+    text, past = with_null(prompt, null, guidance), None
     prefix = noise[0][:, :0] if prefix is None else prefix
     noise[0] = torch.cat([prefix, noise[0][:, prefix.shape[1] :]], dim=1)
     free = (torch.arange(shape[0], device=prefix.device) >= prefix.shape[1]).float().expand(len(rng), -1)
-    past = None
-    if meta["chunk"]:  # a stream starts with the prompt alone
-        here = tuple(z[:, :0] for z in camera) if meta["camera"] else None
+    if meta["chunk"]:
         with timed(seconds, "commit"):
-            past = commit(net, noise[0][:, :0], text, here, guidance)
+            past = begin(net, noise[0], text, camera if meta["camera"] else None, guidance)
     for start in range(0, shape[0], meta["chunk"] or shape[0]):
         frames = slice(start, start + (meta["chunk"] or shape[0]))
         here = tuple(z[:, frames] for z in camera) if meta["camera"] else None
@@ -1251,12 +1264,18 @@ def fresh_weights(preset: str, camera: bool, seed: int) -> dict[str, Tensor]:
     return net.state_dict()
 
 
-def with_camera(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-    """Add PRoPE's output layers, at zero, to weights that lack them. Returns the weights and how many were added."""
-    added = {}
+def with_camera(weights: dict[str, Tensor], action: bool = False) -> tuple[dict[str, Tensor], int]:
+    """Add PRoPE's output layers, at zero, to weights that lack them; with `action`, also the embedding of HY's action
+    labels, its second layer at zero. The network computes what it did. Returns the weights and how many were added."""
+    added, rng = {}, torch.Generator().manual_seed(0)
     for name, w in weights.items():
-        if ".self_attn.o." in name and (prope := name.replace(".o.", ".prope_o.")) not in weights:
-            added[prope] = torch.zeros_like(w)
+        for plain, prope in ((".self_attn.o.", ".self_attn.prope_o."), (".img_attn_proj.", ".img_attn_prope_proj.")):
+            if plain in name:
+                added[name.replace(plain, prope)] = torch.zeros_like(w)
+        if action and name.startswith("time_in."):
+            first = name == "time_in.mlp.0.weight"  # at zero, too, it would never learn
+            added[name.replace("time_in", "action_in")] = torch.randn(w.shape, generator=rng) * (0.02 if first else 0.0)
+    added = {name: w for name, w in added.items() if name not in weights}
     return {**weights, **added}, len(added)
 
 
@@ -1349,7 +1368,7 @@ def load_checkpoint(path: Path, *stages: str, preset: str | None = None) -> tupl
     if meta["preset"] not in PRESETS:
         raise ValueError(f"{path}: a network of preset {meta['preset']!r}, known are {', '.join(PRESETS)}")
     with torch.device("meta"):
-        net = WanVAE(PRESETS[meta["preset"]].vae) if stage == "vae" else build(meta["preset"], meta["camera"])
+        net = build_vae(PRESETS[meta["preset"]].vae) if stage == "vae" else build(meta["preset"], meta["camera"])
     expected, found = ({name: tuple(w.shape) for name, w in z.items()} for z in (net.state_dict(), weights))
     if wrong := [name for name in expected | found if expected.get(name) != found.get(name)]:
         raise ValueError(f"{path}: {len(wrong)} of its tensors are not those of {meta['preset']}, first {wrong[0]}: "
@@ -1367,13 +1386,13 @@ def load_net(path: Path, device: torch.device, *stages: str) -> tuple[nn.Module,
     return net.eval().requires_grad_(False), meta
 
 
-def load_vae(path: Path, device: torch.device, known_as: str) -> WanVAE:
+def load_vae(path: Path, device: torch.device, known_as: str) -> WanVAE | HYVAE:
     """Raises ValueError if it is not the very VAE that made the latents: `known_as`, its fingerprint."""
     weights, meta = load_checkpoint(path, "vae")
     if meta["fingerprint"] != known_as:
         raise ValueError(f"{path}: another VAE than the latents', expected fingerprint {known_as}, "
                          f"found {meta['fingerprint']}")
-    vae = WanVAE(replace(PRESETS[meta["preset"]].vae, mean=tuple(meta["mean"]), std=tuple(meta["std"])))
+    vae = build_vae(replace(PRESETS[meta["preset"]].vae, mean=tuple(meta["mean"]), std=tuple(meta["std"])))
     vae.load_state_dict({name: w.float() for name, w in weights.items()})
     return vae.to(device).eval().requires_grad_(False)
 

@@ -15,8 +15,8 @@ from safetensors import safe_open
 
 from model import (
     HY_VAE, PRESETS, ChannelNorm, HYConfig, HYDiT, HYPrompt, HYVAE, HYVAEConfig, Past, RMSNorm, build, build_vae,
-    commit, denoise, leafwise, noise_levels, projections, rollout, rope_table, shard, sinusoid, start_process_group,
-    teacher_forcing_spans,
+    choose, commit, denoise, leafwise, noise_levels, projections, rollout, rope_table, shard, sinusoid,
+    start_process_group, teacher_forcing_spans, with_camera,
 )
 from test_model import ORACLE, change_per_chunk, cut, rigid
 
@@ -357,10 +357,11 @@ def test_the_released_cache_differs_once_there_is_a_past():
 
 def test_a_new_camera_branch_and_a_new_action_leave_the_base_output_unchanged():
     base, net, (x_t, sigma, prompt, camera, _) = random_net(camera=False), random_net(), inputs(4)
-    fresh = {name: torch.zeros_like(w) for name, w in net.state_dict().items() if name not in base.state_dict()}
-    assert len(fresh) == 2 * SMALL.layers + 4
-    net.load_state_dict(base.state_dict() | fresh)
+    weights, added = with_camera(base.state_dict(), action=True)
+    assert added == 2 * SMALL.layers + 4 and with_camera(weights, action=True)[1] == 0
+    net.load_state_dict(weights)
     assert torch.equal(net(x_t, sigma, prompt, camera), base(x_t, sigma, prompt))
+    assert net.action_in.mlp[0].weight.std() > 0.01  # two zeros in a row would never learn
 
 
 def test_init_weights_sets_every_parameter_and_predicts_nothing():
@@ -408,6 +409,13 @@ def test_rollout_is_denoise_and_commit_by_hand(guidance):
         expected = denoise(net, x_t, noise_levels(2, 5.0), text, tuple(cam), guidance, past)
         torch.testing.assert_close(x0, expected, atol=1e-5, rtol=1e-5)
         past = commit(net, x0, text, tuple(cam), guidance, past)
+
+
+def test_a_prompt_is_chosen_leaf_by_leaf():
+    prompt, null = inputs(2)[2], inputs(2)[2]._replace(text=torch.zeros(3, 7, 24))
+    mixed = choose(torch.tensor([False, True, False]), null, prompt)
+    for z, a, b in zip(mixed, prompt, null):
+        assert torch.equal(z[[0, 2]], a[[0, 2]]) and torch.equal(z[1], b[1])
 
 
 def test_sharding_changes_nothing():
