@@ -747,11 +747,11 @@ class DoubleBlock(nn.ModuleDict):
     def mlp(self, stream: str, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         return x + gate * self[f"{stream}_mlp"](F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
 
-    def forward(self, x, e, text, e_text, text_kv, mask, rope, camera, spans, past, joint):
+    def forward(self, x, e, text, e_text, text_kv, mask, rope, camera, spans, past, joint, commit):
         """One layer of both streams. x [b f s d], e [b f d], text [b 1 l d], e_text [b 1 d], mask [b l].
 
         text_kv: cached keys and values of the text, whose stream then need not run. joint: text sees the video, too.
-        Returns x, text, and both streams' keys and values.
+        Returns x, text, and both streams' keys and values if they are to be committed.
         """
         heads, text_q = self.cfg.heads, None
         if text_kv is None:
@@ -776,7 +776,7 @@ class DoubleBlock(nn.ModuleDict):
         if text_q is not None:
             y = rearrange(look(text_q, seen_by_text, mask), "b nh l hd -> b 1 l (nh hd)")
             text = self.mlp("txt", text + m_text[2] * self["txt_attn_proj"](y), *m_text[3:])
-        return x, text, kv, tuple(text_kv)
+        return x, text, kv if commit else None, tuple(text_kv) if commit else None
 
 
 class FinalLayer(nn.Module):
@@ -884,15 +884,16 @@ class HYDiT(nn.Module):
         kvs, new_text_kvs = [], []
         for i, block in enumerate(self.double_blocks):
             old = past.layers[i] if past and past.layers else None
-            x, text, kv, text_kv = block(x, e, text, e_text, text_kvs[i], mask, rope, cameras, spans, old, joint)
-            kvs.append(kv if commit else None)
-            new_text_kvs.append(text_kv if commit else None)
+            x, text, *new = block(x, e, text, e_text, text_kvs[i], mask, rope, cameras, spans, old, joint, commit)
+            kvs.append(new[0])
+            new_text_kvs.append(new[1])
         if commit:
             if past and past.layers:
                 kvs = [tuple(torch.cat(z, dim=2) for z in zip(*pair)) for pair in zip(past.layers, kvs)]
             return Past(start + f, kvs, (new_text_kvs, mask))
         v = self.final_layer(x[:, -f:], e[:, -f:])
-        return rearrange(v, "b f (h w) (c p q) -> b f c (h p) (w q)", h=h // p, p=p, q=p).float()
+        v = rearrange(v, "b f (h w) (c p q) -> b f c (h p) (w q)", h=h // p, p=p, q=p)
+        return v.float().contiguous()  # no view: FSDP's hook is on the tensor that is returned
 
 
 # ----------------------------------------------------------------------------------------------------------------------
