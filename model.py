@@ -226,7 +226,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, spans: Spans, past: tupl
     """
     s = q.shape[2]
     q, k, v = (rearrange(z, "b f s (nh hd) -> b nh (f s) hd", nh=heads) for z in (q, k, v))
-    before, mask = [*([text[:2]] if text else []), *([past] if past else [])], text and text[2]
+    before, mask = [*([text[:2]] if text else []), *([past] if past is not None else [])], text and text[2]
     if spans is None:
         y = look(q, [*before, (k, v)], mask)
     else:
