@@ -183,8 +183,11 @@ def explain(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple[T
 
 
 def named_colours(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> Tensor:
-    """For every surface the prompt names: does its colour explain the video best? [b 7], NaN where unseen."""
-    hits = cast(scene.pillars, pixel_cameras(viewmats), K, video.shape[-1])
+    """For every surface the prompt names: does its colour explain the video best? [b 7], NaN where unseen.
+
+    Of every fourth frame, those whose poses viewmats [b f 4 4] holds.
+    """
+    video, hits = video[:, :, ::4], cast(scene.pillars, viewmats, K, video.shape[-1])
     errors, b = [], len(video)
     rays = torch.zeros(b, NAMED + 1).scatter_add_(1, hits.surface.flatten(1), torch.ones(hits.surface.flatten(1).shape))
     for colour in range(len(PALETTE)):
@@ -198,7 +201,7 @@ def named_colours(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> T
         errors.append(by_surface)
     best = torch.stack(errors, dim=-1).argmin(-1)
     right = (best == scene.colours)[:, :NAMED].float()
-    return torch.where(rays[:, :NAMED] / 4 >= 24, right, torch.nan)
+    return torch.where(rays[:, :NAMED] / 4 >= 8, right, torch.nan)
 
 
 def read_pose(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
