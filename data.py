@@ -3,7 +3,7 @@ Everything frozen, and everything that becomes a batch.
 
     1. Cameras      one type, one trajectory grammar, path.json
     2. Toy world    rooms ray-cast in torch: the data set, the base model and the ground truth of a laptop
-    3. Words        a deterministic stand-in for the text encoder
+    3. Words        umT5, and a deterministic stand-in for it
     4. Latents      the folder a training run reads, and get_batch, a pure function of (seed, step, part)
     5. main         $ python data.py     render the toy world, train its VAE, write the latents folder
 
@@ -11,8 +11,10 @@ Cameras are OpenCV (x right, y down, z forward) and world-to-camera, the first f
 divided by image width and height: K = (fx/W, fy/H, cx/W, cy/H). Geometry stays in fp32.
 """
 import argparse
+import html
 import json
 import math
+import re
 import sys
 import zlib
 from functools import lru_cache
@@ -25,7 +27,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -391,6 +393,62 @@ def encode_words(prompt: str) -> Tensor:
     vectors = [torch.zeros(WORD_DIM)] * 2 + [word_vector(word) for word in words]
     rows = [torch.cat([vectors[i], vectors[i - 1], vectors[i - 2]]) for i in range(2, len(vectors))]
     return F.pad(torch.stack(rows), (0, 0, 0, TEXT_LEN - len(rows))) if rows else torch.zeros(TEXT_LEN, TEXT_DIM)
+
+
+# umT5 itself is transformers', imported where it is used: that takes seconds, and the toy world does without.
+
+UMT5_LEN = 512
+UMT5_NAMES = (  # of a parameter: in Wan's file, in transformers
+    (r"^token_embedding\.", "shared."), (r"^norm\.", "encoder.final_layer_norm."),
+    (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
+    (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
+    (r"^blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
+    (r"^blocks\.(\d+)\.pos_embedding\.embedding\.", r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias."),
+    (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
+    (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
+    (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
+)
+
+
+class TextEncoder(NamedTuple):
+    net: nn.Module
+    tokenizer: object
+
+
+def umt5_name(name: str) -> str:
+    """Wan's name of a umT5 parameter -> transformers'."""
+    for ours, theirs in UMT5_NAMES:
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+def build_umt5(weights: dict[str, Tensor]) -> nn.Module:
+    """transformers' UMT5EncoderModel with Wan's weights, sizes read off them; ValueError names what does not fit."""
+    from transformers import UMT5Config, UMT5EncoderModel
+    try:
+        (vocabulary, d), (inner, _) = weights["token_embedding.weight"].shape, weights["blocks.0.attn.q.weight"].shape
+        buckets, heads = weights["blocks.0.pos_embedding.embedding.weight"].shape
+        d_ff = weights["blocks.0.ffn.fc1.weight"].shape[0]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"not the weights of a umT5 encoder ({error!r})") from None
+    layers = sum(name.endswith("attn.q.weight") for name in weights)
+    with torch.device("meta"):
+        net = UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, d_model=d, d_kv=inner // heads, d_ff=d_ff,
+                                          num_layers=layers, num_heads=heads, relative_attention_num_buckets=buckets))
+    weights = {umt5_name(name): w for name, w in weights.items()}
+    weights |= {"encoder.embed_tokens.weight": weights["shared.weight"]}
+    expected, found = ({name: tuple(w.shape) for name, w in z.items()} for z in (net.state_dict(), weights))
+    if wrong := [name for name in expected | found if expected.get(name) != found.get(name)]:
+        raise ValueError(f"{len(wrong)} tensors are not those of a umT5 encoder, first {wrong[0]}: expected shape "
+                         f"{expected.get(wrong[0], 'none')}, found {found.get(wrong[0], 'none')}")
+    net.load_state_dict(weights, assign=True)
+    return net.eval().requires_grad_(False)  # or its dropout would be on
+
+
+@torch.no_grad()
+def embed_tokens(net: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """Tokens and which of them are no padding, each [b l] -> umT5's last layer [b l d], zero past each prompt's end."""
+    return net(ids, attention_mask=mask).last_hidden_state.float() * mask[..., None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ The networks, what their output means, and how their weights travel.
     3. Wan DiT          the diffusion transformer, bidirectional and causal with the same weights
     4. Wan VAE          causal 3-D convolutions; encode and decode whole or as a stream
     5. Presets          tiny (trained on a laptop), wan-1.3b, wan-14b
-    6. Sampling         the two samplers and the chunked rollout
+    6. Sampling         the three samplers and the chunked rollout
     7. Weights          shard, average, save, load, resume
 
 One call for every backbone, so that a stage does not know which network it trains:
@@ -23,6 +23,7 @@ nh heads, hd head width, l text tokens, t pixel frames.
 """
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -76,13 +77,13 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def noise_levels(steps: int, shift: float) -> list[float]:
+def noise_levels(steps: int, shift: float, start: float = 1.0) -> list[float]:
     """The levels a sampler visits, from pure noise to clean: steps + 1 numbers from 1.0 to 0.0.
 
     A grid of 48 contains the grid of 4 at every shift, so a distilled student is asked only at levels its teacher
-    integrated through. noise_levels(4, 5) is 1, 0.9375, 0.8333, 0.625, 0.
+    integrated through. noise_levels(4, 5) is 1, 0.9375, 0.8333, 0.625, 0. start: the first level, before the shift.
     """
-    return shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
+    return shift_sigma(torch.linspace(start, 0, steps + 1, dtype=torch.float64), shift).tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -129,6 +130,19 @@ class Past(NamedTuple):
     """Keys and values of the frames committed so far. Never written in place: a commit makes a new one."""
     frames: int  # committed so far; the next chunk's RoPE positions start here
     layers: list[tuple[Tensor, ...]]  # per block: k, v and, with a camera, PRoPE's k, v, each [b nh n hd]
+
+
+def keep(past: Past, tokens: int, sink: int, window: int) -> Past:
+    """The first `sink` and the last `window` frames of a past, of `tokens` tokens each; all of it if it is shorter.
+
+    Every key keeps the RoPE position it was committed with, and the next chunk's go on from past.frames. Before a chunk
+    of n frames, keep(past, tokens, s, size - s - n) is public Wan's rolling cache of `size` frames with s sink frames.
+    """
+    def cut(z: Tensor) -> Tensor:
+        n = z.shape[2]
+        return z if n <= (sink + window) * tokens else torch.cat([z[:, :, : sink * tokens],
+                                                                  z[:, :, n - window * tokens :]], dim=2)
+    return past._replace(layers=[tuple(cut(z) for z in layer) for layer in past.layers])
 
 
 def rope_table(frames: Tensor, h: int, w: int, head_dim: int) -> Tensor:
@@ -607,6 +621,13 @@ def doubled(*tensors: Tensor, guidance: float) -> list[Tensor]:
     return [torch.cat([z, z]) if guidance != 1 else z for z in tensors]
 
 
+def guided(net: nn.Module, x_t: Tensor, sigma: Tensor, prompt: Tensor, camera, guidance: float, past: Past | None):
+    """v [b f c h w], with classifier-free guidance unless it is 1."""
+    camera = camera and tuple(doubled(*camera, guidance=guidance))
+    v = net(*doubled(x_t, sigma, guidance=guidance), prompt, camera, past=past)
+    return v if guidance == 1 else guide(*v.chunk(2), guidance)
+
+
 @torch.no_grad()
 def denoise(net: nn.Module, x_t: Tensor, levels: list[float], prompt: Tensor, camera, guidance: float = 1.0,
             past: Past | None = None, renoise: list[Tensor] | None = None, free: Tensor | None = None) -> Tensor:
@@ -616,18 +637,50 @@ def denoise(net: nn.Module, x_t: Tensor, levels: list[float], prompt: Tensor, ca
     level after the first, each step predicts x0 and noises it again to the next: the sampler of a distilled student.
     Frames where free [b f] is 0 are given: x_t holds them clean, they stay at noise level zero and come out unchanged.
     """
-    camera = camera and tuple(doubled(*camera, guidance=guidance))
     free = x_t.new_ones(x_t.shape[:2]) if free is None else free
     for i, (upper, lower) in enumerate(zip(levels, levels[1:])):
         sigma = upper * free
-        v = net(*doubled(x_t, sigma, guidance=guidance), prompt, camera, past=past)
-        if guidance != 1:
-            v = guide(*v.chunk(2), guidance)
+        v = guided(net, x_t, sigma, prompt, camera, guidance, past)
         if renoise is None:
             x_t = x_t + ((lower - upper) * free)[..., None, None, None] * v
         else:
             x0 = velocity_to_x0(v, x_t, sigma)
             x_t = add_noise(x0, renoise[i], lower * free) if lower > 0 else x0
+    return x_t
+
+
+@torch.no_grad()
+def unipc(net: nn.Module, x_t: Tensor, levels: list[float], prompt: Tensor, camera, guidance: float = 1.0,
+          past: Past | None = None, free: Tensor | None = None) -> Tensor:
+    """As `denoise` without renoise, in fewer steps: UniPC (arXiv:2302.04867), the sampler public Wan is used with.
+
+    Of second order in log-SNR, x0 being taken for a straight line there. Each step is made twice: first through the two
+    predictions of x0 at hand, then again with the one at its own end, which the next step needs anyway. The first and
+    the last step are of first order. levels[0] must be under 1, where log-SNR is -inf: noise_levels(..., start=0.999).
+    """
+    log_snr = [math.log((1 - s) / s) if s > 0 else math.inf for s in levels]
+    free, given, x0s = x_t.new_ones(x_t.shape[:2]) if free is None else free, x_t, []
+
+    def leap(x: Tensor, i: int, end: Tensor | None) -> Tensor:
+        """From levels[i] to levels[i + 1]; end: x0 as predicted there, once it is known."""
+        h = log_snr[i + 1] - log_snr[i]
+        B, x0 = math.expm1(-h), x0s[i]
+        if 0 < i < len(levels) - 2:
+            r = (log_snr[i - 1] - log_snr[i]) / h
+            slope = (x0s[i - 1] - x0s[i]) / r
+            # weights that make the step exact where x0 is of first or second order in log-SNR (eq. 9, B(h) = e^h - 1)
+            b = -1 / h - 1 / B, 2 * (1 / h + 1 / B) / h - 1 / B
+            w = (b[0] - b[1]) / (1 - r)
+            x0 = x0 + (slope / 2 if end is None else w * slope + (b[0] - w) * (end - x0s[i]))
+        elif end is not None:
+            x0 = x0 + (end - x0s[i]) / 2
+        return levels[i + 1] / levels[i] * x - (1 - levels[i + 1]) * B * x0
+
+    for i, upper in enumerate(levels[:-1]):
+        sigma = upper * free
+        x0s.append(velocity_to_x0(guided(net, x_t, sigma, prompt, camera, guidance, past), x_t, sigma))
+        x = leap(x, i - 1, x0s[i]) if i else x_t
+        x_t = torch.where(free[..., None, None, None] > 0, leap(x, i, None), given)
     return x_t
 
 
@@ -650,8 +703,8 @@ def rollout(net: nn.Module, meta: dict, rng: list[torch.Generator], shape: tuple
     seconds: if given, the time spent is added to its "denoise" and "commit".
     prefix: the first latent frames [b p c h w], an image or a short video, if they are given rather than made.
     """
-    levels, guidance = noise_levels(meta["steps"], meta["shift"]), meta["guidance"]
-    renoise = meta["sampler"] == "renoise"
+    renoise, multistep = meta["sampler"] == "renoise", meta["sampler"] == "unipc"
+    levels, guidance = noise_levels(meta["steps"], meta["shift"], 0.999 if multistep else 1.0), meta["guidance"]
     noise = [torch.stack([torch.randn(shape, generator=g) for g in rng]).to(prompt.device)
              for _ in range(meta["steps"] if renoise else 1)]  # one for each level above 0
     text, past = torch.cat([prompt, null]) if guidance != 1 else prompt, None
@@ -663,7 +716,10 @@ def rollout(net: nn.Module, meta: dict, rng: list[torch.Generator], shape: tuple
         here = tuple(z[:, frames] for z in camera) if meta["camera"] else None
         x_t, *rest = (z[:, frames] for z in noise)
         with timed(seconds, "denoise"):
-            x0 = denoise(net, x_t, levels, text, here, guidance, past, rest if renoise else None, free[:, frames])
+            if multistep:
+                x0 = unipc(net, x_t, levels, text, here, guidance, past, free[:, frames])
+            else:
+                x0 = denoise(net, x_t, levels, text, here, guidance, past, rest if renoise else None, free[:, frames])
         yield x0
         if frames.stop < shape[0]:
             with timed(seconds, "commit"):
