@@ -398,6 +398,11 @@ def encode_words(prompt: str) -> Tensor:
 # umT5 itself is transformers', imported where it is used: that takes seconds, and the toy world does without.
 
 UMT5_LEN = 512
+NULL_PROMPT = (  # what guidance steers public Wan away from, in diffusers' wording
+    "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall "
+    "gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, "
+    "poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three "
+    "legs, many people in the background, walking backwards")
 UMT5_NAMES = (  # of a parameter: in Wan's file, in transformers
     (r"^token_embedding\.", "shared."), (r"^norm\.", "encoder.final_layer_norm."),
     (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
@@ -449,6 +454,42 @@ def build_umt5(weights: dict[str, Tensor]) -> nn.Module:
 def embed_tokens(net: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """Tokens and which of them are no padding, each [b l] -> umT5's last layer [b l d], zero past each prompt's end."""
     return net(ids, attention_mask=mask).last_hidden_state.float() * mask[..., None]
+
+
+def load_text_encoder(path: Path, device: torch.device) -> TextEncoder:
+    """umT5 from Wan's models_t5_umt5-xxl-enc-bf16.pth or a transformers folder; bf16 on a GPU, else fp32.
+
+    The tokenizer lies in the folder itself, or beside it in tokenizer/ or google/umt5-xxl/. Raises ValueError when
+    either is missing, broken or something else.
+    """
+    from transformers import AutoTokenizer, UMT5EncoderModel
+    places = [path, path.parent / "tokenizer", path.parent / "google/umt5-xxl"]
+    home = next((z for z in places if (z / "tokenizer.json").exists() or (z / "spiece.model").exists()), None)
+    if not path.exists() or home is None:
+        lacks = f"no tokenizer in {', '.join(map(str, places))}" if path.exists() else "no such file or folder"
+        raise ValueError(f"{path}: {lacks}; expected models_t5_umt5-xxl-enc-bf16.pth or a transformers folder of umT5")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        if path.is_dir():
+            net, info = UMT5EncoderModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
+            if lost := [*info["missing_keys"], *info["mismatched_keys"]]:
+                raise ValueError(f"{len(lost)} of umT5's tensors are missing or misshapen, first {lost[0]}")
+        else:
+            net = build_umt5(torch.load(path, map_location="cpu", weights_only=True))
+        return TextEncoder(net.to(device, dtype).eval().requires_grad_(False), AutoTokenizer.from_pretrained(home))
+    except Exception as error:  # each of the three readers has its own
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{path}: not a umT5 encoder with its tokenizer ({reason[0]})") from error
+
+
+def encode_prompts(prompts: list[str], encoder: TextEncoder | None) -> Tensor:
+    """Prompts -> [b l d], zero past their ends: by umT5, cut at 512 tokens as Wan does, or else word by word."""
+    if encoder is None:
+        return torch.stack([encode_words(prompt) for prompt in prompts])
+    clean = [re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip() for prompt in prompts]
+    tokens = encoder.tokenizer(clean, padding="max_length", max_length=UMT5_LEN, truncation=True, return_tensors="pt")
+    ids, mask = (tokens[name].to(encoder.net.device) for name in ("input_ids", "attention_mask"))
+    return embed_tokens(encoder.net, ids, mask)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -494,7 +494,7 @@ def probes(case, _):
 HY = "case5a_hv15 case5b_minwm_hy_ar case5c_minwm_hy_prope case6_hy_vae case12_hy_sampling".split()
 OUTSIDE = {  # the recipe
     "case1b_wan_i2v": "Wan's image branch: our worlds start from text, or from given latent frames",
-    "case3b_sf_blockcausal*": "block-causal without a clean context (diffusion forcing): minWM's recipe is teacher forcing",
+    "case3b_sf_blockcausal*": "block-causal without a clean context: minWM's recipe is teacher forcing, not this",
 }
 KINDS = {
     "case1_wan_bidir": wan_bidirectional, "case2_wan_prope_bidir": wan_prope, "case3a_*_tf*": teacher_forcing,
