@@ -3,7 +3,7 @@ Everything frozen, and everything that becomes a batch.
 
     1. Cameras      one type, one trajectory grammar, path.json
     2. Toy world    rooms ray-cast in torch: the data set, the base model and the ground truth of a laptop
-    3. Words        a deterministic stand-in for the text encoder
+    3. Words        umT5, and a deterministic stand-in for it
     4. Latents      the folder a training run reads, and get_batch, a pure function of (seed, step, part)
     5. main         $ python data.py     render the toy world, train its VAE, write the latents folder
 
@@ -11,8 +11,10 @@ Cameras are OpenCV (x right, y down, z forward) and world-to-camera, the first f
 divided by image width and height: K = (fx/W, fy/H, cx/W, cy/H). Geometry stays in fp32.
 """
 import argparse
+import html
 import json
 import math
+import re
 import sys
 import zlib
 from functools import lru_cache
@@ -25,7 +27,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -391,6 +393,103 @@ def encode_words(prompt: str) -> Tensor:
     vectors = [torch.zeros(WORD_DIM)] * 2 + [word_vector(word) for word in words]
     rows = [torch.cat([vectors[i], vectors[i - 1], vectors[i - 2]]) for i in range(2, len(vectors))]
     return F.pad(torch.stack(rows), (0, 0, 0, TEXT_LEN - len(rows))) if rows else torch.zeros(TEXT_LEN, TEXT_DIM)
+
+
+# umT5 itself is transformers', imported where it is used: that takes seconds, and the toy world does without.
+
+UMT5_LEN = 512
+NULL_PROMPT = (  # what guidance steers public Wan away from, in diffusers' wording
+    "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall "
+    "gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, "
+    "poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three "
+    "legs, many people in the background, walking backwards")
+UMT5_NAMES = (  # of a parameter: in Wan's file, in transformers
+    (r"^token_embedding\.", "shared."), (r"^norm\.", "encoder.final_layer_norm."),
+    (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
+    (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
+    (r"^blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
+    (r"^blocks\.(\d+)\.pos_embedding\.embedding\.", r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias."),
+    (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
+    (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
+    (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
+)
+
+
+class TextEncoder(NamedTuple):
+    net: nn.Module
+    tokenizer: object
+
+
+def umt5_name(name: str) -> str:
+    """Wan's name of a umT5 parameter -> transformers'."""
+    for ours, theirs in UMT5_NAMES:
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+def build_umt5(weights: dict[str, Tensor]) -> nn.Module:
+    """transformers' UMT5EncoderModel with Wan's weights, sizes read off them; ValueError names what does not fit."""
+    from transformers import UMT5Config, UMT5EncoderModel
+    try:
+        (vocabulary, d), (inner, _) = weights["token_embedding.weight"].shape, weights["blocks.0.attn.q.weight"].shape
+        buckets, heads = weights["blocks.0.pos_embedding.embedding.weight"].shape
+        d_ff = weights["blocks.0.ffn.fc1.weight"].shape[0]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"not the weights of a umT5 encoder ({error!r})") from None
+    layers = sum(name.endswith("attn.q.weight") for name in weights)
+    with torch.device("meta"):
+        net = UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, d_model=d, d_kv=inner // heads, d_ff=d_ff,
+                                          num_layers=layers, num_heads=heads, relative_attention_num_buckets=buckets))
+    weights = {umt5_name(name): w for name, w in weights.items()}
+    weights |= {"encoder.embed_tokens.weight": weights["shared.weight"]}
+    expected, found = ({name: tuple(w.shape) for name, w in z.items()} for z in (net.state_dict(), weights))
+    if wrong := [name for name in expected | found if expected.get(name) != found.get(name)]:
+        raise ValueError(f"{len(wrong)} tensors are not those of a umT5 encoder, first {wrong[0]}: expected shape "
+                         f"{expected.get(wrong[0], 'none')}, found {found.get(wrong[0], 'none')}")
+    net.load_state_dict(weights, assign=True)
+    return net.eval().requires_grad_(False)  # or its dropout would be on
+
+
+@torch.no_grad()
+def embed_tokens(net: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """Tokens and which of them are no padding, each [b l] -> umT5's last layer [b l d], zero past each prompt's end."""
+    return net(ids, attention_mask=mask).last_hidden_state.float() * mask[..., None]
+
+
+def load_text_encoder(path: Path, device: torch.device) -> TextEncoder:
+    """umT5 from Wan's models_t5_umt5-xxl-enc-bf16.pth or a transformers folder; bf16 on a GPU, else fp32.
+
+    The tokenizer lies in the folder itself, or beside it in tokenizer/ or google/umt5-xxl/. Raises ValueError when
+    either is missing, broken or something else.
+    """
+    from transformers import AutoTokenizer, UMT5EncoderModel
+    places = [path, path.parent / "tokenizer", path.parent / "google/umt5-xxl"]
+    home = next((z for z in places if (z / "tokenizer.json").exists() or (z / "spiece.model").exists()), None)
+    if not path.exists() or home is None:
+        lacks = f"no tokenizer in {', '.join(map(str, places))}" if path.exists() else "no such file or folder"
+        raise ValueError(f"{path}: {lacks}; expected models_t5_umt5-xxl-enc-bf16.pth or a transformers folder of umT5")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        if path.is_dir():
+            net, info = UMT5EncoderModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
+            if lost := [*info["missing_keys"], *info["mismatched_keys"]]:
+                raise ValueError(f"{len(lost)} of umT5's tensors are missing or misshapen, first {lost[0]}")
+        else:
+            net = build_umt5(torch.load(path, map_location="cpu", weights_only=True))
+        return TextEncoder(net.to(device, dtype).eval().requires_grad_(False), AutoTokenizer.from_pretrained(home))
+    except Exception as error:  # each of the three readers has its own
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{path}: not a umT5 encoder with its tokenizer ({reason[0]})") from error
+
+
+def encode_prompts(prompts: list[str], encoder: TextEncoder | None) -> Tensor:
+    """Prompts -> [b l d], zero past their ends: by umT5, cut at 512 tokens as Wan does, or else word by word."""
+    if encoder is None:
+        return torch.stack([encode_words(prompt) for prompt in prompts])
+    clean = [re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip() for prompt in prompts]
+    tokens = encoder.tokenizer(clean, padding="max_length", max_length=UMT5_LEN, truncation=True, return_tensors="pt")
+    ids, mask = (tokens[name].to(encoder.net.device) for name in ("input_ids", "attention_mask"))
+    return embed_tokens(encoder.net, ids, mask)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
