@@ -795,8 +795,8 @@ def read_poses(poses: str | dict, folder: Path) -> tuple[Tensor, list | None]:
             viewmats, K = _worldplay(spec, *kinds)
         else:
             raise ValueError(f"expected one of {', '.join(MATRICES)}, trajectory, found {list(spec)[:4]}")
-    except FileNotFoundError as error:
-        raise ValueError(f"{Path(error.filename).name}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{Path(error.filename).name}: {error.strerror}") from None
     except KeyError as error:
         raise ValueError(f"an entry has no {error}") from None
     except (TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -962,10 +962,13 @@ def embed(prompts: list[str], encode: Callable[[str], Tensor], files: list[Path]
     """Each distinct prompt's embedding [l d] fp16, out of `files` if one has it, and the errors of those without."""
     embeds, errors = {}, {}
     for file in filter(Path.exists, files):
-        with safe_open(file, "pt") as held:
-            about = held.metadata()
-            if about.get("encoder") == encode.__name__:
-                embeds |= zip([*json.loads(about["prompts"]), about["null"]], held.get_tensor("embeds"))
+        try:
+            with safe_open(file, "pt") as held:
+                about = held.metadata() or {}
+                if about.get("encoder") == encode.__name__:
+                    embeds |= zip([*json.loads(about["prompts"]), about["null"]], held.get_tensor("embeds"))
+        except SafetensorError as error:
+            raise ValueError(f"{file}: truncated or not safetensors ({error}); delete it") from None
     for prompt in tqdm([prompt for prompt in dict.fromkeys(prompts) if prompt not in embeds], "prompts"):
         try:
             embeds[prompt] = encode(prompt).half().cpu()
@@ -1231,6 +1234,9 @@ def make_from_videos(args: argparse.Namespace, encode: Callable[[str], Tensor] =
     rank, world_size, device = start_process_group()
     gloo = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # ranks wait for each other as long as it takes
     vae = load_vae(args.vae, device, known_as)
+    if any(side % (2 * vae.cfg.stride) for side in args.size):
+        raise ValueError(f"--size {args.size[0]}x{args.size[1]}: expected multiples of {2 * vae.cfg.stride} pixels, "
+                         "this VAE's times patches of 2")
     args.out.mkdir(parents=True, exist_ok=True)
 
     def gather(mine) -> list:
@@ -1257,34 +1263,37 @@ def make_from_videos(args: argparse.Namespace, encode: Callable[[str], Tensor] =
             report.append({"file": str(path.relative_to(args.videos)), "start": 0, "kept": False, "class": None,
                            "reasons": {"unlisted": f"not in {args.table.name}"}})
     if rank == 0:
-        (args.out / "report.jsonl").write_text("".join(json.dumps(row) + "\n" for row in report))
         print_report(report, args.keep)
     kept = [n for n in range(len(clips)) if report[n]["kept"]]
-    if not kept:
-        raise ValueError(f"{args.out}: none of {len(report)} clips can be kept; report.jsonl says why")
-    every_K = torch.cat([cameras[n][1] for n in kept]).double()[:, [0, 1, 0, 1], [0, 1, 2, 2]]
-    scale = cameras[kept[0]][2] if args.scale == "set" else args.scale
-    meta = {"K": [round(k, 7) for k in every_K.median(0).values.tolist()], "size": args.size, "fps": args.fps,
-            "frames": args.frames, "vae": str(args.vae), "vae_fingerprint": known_as, "scale": scale,
-            "negative": args.negative, "encoder": encode.__name__}
-
-    # 3. encode
-    prompts = list(dict.fromkeys(clips[n].caption for n in kept))
+    prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(clips[n].caption for n in kept))}  # and its id
     shards = {}  # file: what it is to hold
     for start in range(0, len(kept), args.shard_size):
         rows = kept[start : start + args.shard_size]
         viewmats, Ks = (torch.stack([cameras[n][i] for n in rows]) for i in (0, 1))
         made_of = [[clips[n].file, clips[n].start, clips[n].caption, seen[n]["of"][2][0]] for n in rows]
         shards[args.out / f"latents-{start:06d}.safetensors"] = (rows, made_of, viewmats, Ks)
-    for file in sorted(args.out.glob("latents-*.safetensors")):
-        if file not in shards:
-            raise ValueError(f"{file}: not a shard of this run; delete it, or choose another --out")
+    there = sorted(args.out.glob("latents-*.safetensors"))
+    if strange := [file for file in there if file not in shards]:
+        raise ValueError(f"{strange[0]}: not a shard of this run; delete it, or choose another --out")
+    if kept:
+        every_K = torch.cat([cameras[n][1] for n in kept]).double()[:, [0, 1, 0, 1], [0, 1, 2, 2]]
+        meta = {"K": [round(k, 7) for k in every_K.median(0).values.tolist()], "size": args.size, "fps": args.fps,
+                "frames": args.frames, "vae": str(args.vae), "vae_fingerprint": known_as,
+                "scale": cameras[kept[0]][2] if args.scale == "set" else args.scale, "negative": args.negative,
+                "encoder": encode.__name__}
+    for file in there:
         check_shard(file, meta, *shards[file][1:])
+    if rank == 0:  # only now: the report of another run is not overwritten either
+        (args.out / "report.jsonl").write_text("".join(json.dumps(row) + "\n" for row in report))
+    if not kept:
+        raise ValueError(f"{args.out}: none of {len(report)} clips can be kept; report.jsonl says why")
+
+    # 3. encode
     missing = [file for file in shards if not file.exists()]
     gather(None)  # no process writes before all have agreed
     if rank == 0 and (missing or not final.exists()):
         table = {"embeds": torch.stack([embeds[prompt] for prompt in [*prompts, args.negative]])}
-        about = {"prompts": json.dumps(prompts), "null": args.negative, "encoder": encode.__name__}
+        about = {"prompts": json.dumps(list(prompts)), "null": args.negative, "encoder": encode.__name__}
         save_shard(unfinished, table, about)  # under its own name last: without it the folder does not open
         final.unlink(missing_ok=True)
     mine = missing[rank::world_size]
@@ -1303,7 +1312,7 @@ def make_from_videos(args: argparse.Namespace, encode: Callable[[str], Tensor] =
                 raise ValueError(f"{path}: its latents hold NaN or inf")
             bar.update()
         tensors = {"latents": torch.stack(latents), "viewmats": viewmats, "Ks": Ks,
-                   "prompt_ids": torch.tensor([prompts.index(clips[n].caption) for n in rows]),
+                   "prompt_ids": torch.tensor([prompts[clips[n].caption] for n in rows]),
                    "scales": torch.tensor([cameras[n][2] for n in rows])}
         save_shard(file, tensors, {"meta": json.dumps(meta), "clips": json.dumps(made_of)})
     bar.close()
@@ -1320,7 +1329,8 @@ def inspect(folder: Path) -> None:
     from model import load_vae
 
     data = open_latents(folder)
-    vae, total, high = load_vae(Path(data.meta["vae"]), torch.device("cpu"), data.meta["vae_fingerprint"]), 0, 128
+    device, high = torch.device("cuda" if torch.cuda.is_available() else "cpu"), 128
+    vae = load_vae(Path(data.meta["vae"]), device, data.meta["vae_fingerprint"])
     prompts = json.loads(data.prompts.metadata()["prompts"])
     print(f"{folder}: {data.starts[-1]} rows, {data.meta}")
     rows = sorted({round(n * (data.starts[-1] - 1) / 23) for n in range(24)})
@@ -1331,7 +1341,7 @@ def inspect(folder: Path) -> None:
             latents, viewmats, Ks, prompt = (data.shards[n].get_slice(name)[row - data.starts[n]]
                                              for name in ("latents", "viewmats", "Ks", "prompt_ids"))
             with torch.no_grad():
-                video = vae.decode(latents[None].float())[0][0, :, ::4].clamp(-1, 1)
+                video = vae.decode(latents[None].to(device).float())[0][0, :, ::4].clamp(-1, 1).cpu()
             wide = round(high * video.shape[3] / video.shape[2])
             mode = {"mode": "bilinear", "antialias": True} if video.shape[2] > high else {"mode": "nearest"}
             frames = F.interpolate(rearrange(video, "c t h w -> t c h w"), [high, wide], **mode)

@@ -292,7 +292,7 @@ def test_each_broken_clip_is_in_the_report_with_its_reason(toy, broken):
     ("slow", "8 frames a second, fewer than --fps 16"), ("no caption", "empty"), ("long caption", "33 words"),
     ("count", "12 poses, but 13 frames: expected 13, or 4"), ("mirrored", "it mirrors"),
     ("nan", "pose 5 is not a rigid transform (SE(3)): it holds NaN"), ("string", "cannot read 'q'"),
-    ("no poses", "nowhere.json: no such file"),
+    ("no poses", "nowhere.json: No such file"),
     ("pixels", "not pixels"), ("no K", "--K"), ("swapped", "factor of 0.56"), ("jump", "at frame 6 "),
     ("scale", "1.6 units"), ("small", "16x16"), ("copy", "good.mp4"), ("left out", "table.jsonl"),
 ])
@@ -424,13 +424,17 @@ def test_a_stopped_run_makes_what_is_missing(toy, tmp_path):
 
 @pytest.mark.parametrize("flags, says", [
     (["--scale", "2", "--keep", "scale"], "its scale is 1.0, now 2.0"), (["--negative", "ugly"], "its negative"),
-    (["--at-most", "1"], "other clips"), (["--shard-size", "16"], "other clips"),
+    (["--at-most", "1"], "not a shard of this run"), (["--shard-size", "16"], "not a shard of this run"),
+    (["--table", "clips/reversed.jsonl"], "of other clips or cameras"),
 ])
 def test_shards_of_other_settings_are_refused_by_name(toy, tmp_path, flags, says):
     shutil.copytree(toy / "data/videos", tmp_path / "out")
     before = stamps(tmp_path / "out")
+    (tmp_path / "out/report.jsonl").write_text("the earlier run's")
+    write_table(toy / "clips/reversed.jsonl", table(toy)[::-1])
     message = refusal("data.py", "--videos", "clips", "--out", tmp_path / "out", *FLAGS, *flags, cwd=toy)
     assert says in message and "latents-0000" in message and stamps(tmp_path / "out") == before
+    assert (tmp_path / "out/report.jsonl").read_text() == "the earlier run's"
 
 
 @pytest.mark.parametrize("make", ["truncate", "foreign"])
