@@ -18,15 +18,14 @@ from pathlib import Path
 import imageio.v3 as imageio
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    GRAMMAR, LOOKS, N_PANELS, NAMED, NULL_PROMPT, PALETTE, STEP, SURFACE_OF_PANEL, TEXT_DIM, TURN, Scene, TextEncoder,
-    cast, encode_prompts, intrinsics, invert_se3, load_text_encoder, look_errors, mix, paint, panels_seen,
-    parse_trajectory, pixel_cameras, read_camera, read_prompt, render, rotation, sample_toy, write_sheet,
+    GRAMMAR, LOOKS, N_PANELS, NAMED, NULL_PROMPT, PALETTE, SURFACE_OF_PANEL, TEXT_DIM, VIDEOS, Scene, TextEncoder,
+    cast, encode_prompts, fit, intrinsics, invert_se3, load_text_encoder, look_errors, mix, paint, panels_seen,
+    parse_trajectory, pixel_cameras, pressed, read_camera, read_prompt, render, rotation, sample_toy, write_sheet,
 )
 from model import WanVAE, load_net, load_vae, rollout, timed
 
@@ -102,12 +101,7 @@ def read_prefix(path: Path, vae: WanVAE, meta: dict, frames: int) -> Tensor:
         raise ValueError(f"--image {path}: found shape {list(video.shape)}, expected [t h w 3] with t = 1 + 4k and "
                          f"fewer latent frames than the path's {frames}")
     video = rearrange(torch.from_numpy(video[..., :3].copy()), "t h w c -> t c h w").float() / 127.5 - 1
-    h, w = meta["size"]
-    scale = max(h / video.shape[2], w / video.shape[3])
-    size = [max(h, round(scale * video.shape[2])), max(w, round(scale * video.shape[3]))]
-    video = F.interpolate(video, size, mode="bilinear", antialias=True)
-    top, left = (size[0] - h) // 2, (size[1] - w) // 2
-    video = rearrange(video[:, :, top : top + h, left : left + w], "t c h w -> 1 c t h w")
+    video = rearrange(fit(video, meta["size"]), "t c h w -> 1 c t h w")
     with torch.no_grad():
         return vae.encode(video.to(next(vae.parameters()).device))[0]
 
@@ -115,25 +109,11 @@ def read_prefix(path: Path, vae: WanVAE, meta: dict, frames: int) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Files.
 
-VIDEOS = (".mp4", ".gif", ".webm", ".mov", ".avi", ".mkv")
-
 GLYPHS = {  # 3x5 letters for the key overlay
     "w": "101101101111101", "a": "010101111101101", "s": "011100010001110", "d": "110101101101110",
     "u": "101101101101111", "n": "110101101101101", "j": "001001001101010", "l": "100100100100111",
     "i": "111010010010111", "k": "101110100110101",
 }
-
-
-def pressed(viewmats: Tensor) -> list[set[str]]:
-    """Which keys would make each step of a path [f 4 4]: one set per latent frame, the first empty."""
-    c2w, keys = invert_se3(viewmats.double()), [set()]
-    for a, b in zip(c2w, c2w[1:]):
-        step = invert_se3(a) @ b
-        move, turn = step[:3, :3].T @ step[:3, 3], step[:3, 2]
-        amounts = {"d": move[0], "a": -move[0], "dn": move[1], "u": -move[1], "w": move[2], "s": -move[2],
-                   "l": turn[0], "j": -turn[0], "i": -turn[1], "k": turn[1]}
-        keys.append({key for key, amount in amounts.items() if amount > (STEP if key in "wasdudn" else TURN) / 3})
-    return keys
 
 
 def draw_keys(image: np.ndarray, keys: set[str]) -> None:
