@@ -3,29 +3,41 @@ Everything frozen, and everything that becomes a batch.
 
     1. Cameras      one type, one trajectory grammar, path.json
     2. Toy world    rooms ray-cast in torch: the data set, the base model and the ground truth of a laptop
-    3. Words        a deterministic stand-in for the text encoder
+    3. Words        umT5, and a deterministic stand-in for it
     4. Latents      the folder a training run reads, and get_batch, a pure function of (seed, step, part)
-    5. main         $ python data.py     render the toy world, train its VAE, write the latents folder
+    5. Videos       real ones with captions and cameras: look, judge, report; pictures of what came out
+    6. main         $ python data.py                        render the toy world, train its VAE, write its latents
+                    $ python data.py --videos clips         the latents of your own videos instead
+                    $ python data.py --inspect data/videos  draw frames and camera paths of a latents folder
 
 Cameras are OpenCV (x right, y down, z forward) and world-to-camera, the first frame is the identity, and intrinsics are
 divided by image width and height: K = (fx/W, fy/H, cx/W, cy/H). Geometry stays in fp32.
 """
 import argparse
+import csv
+import html
+import io
 import json
 import math
+import re
 import sys
 import zlib
+from collections import Counter
+from contextlib import suppress
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import imageio.v3 as imageio
+import imageio_ffmpeg
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -106,8 +118,10 @@ def check_poses(poses: Tensor, name: str) -> Tensor:
     R, last = poses[:, :3, :3].double(), poses.new_tensor([0, 0, 0, 1])
     for i in range(len(poses)):
         off = (R[i] @ R[i].mT - torch.eye(3, dtype=torch.float64)).abs().max().item()
-        if not poses[i].isfinite().all() or off > 1e-3 or R[i].det() < 0 or (poses[i, 3] - last).abs().max() > 1e-5:
-            raise ValueError(f"{name}: pose {i} is not a rigid transform (SE(3)): its rotation is off by {off:.2g}")
+        wrong = {"it holds NaN or inf": not poses[i].isfinite().all(), f"its rotation is off by {off:.2g}": off > 1e-3,
+                 "it mirrors": R[i].det() < 0, "its last row is not 0 0 0 1": (poses[i, 3] - last).abs().max() > 1e-5}
+        if why := [text for text, found in wrong.items() if found]:
+            raise ValueError(f"{name}: pose {i} is not a rigid transform (SE(3)): {why[0]}")
     return poses
 
 
@@ -123,7 +137,8 @@ def read_camera(source: str) -> list[CameraPath]:
     """A pose string, or a .json file holding one of
 
         "w*4,l*3"                                     a pose string
-        {"c2w": [4x4, ...], "K": [fx, fy, cx, cy]}     or "w2c"; one matrix per latent frame, K normalised and optional
+        {"c2w": [4x4, ...], "K": [fx, fy, cx, cy]}     or "w2c", or "c2w_opengl" (y up, z backwards); one matrix per
+                                                      latent frame, K normalised and optional
         {"0": {"extrinsic": 4x4 c2w, "K": 3x3}, ...}   HY-WorldPlay, one entry per latent frame, K in pixels
         [{"id", "caption", "trajectory"}, ...]         minWM, several paths
 
@@ -150,6 +165,31 @@ def read_camera(source: str) -> list[CameraPath]:
     return paths
 
 
+MATRICES = ("c2w", "w2c", "c2w_opengl")
+
+
+def _matrices(spec: dict) -> Tensor:
+    """World-to-camera, OpenCV [n 4 4] fp64, from whichever of MATRICES an object has."""
+    kind = next(kind for kind in MATRICES if kind in spec)
+    poses = check_poses(torch.tensor(spec[kind], dtype=torch.float64), kind)
+    if kind == "c2w_opengl":  # the camera's own y and z point the other way
+        poses = poses @ torch.diag(poses.new_tensor([1, -1, -1, 1]))
+    return poses if kind == "w2c" else invert_se3(poses)
+
+
+def _worldplay(spec: dict, kind: str, K_name: str) -> tuple[Tensor, list]:
+    """HY-WorldPlay's numbered entries -> world-to-camera [n 4 4] fp64 and K of each: its generator reads "extrinsic",
+    camera-to-world, and "K"; its training data holds "w2c" and "intrinsic"."""
+    entries = [spec[key] for key in sorted(spec, key=lambda key: (len(key), key))]  # "2" before "10"
+    poses, Ks = check_poses(torch.tensor([entry[kind] for entry in entries], dtype=torch.float64), kind), []
+    for entry in entries:
+        (fx, _, cx), (_, fy, cy), _ = entry.get(K_name, ((0, 0, 0), (0, 0, 0), ()))
+        if not (cx > 0 and cy > 0):
+            raise ValueError(f"expected a 3x3 {K_name!r} in pixels with a principal point, found {entry.get(K_name)}")
+        Ks.append((fx / (2 * cx), fy / (2 * cy), 0.5, 0.5))  # WorldPlay's rule: the image is twice the principal point
+    return poses if kind == "w2c" else invert_se3(poses), Ks
+
+
 def _camera_path(spec: str | dict, name: str) -> CameraPath:
     if isinstance(spec, str):
         return CameraPath(parse_trajectory(spec), name=name)
@@ -159,21 +199,15 @@ def _camera_path(spec: str | dict, name: str) -> CameraPath:
     if prompt is not None and not (isinstance(prompt, str) and prompt.strip()):
         raise ValueError(f"path {name!r}: its prompt is {prompt!r}, expected a description of the world")
     if "trajectory" in spec:
-        kind, poses, K = "w2c", parse_trajectory(str(spec["trajectory"])), spec.get("K")
-    elif "c2w" in spec or "w2c" in spec:
-        kind = "c2w" if "c2w" in spec else "w2c"
-        poses, K = check_poses(torch.tensor(spec[kind], dtype=torch.float32), kind), spec.get("K")
+        viewmats, K = parse_trajectory(str(spec["trajectory"])), spec.get("K")
+    elif set(spec) & set(MATRICES):
+        viewmats, K = _matrices(spec), spec.get("K")
     elif spec and all(isinstance(entry, dict) and "extrinsic" in entry for entry in spec.values()):
-        kind, entries = "c2w", [spec[key] for key in sorted(spec, key=lambda key: (len(key), key))]  # "2" before "10"
-        poses = check_poses(torch.tensor([entry["extrinsic"] for entry in entries], dtype=torch.float32), "extrinsic")
-        (fx, _, cx), (_, fy, cy), _ = entries[0].get("K", ((0, 0, 0), (0, 0, 0), ()))
-        if not (cx > 0 and cy > 0):
-            raise ValueError(f"expected a 3x3 'K' in pixels with a principal point, found {entries[0].get('K')}")
-        K = (fx / (2 * cx), fy / (2 * cy), 0.5, 0.5)  # WorldPlay's rule: the image is twice the principal point
+        viewmats, K = _worldplay(spec, "extrinsic", "K")
+        K = K[0]
     else:
         raise ValueError(f"expected 'trajectory', 'c2w', 'w2c' or 'extrinsic' entries, found {list(spec)[:4]}")
-    viewmats = invert_se3(poses) if kind == "c2w" else poses
-    viewmats = viewmats @ invert_se3(viewmats[:1])
+    viewmats = (viewmats @ invert_se3(viewmats[:1])).float()
     if K is not None:
         intrinsics(K)
     return CameraPath(viewmats, None if K is None else tuple(K), name, prompt)
@@ -197,6 +231,18 @@ def pixel_cameras(viewmats: Tensor) -> Tensor:
     centre = torch.lerp(a[..., :3, 3:], b[..., :3, 3:], s)
     poses = invert_se3(F.pad(torch.cat([R, centre], dim=-1), (0, 0, 0, 1)))  # the padded row is rewritten by invert_se3
     return torch.cat([viewmats[:, :1].double(), rearrange(poses, "b f s i j -> b (f s) i j")], dim=1).float()
+
+
+def pressed(viewmats: Tensor) -> list[set[str]]:
+    """Which keys would make each step of a path [f 4 4]: one set per latent frame, the first empty."""
+    c2w, keys = invert_se3(viewmats.double()), [set()]
+    for a, b in zip(c2w, c2w[1:]):
+        step = invert_se3(a) @ b
+        move, turn = step[:3, :3].T @ step[:3, 3], step[:3, 2]
+        amounts = {"d": move[0], "a": -move[0], "dn": move[1], "u": -move[1], "w": move[2], "s": -move[2],
+                   "l": turn[0], "j": -turn[0], "i": -turn[1], "k": turn[1]}
+        keys.append({key for key, amount in amounts.items() if amount > (STEP if key in "wasdudn" else TURN) / 3})
+    return keys
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -393,6 +439,103 @@ def encode_words(prompt: str) -> Tensor:
     return F.pad(torch.stack(rows), (0, 0, 0, TEXT_LEN - len(rows))) if rows else torch.zeros(TEXT_LEN, TEXT_DIM)
 
 
+# umT5 itself is transformers', imported where it is used: that takes seconds, and the toy world does without.
+
+UMT5_LEN = 512
+NULL_PROMPT = (  # what guidance steers public Wan away from, in diffusers' wording
+    "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall "
+    "gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, "
+    "poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three "
+    "legs, many people in the background, walking backwards")
+UMT5_NAMES = (  # of a parameter: in Wan's file, in transformers
+    (r"^token_embedding\.", "shared."), (r"^norm\.", "encoder.final_layer_norm."),
+    (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
+    (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
+    (r"^blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
+    (r"^blocks\.(\d+)\.pos_embedding\.embedding\.", r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias."),
+    (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
+    (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
+    (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
+)
+
+
+class TextEncoder(NamedTuple):
+    net: nn.Module
+    tokenizer: object
+
+
+def umt5_name(name: str) -> str:
+    """Wan's name of a umT5 parameter -> transformers'."""
+    for ours, theirs in UMT5_NAMES:
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+def build_umt5(weights: dict[str, Tensor]) -> nn.Module:
+    """transformers' UMT5EncoderModel with Wan's weights, sizes read off them; ValueError names what does not fit."""
+    from transformers import UMT5Config, UMT5EncoderModel
+    try:
+        (vocabulary, d), (inner, _) = weights["token_embedding.weight"].shape, weights["blocks.0.attn.q.weight"].shape
+        buckets, heads = weights["blocks.0.pos_embedding.embedding.weight"].shape
+        d_ff = weights["blocks.0.ffn.fc1.weight"].shape[0]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"not the weights of a umT5 encoder ({error!r})") from None
+    layers = sum(name.endswith("attn.q.weight") for name in weights)
+    with torch.device("meta"):
+        net = UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, d_model=d, d_kv=inner // heads, d_ff=d_ff,
+                                          num_layers=layers, num_heads=heads, relative_attention_num_buckets=buckets))
+    weights = {umt5_name(name): w for name, w in weights.items()}
+    weights |= {"encoder.embed_tokens.weight": weights["shared.weight"]}
+    expected, found = ({name: tuple(w.shape) for name, w in z.items()} for z in (net.state_dict(), weights))
+    if wrong := [name for name in expected | found if expected.get(name) != found.get(name)]:
+        raise ValueError(f"{len(wrong)} tensors are not those of a umT5 encoder, first {wrong[0]}: expected shape "
+                         f"{expected.get(wrong[0], 'none')}, found {found.get(wrong[0], 'none')}")
+    net.load_state_dict(weights, assign=True)
+    return net.eval().requires_grad_(False)  # or its dropout would be on
+
+
+@torch.no_grad()
+def embed_tokens(net: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """Tokens and which of them are no padding, each [b l] -> umT5's last layer [b l d], zero past each prompt's end."""
+    return net(ids, attention_mask=mask).last_hidden_state.float() * mask[..., None]
+
+
+def load_text_encoder(path: Path, device: torch.device) -> TextEncoder:
+    """umT5 from Wan's models_t5_umt5-xxl-enc-bf16.pth or a transformers folder; bf16 on a GPU, else fp32.
+
+    The tokenizer lies in the folder itself, or beside it in tokenizer/ or google/umt5-xxl/. Raises ValueError when
+    either is missing, broken or something else.
+    """
+    from transformers import AutoTokenizer, UMT5EncoderModel
+    places = [path, path.parent / "tokenizer", path.parent / "google/umt5-xxl"]
+    home = next((z for z in places if (z / "tokenizer.json").exists() or (z / "spiece.model").exists()), None)
+    if not path.exists() or home is None:
+        lacks = f"no tokenizer in {', '.join(map(str, places))}" if path.exists() else "no such file or folder"
+        raise ValueError(f"{path}: {lacks}; expected models_t5_umt5-xxl-enc-bf16.pth or a transformers folder of umT5")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        if path.is_dir():
+            net, info = UMT5EncoderModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
+            if lost := [*info["missing_keys"], *info["mismatched_keys"]]:
+                raise ValueError(f"{len(lost)} of umT5's tensors are missing or misshapen, first {lost[0]}")
+        else:
+            net = build_umt5(torch.load(path, map_location="cpu", weights_only=True))
+        return TextEncoder(net.to(device, dtype).eval().requires_grad_(False), AutoTokenizer.from_pretrained(home))
+    except Exception as error:  # each of the three readers has its own
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{path}: not a umT5 encoder with its tokenizer ({reason[0]})") from error
+
+
+def encode_prompts(prompts: list[str], encoder: TextEncoder | None) -> Tensor:
+    """Prompts -> [b l d], zero past their ends: by umT5, cut at 512 tokens as Wan does, or else word by word."""
+    if encoder is None:
+        return torch.stack([encode_words(prompt) for prompt in prompts])
+    clean = [re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip() for prompt in prompts]
+    tokens = encoder.tokenizer(clean, padding="max_length", max_length=UMT5_LEN, truncation=True, return_tensors="pt")
+    ids, mask = (tokens[name].to(encoder.net.device) for name in ("input_ids", "attention_mask"))
+    return embed_tokens(encoder.net, ids, mask)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Latents. A folder of safetensors shards, read through memory maps: latents [n f c h w] fp16, viewmats [n f 4 4] and
 # Ks [n f 3 3] fp32, prompt_ids [n]; and prompts.safetensors with the embedding of each prompt_id, the null last.
@@ -554,22 +697,473 @@ def write_sheet(path: Path, videos: list[Tensor], every: int = 4, zoom: int = 3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. main: the toy world as a latents folder.
+# 5. Videos. A folder of them and a table of captions and cameras become a folder of latents in three passes: look at
+# every clip, judge it beside all others, encode what is kept. What a pass makes depends on its input alone, so a run
+# can be killed and started again, and any number of processes write the same files.
+
+VIDEOS = (".mp4", ".gif", ".webm", ".mov", ".avi", ".mkv")
+TABLE = """a table of the videos, .jsonl, .json (a list of objects) or .csv, with the columns
+  file      below the folder
+  caption   what it shows
+  poses     where the camera was. Either a pose string, as for stream.py, or a file, beside the table:
+              .json       {"c2w": [4x4, ...]}, "w2c" or "c2w_opengl" (y up, z backwards), with "K" for all or for each;
+                          HY-WorldPlay's entries, {"extrinsic", "K"} or {"w2c", "intrinsic"}; in a .json or .jsonl
+                          table, such an object may stand in the row itself
+              images.txt  COLMAP's text format, cameras.txt beside it; images in the order of their names
+              .txt        RealEstate10K: a line a frame, time fx fy cx cy k1 k2 and 3x4 world-to-camera
+            As many poses as the video has frames, or one per latent frame: of frames 0, 4, 8 ...
+  K         optional: fx/W fy/H cx/W cy/H of the video, instead of what the poses' file says
+  start     optional: the first frame to use, so that a long video can stand in several rows"""
+UNUSABLE = {  # why a clip can never be used: what it means
+    "unlisted": "no row of the table names it",
+    "video": "missing, damaged, too short, or of too few frames a second",
+    "caption": "empty, or more than the text encoder reads",
+    "poses": "missing, unreadable, not rigid, or not as many as frames",
+    "intrinsics": "missing, or out of range",
+}
+DOUBTFUL = {  # why a clip is dropped unless --keep names the reason
+    "small": "smaller than --size: it would be enlarged",
+    "skewed": "K says that its pixels are not square, by more than 10 %: are width and height swapped?",
+    "scale": "its steps are over ten times those of the pose strings: see --scale",
+    "jump": "between two frames the camera moves over ten times the usual and a whole step, or turns over 15 degrees",
+    "cut": "between two frames the picture changes over six times the usual",
+    "static": "the picture stands still and the camera does not, or the reverse",
+    "dark": "under 6 % bright on average",
+    "bright": "over half of it is blown out",
+    "duplicate": "it looks like an earlier clip",
+}
+SURPLUS = "surplus"  # --at-most
+
+
+class Clip(NamedTuple):
+    """A row of the table, as written there."""
+    file: str
+    start: int
+    caption: str
+    poses: str | dict
+    K: str | list | None
+
+
+def read_table(path: Path) -> list[Clip]:
+    """Raises ValueError, naming the row, for what is not a table. What is wrong with one clip alone is for later."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark
+        if path.suffix == ".csv":
+            rows = list(csv.DictReader(io.StringIO(text)))
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else (
+                json.loads(text))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file, expected {TABLE.splitlines()[0]} file, caption, poses") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not {path.suffix} ({error})") from None
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path}: expected a list of rows with the columns file, caption, poses")
+    clips = []
+    for n, row in enumerate(rows):
+        if not isinstance(row, dict) or not {"file", "caption", "poses"} <= set(row):
+            raise ValueError(f"{path}: row {n} needs the columns file, caption, poses, and has "
+                             f"{[*row] if isinstance(row, dict) else row!r}")
+        start = str(row.get("start") or 0)
+        if not start.isdecimal():
+            raise ValueError(f"{path}: row {n} starts at {start!r}, expected the number of a frame")
+        clips.append(Clip(str(row["file"]), int(start), str(row["caption"] or "").strip(), row["poses"], row.get("K")))
+    return clips
+
+
+def cover(height: int, width: int, size: list[int]) -> tuple[int, int, int, int]:
+    """How a picture is cut to `size` = [h, w]: resized, its shape kept, to the least that covers it, [rows, columns],
+    then cut in the middle, from [top, left] on."""
+    h, w = size
+    scale = max(h / height, w / width)
+    rows, columns = max(h, round(scale * height)), max(w, round(scale * width))
+    return rows, columns, (rows - h) // 2, (columns - w) // 2
+
+
+def fit(video: Tensor, size: list[int]) -> Tensor:
+    """video [t 3 H W], floats -> [t 3 h w], cut around the middle."""
+    rows, columns, top, left = cover(*video.shape[2:], size)
+    video = F.interpolate(video, [rows, columns], mode="bilinear", antialias=True)
+    return video[:, :, top : top + size[0], left : left + size[1]]
+
+
+def fit_intrinsics(K: Tensor, height: int, width: int, size: list[int]) -> Tensor:
+    """K [... 4] (fx, fy, cx, cy) of a picture, over its width and height -> that of what `fit` cuts from it."""
+    rows, columns, top, left = cover(height, width, size)
+    zoom = K.new_tensor([columns / size[1], rows / size[0]] * 2)
+    return K * zoom - K.new_tensor([0, 0, left / size[1], top / size[0]])
+
+
+def chosen_frames(start: int, frames: int, own_fps: float, fps: float) -> list[int]:
+    """Which frames of a video, from `start` on, show 1 + 4 (frames - 1) moments 1 / fps apart."""
+    return [start + math.floor(n * own_fps / fps + 0.5) for n in range(1 + 4 * (frames - 1))]
+
+
+def read_clip(path: Path, start: int, frames: int, fps: float, size: list[int], whole: bool) -> tuple[Tensor, dict]:
+    """The chosen frames [t 3 h w] uint8, cut to size, and what the file is: its fps, height, width and, if it is to be
+    read as a `whole`, frames. Raises ValueError when it is missing, damaged, too short or too slow."""
+    if not path.is_file():
+        raise ValueError("no such file")
+    reader = imageio_ffmpeg.read_frames(path, output_params=["-fps_mode", "passthrough"])  # as many as are stored
+    try:
+        about = next(reader)
+    except Exception as error:  # of any kind, with all that ffmpeg had to say
+        raise ValueError(f"not a video ({str(error).strip().splitlines()[-1].strip()})") from None
+    (width, height), own_fps = about["size"], about["fps"]
+    if own_fps < 0.998 * fps:  # 23.976 is as good as 24
+        raise ValueError(f"{own_fps:g} frames a second, fewer than --fps {fps:g}")
+    chosen, video, count = chosen_frames(start, frames, own_fps, fps), [], 0
+    try:
+        for frame in reader:
+            while len(video) < len(chosen) and chosen[len(video)] == count:
+                picture = rearrange(torch.frombuffer(bytearray(frame), dtype=torch.uint8), "(h w c) -> 1 c h w",
+                                    h=height, c=3)
+                video.append(fit(picture.float(), size).round().byte())
+            count += 1
+            if len(video) == len(chosen) and not whole:
+                break
+    except RuntimeError as error:
+        raise ValueError(f"damaged after {count} frames ({str(error).splitlines()[0]})") from None
+    finally:
+        reader.close()
+    if len(video) < len(chosen):
+        raise ValueError(f"{count} frames at {own_fps:g} a second, --frames {frames} at {fps:g} needs {chosen[-1] + 1}")
+    return torch.cat(video), {"frames": count, "fps": own_fps, "height": height, "width": width}
+
+
+def look(path: Path, start: int, frames: int, fps: float, size: list[int]) -> dict:
+    """What can be said of a clip from its pixels alone; brightness is between 0 and 1. Raises as read_clip does."""
+    video, about = read_clip(path, start, frames, fps, size, whole=True)
+    grey = video.float().mean(1) / 255
+    small = F.adaptive_avg_pool2d(grey, 32)
+    change = small.diff(dim=0).abs().mean((1, 2))
+    last = len(grey) - 1  # not the first frames: one image may be the start of many clips
+    hash = F.adaptive_avg_pool2d(grey[[last // 2, 3 * last // 4, last]], 8)
+    return about | {
+        "mean": grey.mean().item(), "blown": (grey > 0.98).float().mean().item(),
+        "motion": (small[4::4] - small[:-4:4]).abs().mean().item(),  # from one latent frame to the next
+        "change": change.max().item(), "usual_change": change.median().item(),
+        "hash": (255 * hash.flatten(1)).round().int().tolist()}
+
+
+def survey(clips: list[Clip], folder: Path, out: Path, rank: int, world_size: int, how: list) -> list[dict]:
+    """`look` at every world_size-th clip, or recall what an earlier run saw. What could not be read has an "error"."""
+    seen = {}
+    for notes in out.glob("survey-*.jsonl"):
+        for line in notes.read_text().splitlines():
+            with suppress(json.JSONDecodeError):  # the last line of a run that was killed
+                row = json.loads(line)
+                seen[json.dumps(row["of"])] = row
+    rows = []
+    with open(out / f"survey-{rank}.jsonl", "a") as notes:
+        for clip in tqdm(clips[rank::world_size], "look", disable=rank > 0):
+            path = folder / clip.file
+            stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
+            of = [clip.file, clip.start, stamp, *how]
+            if (row := seen.get(json.dumps(of))) is None:
+                try:
+                    row = {"of": of} | look(path, clip.start, *how)
+                except ValueError as error:
+                    row = {"of": of, "error": str(error)}
+                notes.write("\n" + json.dumps(row))  # the line break first: what stands there may be half a line
+                notes.flush()
+            rows.append(row)
+    return rows
+
+
+def read_poses(poses: str | dict, folder: Path) -> tuple[Tensor, list | None]:
+    """The `poses` of a row, in any format of TABLE -> viewmats [n 4 4] fp64, the first the identity, and K: one or n
+    times (fx, fy, cx, cy), or None. Raises ValueError."""
+    try:
+        if not isinstance(poses, str):
+            spec = poses
+        elif poses.endswith("images.txt"):
+            spec = _colmap(folder / poses)
+        elif poses.endswith(".txt"):
+            spec = _realestate((folder / poses).read_text().splitlines())
+        else:
+            spec = json.loads((folder / poses).read_text()) if poses.endswith(".json") else {"trajectory": poses}
+        if not isinstance(spec, dict):
+            raise ValueError(f"expected a pose string or an object, found {spec!r:.80}")
+        if "trajectory" in spec:
+            viewmats, K = parse_trajectory(str(spec["trajectory"])).double(), spec.get("K")
+        elif set(spec) & set(MATRICES):
+            viewmats, K = _matrices(spec), spec.get("K")
+        elif spec and all(isinstance(entry, dict) for entry in spec.values()):
+            kinds = ("extrinsic", "K") if "extrinsic" in next(iter(spec.values())) else ("w2c", "intrinsic")
+            viewmats, K = _worldplay(spec, *kinds)
+        else:
+            raise ValueError(f"expected one of {', '.join(MATRICES)}, trajectory, found {list(spec)[:4]}")
+    except OSError as error:
+        raise ValueError(f"{Path(error.filename).name}: {error.strerror}") from None
+    except KeyError as error:
+        raise ValueError(f"an entry has no {error}") from None
+    except (TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot be read ({error})") from None
+    if K is not None and not (isinstance(K, (list, tuple)) and K and isinstance(K[0], (list, tuple))):
+        K = [K]  # one for all
+    return viewmats @ invert_se3(viewmats[:1]), K
+
+
+def _colmap(images: Path) -> dict:
+    """COLMAP's images.txt, with cameras.txt beside it: quaternions, w first, and translations are world-to-camera."""
+    text = [line for line in images.read_text().splitlines() if not line.startswith("#")]
+    cameras = {}
+    for line in images.with_name("cameras.txt").read_text().splitlines():
+        if line.strip() and not line.startswith("#"):
+            name, model, *numbers = line.split()
+            width, height, *numbers = map(float, numbers)
+            focals = {"SIMPLE_PINHOLE": 1, "PINHOLE": 2, "SIMPLE_RADIAL": 1, "RADIAL": 1, "OPENCV": 2}.get(model)
+            if focals is None or any(abs(k) > 1e-3 for k in numbers[focals + 2 :]):
+                raise ValueError(f"cameras.txt: camera {name} is {model} {numbers}, expected no distortion: undistort")
+            cx, cy = numbers[focals : focals + 2]
+            cameras[name] = (numbers[0] / width, numbers[focals - 1] / height, cx / width, cy / height)
+    views = {}
+    for line in text[::2]:  # every second line holds an image's points, and may be empty
+        if line.strip():
+            _, *pose, camera, name = line.split(maxsplit=9)
+            w, x, y, z, *t = map(float, pose)
+            R = [[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y), t[0]],
+                 [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x), t[1]],
+                 [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y), t[2]], [0, 0, 0, 1]]
+            views[name] = (R, cameras[camera])
+    ordered = [views[name] for name in sorted(views)]
+    return {"w2c": [pose for pose, _ in ordered], "K": [K for _, K in ordered]}
+
+
+def _realestate(lines: list[str]) -> dict:
+    rows = [list(map(float, line.split())) for line in lines if line.strip() and not line.startswith("http")]
+    for n, row in enumerate(rows):
+        if len(row) != 19 or abs(row[5]) > 1e-3 or abs(row[6]) > 1e-3:
+            raise ValueError(f"line {n} of the poses: expected time fx fy cx cy k1 k2 (no distortion) and 12 numbers, "
+                             f"found {len(row)} numbers, k {row[5:7]}")
+    return {"w2c": [[row[7:11], row[11:15], row[15:19], [0, 0, 0, 1]] for row in rows],
+            "K": [row[1:5] for row in rows]}
+
+
+def every_frame(viewmats: Tensor, frames: int) -> Tensor:
+    """Poses [n 4 4] of each of a video's frames, or of its latent frames -> one per frame, fp64."""
+    n, latents = len(viewmats), 1 + (frames - 1) // 4
+    if n not in (frames, latents):
+        raise ValueError(f"{n} poses, but {frames} frames: expected {frames}, or {latents}, one per latent frame")
+    return viewmats if n == frames else pixel_cameras(viewmats[None])[0].double()
+
+
+def every_intrinsics(K: list, frames: int) -> Tensor:
+    """One K, or one for each frame or latent frame -> [frames 4] fp64. Raises ValueError when one is out of range."""
+    for k in K:
+        intrinsics(k)
+    K, latents = torch.tensor(K, dtype=torch.float64), 1 + (frames - 1) // 4
+    if len(K) not in (1, frames, latents):
+        raise ValueError(f"{len(K)} times K, but {frames} frames: expected 1, {frames} or {latents}")
+    if len(K) in (1, frames):
+        return K.expand(frames, 4)
+    at = (torch.arange(frames) / 4).clamp_max(latents - 1).double()
+    return torch.lerp(K[at.floor().long()], K[at.ceil().long()], at.frac()[:, None])
+
+
+def steps_of(viewmats: Tensor) -> tuple[Tensor, Tensor]:
+    """How far a camera [n 4 4] moves and turns from each pose to the next: units and radians [n - 1]."""
+    c2w = invert_se3(viewmats.double())
+    turn = c2w[:-1, :3, :3].mT @ c2w[1:, :3, :3]
+    sine = (turn - turn.mT).square().sum((1, 2)).sqrt() / 8**0.5  # exact for small angles, where arccos is not
+    angle = torch.atan2(sine, (turn.diagonal(dim1=1, dim2=2).sum(-1) - 1) / 2)
+    return c2w[:, :3, 3].diff(dim=0).norm(dim=-1), angle
+
+
+def usual_step(viewmats: Tensor) -> float:
+    """The median length of the steps [n 4 4] that move at all, next to the longest but for a few; 0 if none does."""
+    length, _ = steps_of(viewmats)
+    moving = length[length > max(0.05 * length.quantile(0.9, interpolation="lower").item(), 1e-6)]
+    return moving.median().item() if len(moving) else 0.0
+
+
+def doubts(seen: dict, viewmats: Tensor, K: Tensor, size: list[int]) -> dict[str, str]:
+    """Reasons of DOUBTFUL against a clip alone, and the figures they rest on; viewmats [t 4 4] and K [t 4] of its
+    chosen frames."""
+    found = {}
+    (rows, columns, _, _), (length, angle) = cover(seen["height"], seen["width"], size), steps_of(viewmats)
+    if rows > seen["height"] or columns > seen["width"]:
+        found["small"] = f"{seen['height']}x{seen['width']} pixels, --size is {size[0]}x{size[1]}"
+    shape = (K[0, 0] * size[1] / (K[0, 1] * size[0])).item()
+    if abs(math.log(shape)) > math.log(1.1):
+        found["skewed"] = f"the focal lengths in pixels differ by a factor of {shape:.2f}"
+    usual = length.median().item()
+    if length.max() > max(10 * usual, STEP) or angle.max() > math.radians(15):
+        n = (length / STEP + angle / TURN).argmax().item()
+        found["jump"] = (f"at frame {n + 1} of the clip it moves {length[n]:.3g} units, usual are {usual:.3g}, "
+                         f"and turns {math.degrees(angle[n]):.3g} degrees")
+    usual, (length, angle) = usual_step(viewmats[::4]), steps_of(viewmats[::4])
+    if usual > 10 * STEP:
+        found["scale"] = f"its usual step is {usual:.3g} units, a pose string's {STEP:g}"
+    if seen["change"] > max(0.15, 6 * seen["usual_change"]):
+        found["cut"] = f"between two frames it changes by {seen['change']:.0%}, usual are {seen['usual_change']:.1%}"
+    if seen["mean"] < 0.06:
+        found["dark"] = f"{seen['mean']:.1%} bright on average"
+    elif seen["blown"] > 0.5:
+        found["bright"] = f"{seen['blown']:.0%} of its pixels are blown out"
+    else:  # what can be seen at all, can be seen to move
+        moves, motion = (length / STEP + angle / TURN).mean().item(), seen["motion"]  # moves: times a key's step
+        if (moves > 0.5 and motion < 0.004) or (moves < 0.1 and motion > 0.02):
+            found["static"] = (f"from one latent frame to the next, the camera moves {moves:.2g} of a key's step and "
+                               f"the picture changes by {motion:.2%}")
+    return found
+
+
+def duplicates(hashes: list, least: float = 0.98) -> dict[int, int]:
+    """Of hashes [n 3 64], three thumbnails each, those of which all three correlate with an earlier one's, and which.
+    Of 96 toy rooms no two reach 0.86; a copy compressed hard (crf 24 at 32 pixels) has 0.988 or more."""
+    pictures = torch.tensor(hashes, dtype=torch.float32).view(len(hashes), 3, 64)
+    pictures = F.normalize(pictures - pictures.mean(-1, keepdim=True), dim=-1)  # plain ones are 0, and like no other
+    found = {}
+    for start in range(0, len(hashes), 1024):  # [1024 n] numbers at a time
+        alike = torch.stack([pictures[start : start + 1024, i] @ pictures[:, i].T for i in range(3)]).amin(0) > least
+        for n, row in enumerate(alike.tril(start - 1), start):
+            if row.any():
+                found[n] = row.float().argmax().item()
+    return found
+
+
+def action_class(viewmats: Tensor) -> str:
+    """The key pressed in most steps of a path [f 4 4], or "still"."""
+    counts = Counter(key for keys in pressed(viewmats) for key in keys)
+    return max(KEYS, key=lambda key: counts[key]) if counts else "still"
+
+
+def encode_clip(vae, video: Tensor, device: torch.device) -> Tensor:
+    """video [t 3 h w] uint8 -> latents [f c h w] fp16, a second at a time: more would not fit at full size."""
+    video = rearrange(video, "t c h w -> 1 c t h w")
+    latents, memory = [], None
+    for piece in (video[:, :, :1], *video[:, :, 1:].split(16, dim=2)):
+        z, memory = vae.encode(piece.to(device).float() / 127.5 - 1, memory)
+        latents.append(z.half().cpu())
+    return torch.cat(latents, dim=1)[0]
+
+
+def check_shard(file: Path, meta: dict, clips: list, viewmats: Tensor, Ks: Tensor) -> None:
+    """Raises ValueError when a shard is there, but is not what this run would write."""
+    try:
+        with safe_open(file, "pt") as shard:
+            held = shard.metadata() or {}
+            cameras = [(shard.get_tensor(name), z) for name, z in (("viewmats", viewmats), ("Ks", Ks))]
+    except SafetensorError as error:
+        raise ValueError(f"{file}: truncated or not safetensors ({error}); delete it to have it made again") from None
+    was, made_of = (json.loads(held.get(name, "{}")) for name in ("meta", "clips"))
+    wrong = [name for name in meta if name != "vae" and was.get(name) != meta[name]]  # the VAE's file may have moved
+    if wrong:
+        raise ValueError(f"{file}: made by another run, its {wrong[0]} is {was.get(wrong[0])}, now {meta[wrong[0]]}; "
+                         "delete it, or choose another --out")
+    if made_of != clips or not all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in cameras):
+        raise ValueError(f"{file}: made by another run, of other clips or cameras; delete it, or choose another --out")
+
+
+def embed(prompts: list[str], encode: Callable[[str], Tensor], files: list[Path]) -> tuple[dict, dict]:
+    """Each distinct prompt's embedding [l d] fp16, out of `files` if one has it, and the errors of those without."""
+    embeds, errors = {}, {}
+    for file in filter(Path.exists, files):
+        try:
+            with safe_open(file, "pt") as held:
+                about = held.metadata() or {}
+                if about.get("encoder") == encode.__name__:
+                    embeds |= zip([*json.loads(about["prompts"]), about["null"]], held.get_tensor("embeds"))
+        except SafetensorError as error:
+            raise ValueError(f"{file}: truncated or not safetensors ({error}); delete it") from None
+    for prompt in tqdm([prompt for prompt in dict.fromkeys(prompts) if prompt not in embeds], "prompts"):
+        try:
+            embeds[prompt] = encode(prompt).half().cpu()
+        except ValueError as error:
+            errors[prompt] = str(error)
+    return embeds, errors
+
+
+def draw_path(viewmats: Tensor, K: Tensor, h: int, w: int) -> Tensor:
+    """A camera path [f 4 4] from above -> picture [3 h w] in [-1, 1]: x to the right and z up the page, from blue to
+    red, a tick in the direction of each view; grey, the field of view of the first (K [3 3])."""
+    c2w, picture = invert_se3(viewmats), torch.full((3, h, w), -0.8)
+    centres, ahead = c2w[:, [0, 2], 3], c2w[:, [0, 2], 2]
+    lo, hi = centres.amin(0), centres.amax(0)
+    unit = 0.6 * min(h, w) / (hi - lo).max().clamp_min(4 * STEP)  # pixels
+    middle, reach = (lo + hi) / 2, 0.12 * min(h, w) / unit
+    colours = torch.lerp(torch.tensor([-0.5, 0.2, 1.0]), torch.tensor([1.0, 0.0, -0.5]),
+                         torch.linspace(0, 1, len(centres))[:, None])
+    sides = torch.tensor([[(edge - K[0, 2]) / K[0, 0], 0, 1] for edge in (0, 1)]) @ c2w[0, :3, :3].T
+    lines = [(centres[0], centres[0] + 2 * reach * side[[0, 2]], torch.zeros(3)) for side in sides]
+    lines += [(a, b, colour) for a, b, colour in zip(centres, centres[1:], colours[1:])]
+    lines += [(a, a + reach * b, colour) for a, b, colour in zip(centres, ahead, colours)]
+    for a, b, colour in lines:
+        points = torch.lerp(a, b, torch.linspace(0, 1, 2 * max(h, w))[:, None]) - middle
+        x, y = (w / 2 + unit * points[:, 0]).long(), (h / 2 - unit * points[:, 1]).long()
+        picture[:, y.clamp(0, h - 1), x.clamp(0, w - 1)] = colour[:, None]
+    return picture
+
+
+def keys_of(viewmats: Tensor) -> str:
+    """A path [f 4 4] as the pose string nearest to it, to be read: 'w*3,w+l*4', 'still' where nothing is pressed."""
+    parts = ["+".join(key for key in KEYS if key in keys) or "still" for keys in pressed(viewmats)[1:]]
+    edges = [n for n in range(len(parts)) if n == 0 or parts[n] != parts[n - 1]]
+    return ",".join(f"{parts[a]}*{b - a}" for a, b in zip(edges, [*edges[1:], len(parts)]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. main: the toy world, or videos, as a latents folder.
+
+
+def pixels(text: str) -> list[int]:
+    """An argparse type: '32', or height x width as in '480x832'."""
+    size = [positive(side) for side in text.split("x")]
+    if len(size) > 2:
+        raise argparse.ArgumentTypeError(f"{text}: expected pixels, or height x width")
+    return [size[0], size[-1]]
+
+
+def translation_scale(text: str) -> str | float:
+    """An argparse type: 'set', 'clip' or a number above 0."""
+    if text in ("set", "clip"):
+        return text
+    if not 0 < (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected 'set', 'clip' or a number above 0")
+    return number
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=Path("data/toy"), help="latents folder to write")
-    p.add_argument("--vae", type=Path, default=Path("ckpt/vae.pt"), help="trained here first if there is none")
-    p.add_argument("--count", type=positive, default=4096, help="videos")
-    p.add_argument("--frames", type=positive, default=8, help="latent frames per video")
-    p.add_argument("--size", type=positive, default=32, help="pixels, height and width")
-    p.add_argument("--vae-steps", type=positive, default=3000)
-    p.add_argument("--vae-lr", type=float, default=4e-3)
+    reasons = "\n".join(f"  {name:11}{text}" for name, text in (UNUSABLE | DOUBTFUL).items())
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"--table: {TABLE}\n\nreport.jsonl has a line for every clip; why one may be dropped:\n{reasons}")
+    p.add_argument("--out", type=Path, help="latents folder to write; default data/toy, or data/videos")
+    p.add_argument("--vae", type=Path, default=Path("ckpt/vae.pt"), help="the toy world's is trained if there is none")
+    p.add_argument("--frames", type=positive, default=8, help="latent frames per video: 1 + 4 (frames - 1) of pixels")
+    p.add_argument("--size", type=pixels, default=[32, 32], help="pixels, as in 32 or, height x width, 480x832")
     p.add_argument("--seed", type=int, default=0)
+    toy = p.add_argument_group("the toy world")
+    toy.add_argument("--count", type=positive, default=4096, help="videos")
+    toy.add_argument("--vae-steps", type=positive, default=3000)
+    toy.add_argument("--vae-lr", type=float, default=4e-3)
+    own = p.add_argument_group("your own videos")
+    own.add_argument("--videos", type=Path, help="folder of them; instead of the toy world")
+    own.add_argument("--table", type=Path, help="default: the table.jsonl, table.json or table.csv in that folder")
+    own.add_argument("--fps", type=float, default=FPS, help="frames a second to choose; a video must have as many")
+    own.add_argument("--K", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"),
+                     help="of clips that bring none, over the width and height of the video")
+    own.add_argument("--scale", type=translation_scale, default=1.0, help=f"factor on all translations (1 for pose "
+                     f"strings); or 'set': the one that makes the median step of the whole folder {STEP} units, for "
+                     "metric poses; or 'clip': one for each clip, for poses whose scale is arbitrary (COLMAP's)")
+    own.add_argument("--negative", default="", help="the prompt that guidance steers away from")
+    own.add_argument("--keep", nargs="+", default=[], choices=DOUBTFUL, metavar="REASON",
+                     help="do not drop clips for: " + ", ".join(DOUBTFUL))
+    own.add_argument("--at-most", type=positive, metavar="N", help="clips of one action class, the key pressed most")
+    own.add_argument("--shard-size", type=positive, default=64, help="clips per file, and per turn of a process")
+    own.add_argument("--inspect", type=Path, metavar="FOLDER", help="only draw up to 24 rows of a latents folder: the "
+                     "path from above, from blue to red, beside the frames")
     args = p.parse_args(argv)
-    if args.size % 8 or args.frames < 2:
-        p.error(f"--size {args.size} --frames {args.frames}: expected a multiple of 8 pixels, and at least 2 frames")
+    args.out = args.out or Path("data/videos" if args.videos else "data/toy")
+    if any(side % 8 for side in args.size) or args.frames < 2:
+        p.error(f"--size {args.size[0]}x{args.size[1]} --frames {args.frames}: expected multiples of 8 pixels, and at "
+                "least 2 frames")
+    if not args.videos and args.size[0] != args.size[1]:
+        p.error(f"--size {args.size[0]}x{args.size[1]}: the toy world is square")
+    if not 0 < args.fps < math.inf:
+        p.error(f"--fps {args.fps}: expected a number above 0")
     return args
 
 
@@ -602,17 +1196,18 @@ def train_vae(vae, video: Tensor, steps: int, lr: float, seed: int) -> None:
         bar.set_postfix(psnr=f"{10 * math.log10(4 / error.item()):.2f}", kl=f"{kl.item():.2f}", refresh=False)
 
 
-def main(args: argparse.Namespace) -> None:
-    from dataclasses import replace  # the library half of this file imports nothing of ours; only this command does
+def make_toy(args: argparse.Namespace) -> None:
+    from dataclasses import replace
 
     from model import PRESETS, WanVAE, fingerprint, load_checkpoint, load_vae, save_checkpoint
 
+    size = args.size[0]
     prompts, paths, scene = sample_toy(args.count, args.seed, args.frames - 1, held=False)
     viewmats, K = torch.stack([parse_trajectory(path) for path in paths]), intrinsics(K_SQUARE)
-    video = torch.empty(args.count, 3, 1 + 4 * (args.frames - 1), args.size, args.size, dtype=torch.uint8)
+    video = torch.empty(args.count, 3, 1 + 4 * (args.frames - 1), size, size, dtype=torch.uint8)
     for i in tqdm(range(0, args.count, 16), "render"):
         part = Scene(*(z[i : i + 16] for z in scene))
-        video[i : i + 16] = ((render(part, viewmats[i : i + 16], K, args.size) + 1) * 127.5).round().byte()
+        video[i : i + 16] = ((render(part, viewmats[i : i + 16], K, size) + 1) * 127.5).round().byte()
 
     if not args.vae.exists():
         torch.manual_seed(args.seed)
@@ -631,7 +1226,7 @@ def main(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for old in [args.out / "prompts.safetensors", *args.out.glob("latents-*.safetensors")]:
         old.unlink(missing_ok=True)  # the prompts first and written last: without them the folder does not open
-    meta = {"K": list(K_SQUARE), "size": [args.size] * 2, "fps": FPS, "frames": args.frames, "vae": str(args.vae),
+    meta = {"K": list(K_SQUARE), "size": args.size, "fps": FPS, "frames": args.frames, "vae": str(args.vae),
             "vae_fingerprint": known_as}
     for start in tqdm(range(0, args.count, 512), "encode"):
         rows = slice(start, min(start + 512, args.count))
@@ -644,8 +1239,234 @@ def main(args: argparse.Namespace) -> None:
     save_shard(args.out / "prompts.safetensors", {"embeds": embeds.half()}, {"prompts": json.dumps(prompts)})
 
 
+def judge(clips: list[Clip], seen: list[dict], bad_captions: dict[str, str], args: argparse.Namespace):
+    """For every clip what the report says of it and, unless it is unusable, (viewmats [f 4 4], Ks [f 3 3], scale)."""
+    beside, report, cameras, tracks = args.table.parent, [], {}, {}
+    for n, (clip, row) in enumerate(zip(clips, seen)):
+        report.append({"file": clip.file, "start": clip.start, "kept": False, "class": None, "reasons": {}})
+        try:
+            reason = "video"
+            if "error" in row:
+                raise ValueError(row["error"])
+            reason = "caption"
+            if not clip.caption or clip.caption in bad_captions:
+                raise ValueError(bad_captions.get(clip.caption, "empty"))
+            reason = "poses"
+            viewmats, K = read_poses(clip.poses, beside)
+            viewmats = every_frame(viewmats, row["frames"])
+            chosen = chosen_frames(clip.start, args.frames, row["fps"], args.fps)
+            if chosen[-1] >= len(viewmats):
+                raise ValueError(f"they end before frame {chosen[-1]} of the video")
+            reason = "intrinsics"
+            if isinstance(clip.K, str) and clip.K.strip():  # a cell of a .csv
+                K = [[float(number) for number in clip.K.strip("[ ]").replace(",", " ").split()]]
+            elif clip.K:
+                K = [clip.K]
+            if not (K := K or (args.K and [args.K])):
+                raise ValueError("none: expected a K in the table, in the file of the poses, or --K")
+            K = fit_intrinsics(every_intrinsics(K, row["frames"])[chosen], row["height"], row["width"], args.size)
+            Ks = torch.stack([intrinsics(k) for k in K[::4].tolist()])
+            tracks[n] = (viewmats[chosen] @ invert_se3(viewmats[chosen[:1]]), K, Ks)
+        except ValueError as error:
+            report[-1]["reasons"][reason] = str(error)
+
+    usual = {n: usual_step(viewmats[::4]) for n, (viewmats, _, _) in tracks.items()}
+    whole = STEP / torch.tensor([step for step in usual.values() if step] or [STEP]).median().item()
+    for n, (viewmats, K, Ks) in tracks.items():
+        scale = {"clip": STEP / usual[n] if usual[n] else 1.0, "set": float(f"{whole:.6g}")}.get(args.scale, args.scale)
+        viewmats = viewmats.clone()
+        viewmats[:, :3, 3] *= scale
+        report[n]["reasons"] = doubts(seen[n], viewmats, K, args.size)
+        cameras[n] = (viewmats[::4].float(), Ks, scale)
+        report[n] |= {"class": action_class(cameras[n][0]), "path": keys_of(cameras[n][0]), "scale": scale}
+        report[n] |= {name: value for name, value in seen[n].items() if name not in ("of", "hash")}
+
+    def clear() -> list[int]:
+        return [n for n in tracks if not set(report[n]["reasons"]) - set(args.keep)]
+
+    at = clear()
+    for one, other in duplicates([seen[n]["hash"] for n in at]).items():
+        report[at[one]]["reasons"]["duplicate"] = f"looks like {clips[at[other]].file} from {clips[at[other]].start} on"
+    if args.at_most:
+        by_class = {}
+        for n in sorted(clear(), key=lambda n: zlib.crc32(f"{clips[n].file} {clips[n].start}".encode())):  # at random
+            by_class.setdefault(report[n]["class"], []).append(n)
+        for rows in by_class.values():
+            for n in rows[args.at_most :]:
+                report[n]["reasons"][SURPLUS] = f"one of {len(rows)}, --at-most {args.at_most}"
+    for n in clear():
+        report[n]["kept"] = True
+    return report, cameras
+
+
+def print_report(report: list[dict], keep: list[str]) -> None:
+    """How many clips of each class were found and kept, how many were dropped for each reason, and which."""
+    names = {None: "unusable", "still": "still"} | {key: f"{key} {text}" for key, (text, *_) in KEYS.items()}
+    sound = [row for row in report if not set(row["reasons"]) - {*keep, SURPLUS}]
+    counts = [Counter(row["class"] for row in rows) for rows in (report, sound, [row for row in sound if row["kept"]])]
+    print(f"{'class':16}{'found':>8}{'sound':>8}{'kept':>8}")
+    for name in sorted(counts[0], key=counts[0].get, reverse=True):
+        print(f"{names[name]:16}" + "".join(f"{count[name]:8}" for count in counts))
+    print(f"{'all':16}" + "".join(f"{count.total():8}" for count in counts))
+    dropped = [(row, {name: why for name, why in row["reasons"].items() if name not in keep})
+               for row in report if not row["kept"]]
+    for name, count in Counter(name for _, reasons in dropped for name in reasons).most_common():
+        print(f"dropped {count}: {name}, {(UNUSABLE | DOUBTFUL | {SURPLUS: 'more than --at-most of its class'})[name]}")
+    for row, reasons in dropped[:20]:
+        why = "; ".join(f"{name}: {text:.120}" for name, text in reasons.items())
+        print(f"  {row['file']} from {row['start']}: {why}")
+    if len(dropped) > 20:
+        print(f"  and {len(dropped) - 20} more, all in report.jsonl")
+
+
+def make_from_videos(args: argparse.Namespace, encode: Callable[[str], Tensor] = encode_words) -> None:
+    """encode: prompt -> embedding [l d], the same shape for all; it is called once for each distinct prompt."""
+    from model import load_checkpoint, load_vae, start_process_group
+
+    if args.table is None:
+        there = [path for name in ("jsonl", "json", "csv") if (path := args.videos / f"table.{name}").exists()]
+        if len(there) != 1:
+            raise ValueError(f"{args.videos}: expected one table.jsonl, table.json or table.csv, found {len(there)}; "
+                             "--table names another")
+        args.table = there[0]
+    clips, known_as = read_table(args.table), load_checkpoint(args.vae, "vae")[1]["fingerprint"]
+    rank, world_size, device = start_process_group()
+    gloo = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # ranks wait for each other as long as it takes
+    vae = load_vae(args.vae, device, known_as)
+    if any(side % (2 * vae.cfg.stride) for side in args.size):
+        raise ValueError(f"--size {args.size[0]}x{args.size[1]}: expected multiples of {2 * vae.cfg.stride} pixels, "
+                         "this VAE's times patches of 2")
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    def gather(mine) -> list:
+        everyone = [None] * world_size
+        dist.all_gather_object(everyone, mine, group=gloo)
+        return everyone
+
+    # 1. look
+    final, unfinished = args.out / "prompts.safetensors", args.out / "prompts.safetensors.unfinished"
+    prompts, errors = [args.negative, *(clip.caption for clip in clips if clip.caption)], {}
+    if rank == 0:
+        embeds, errors = embed(prompts, encode, [final, unfinished])
+        if args.negative in errors:
+            raise ValueError(f"--negative: {errors[args.negative]}")
+    mine = survey(clips, args.videos, args.out, rank, world_size, [args.frames, args.fps, args.size])
+    looked = gather((mine, errors))
+    seen = [looked[n % world_size][0][n // world_size] for n in range(len(clips))]
+
+    # 2. judge
+    report, cameras = judge(clips, seen, looked[0][1], args)
+    listed = {(args.videos / clip.file).resolve() for clip in clips}
+    for path in sorted(args.videos.rglob("*")):
+        if path.suffix.lower() in VIDEOS and path.resolve() not in listed:
+            report.append({"file": str(path.relative_to(args.videos)), "start": 0, "kept": False, "class": None,
+                           "reasons": {"unlisted": f"not in {args.table.name}"}})
+    if rank == 0:
+        print_report(report, args.keep)
+    kept = [n for n in range(len(clips)) if report[n]["kept"]]
+    prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(clips[n].caption for n in kept))}  # and its id
+    shards = {}  # file: what it is to hold
+    for start in range(0, len(kept), args.shard_size):
+        rows = kept[start : start + args.shard_size]
+        viewmats, Ks = (torch.stack([cameras[n][i] for n in rows]) for i in (0, 1))
+        made_of = [[clips[n].file, clips[n].start, clips[n].caption, seen[n]["of"][2][0]] for n in rows]
+        shards[args.out / f"latents-{start:06d}.safetensors"] = (rows, made_of, viewmats, Ks)
+    there = sorted(args.out.glob("latents-*.safetensors"))
+    if strange := [file for file in there if file not in shards]:
+        raise ValueError(f"{strange[0]}: not a shard of this run; delete it, or choose another --out")
+    if kept:
+        every_K = torch.cat([cameras[n][1] for n in kept]).double()[:, [0, 1, 0, 1], [0, 1, 2, 2]]
+        meta = {"K": [round(k, 7) for k in every_K.median(0).values.tolist()], "size": args.size, "fps": args.fps,
+                "frames": args.frames, "vae": str(args.vae), "vae_fingerprint": known_as,
+                "scale": cameras[kept[0]][2] if args.scale == "set" else args.scale, "negative": args.negative,
+                "encoder": encode.__name__}
+    for file in there:
+        check_shard(file, meta, *shards[file][1:])
+    if rank == 0:  # only now: the report of another run is not overwritten either
+        (args.out / "report.jsonl").write_text("".join(json.dumps(row) + "\n" for row in report))
+    if not kept:
+        raise ValueError(f"{args.out}: none of {len(report)} clips can be kept; report.jsonl says why")
+
+    # 3. encode
+    missing = [file for file in shards if not file.exists()]
+    gather(None)  # no process writes before all have agreed
+    if rank == 0 and (missing or not final.exists()):
+        table = {"embeds": torch.stack([embeds[prompt] for prompt in [*prompts, args.negative]])}
+        about = {"prompts": json.dumps(list(prompts)), "null": args.negative, "encoder": encode.__name__}
+        save_shard(unfinished, table, about)  # under its own name last: without it the folder does not open
+        final.unlink(missing_ok=True)
+    mine = missing[rank::world_size]
+    bar = tqdm(total=sum(len(shards[file][0]) for file in mine), desc="encode", disable=rank > 0)
+    for file in mine:
+        (rows, made_of, viewmats, Ks), latents = shards[file], []
+        for n in rows:
+            path = args.videos / clips[n].file
+            try:
+                video, _ = read_clip(path, clips[n].start, args.frames, args.fps, args.size, whole=False)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            with torch.no_grad():
+                latents.append(encode_clip(vae, video, device))
+            if not latents[-1].isfinite().all():
+                raise ValueError(f"{path}: its latents hold NaN or inf")
+            bar.update()
+        tensors = {"latents": torch.stack(latents), "viewmats": viewmats, "Ks": Ks,
+                   "prompt_ids": torch.tensor([prompts[clips[n].caption] for n in rows]),
+                   "scales": torch.tensor([cameras[n][2] for n in rows])}
+        save_shard(file, tensors, {"meta": json.dumps(meta), "clips": json.dumps(made_of)})
+    bar.close()
+    gather(None)
+    if rank == 0:
+        if unfinished.exists():
+            unfinished.replace(final)
+        print(f"{args.out}: {len(kept)} clips in {len(shards)} files, {len(missing)} of them new; "
+              f"python data.py --inspect {args.out}")
+
+
+def inspect(folder: Path) -> None:
+    """Contact sheets of up to 24 rows, evenly spaced, beside the shards: a path from above, then every fourth frame."""
+    from model import load_vae
+
+    data = open_latents(folder)
+    device, high = torch.device("cuda" if torch.cuda.is_available() else "cpu"), 128
+    vae = load_vae(Path(data.meta["vae"]), device, data.meta["vae_fingerprint"])
+    prompts = json.loads(data.prompts.metadata()["prompts"])
+    print(f"{folder}: {data.starts[-1]} rows, {data.meta}")
+    rows = sorted({round(n * (data.starts[-1] - 1) / 23) for n in range(24)})
+    for first in range(0, len(rows), 8):
+        strips = []
+        for row in rows[first : first + 8]:
+            n = next(i for i, start in enumerate(data.starts[1:]) if row < start)
+            latents, viewmats, Ks, prompt = (data.shards[n].get_slice(name)[row - data.starts[n]]
+                                             for name in ("latents", "viewmats", "Ks", "prompt_ids"))
+            with torch.no_grad():
+                video = vae.decode(latents[None].to(device).float())[0][0, :, ::4].clamp(-1, 1).cpu()
+            wide = round(high * video.shape[3] / video.shape[2])
+            mode = {"mode": "bilinear", "antialias": True} if video.shape[2] > high else {"mode": "nearest"}
+            frames = F.interpolate(rearrange(video, "c t h w -> t c h w"), [high, wide], **mode)
+            strip = torch.cat([draw_path(viewmats, Ks[0], high, wide)[None], frames])
+            strips.append(rearrange(strip, "t c h w -> c t h w"))
+            length, angle = steps_of(viewmats)
+            print(f"row {row}: {keys_of(viewmats)} | step {usual_step(viewmats):.3g} units, turn "
+                  f"{math.degrees(angle.max()):.3g} degrees at most | {prompts[int(prompt)]}")
+        write_sheet(folder / f"inspect-{first // 8}.png", [torch.stack(strips)], every=1, zoom=1)
+    print(f"{folder}/inspect-*.png: {len(rows)} of {data.starts[-1]} rows")
+
+
+def main(args: argparse.Namespace) -> None:
+    # the library half of this file imports nothing of ours; only what these three do needs the networks
+    if args.inspect:
+        inspect(args.inspect)
+    elif args.videos:
+        make_from_videos(args)
+    else:
+        make_toy(args)
+
+
 if __name__ == "__main__":
     try:
         main(parse_args())
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -36,7 +36,7 @@ from model import (
 )
 
 RECIPES = {
-    "tiny": dict(steps=600, batch_size=16, accum=1, lr=3e-4, warmup=50, max_grad_norm=1.0, ema_decay=0.95,
+    "tiny": dict(steps=300, batch_size=16, accum=1, lr=3e-4, warmup=50, max_grad_norm=1.0, ema_decay=0.95,
                  teacher_steps=48, sampling_steps=4),
     # minWM: 2 k steps, 32 videos, lr 2e-6, EMA 0.99, guidance 3. Ours has 48 intervals, not 50, so that the student's
     # levels lie on the grid; the last interval is trained, and sigma is fp32 (in bf16 a step is off by 13 %).

@@ -39,7 +39,7 @@ from model import (
 )
 
 RECIPES = {
-    "tiny": dict(steps=600, batch_size=16, accum=1, lr=3e-4, warmup=50, max_grad_norm=1.0, ema_decay=0.99,
+    "tiny": dict(steps=400, batch_size=16, accum=1, lr=3e-4, warmup=50, max_grad_norm=1.0, ema_decay=0.99,
                  pairs_count=512, teacher_steps=48, sampling_steps=4),
     # minWM: 2 k steps, 32 videos, lr 2e-6; it integrates with guidance 6 although its teacher is sampled with 3. Ours
     # takes the teacher's own guidance from its checkpoint, and keeps an EMA.

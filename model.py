@@ -8,8 +8,8 @@ The networks, what their output means, and how their weights travel.
     5. HY DiT           HunyuanVideo-1.5: video and text as two streams, an image to go on from, actions
     6. HY VAE           16 times smaller in space; what was a stride is channels folded out of the grid
     7. Presets          tiny and tiny-hy (trained on a laptop), wan-1.3b, wan-14b, hy-8b
-    8. Sampling         the two samplers and the chunked rollout
-    9. Weights          shard, average, save, load, resume
+    8. Sampling         the three samplers and the chunked rollout
+    9. Weights          shard, average, save, load (ours and released ones), resume
 
 One call for every backbone, so that a stage does not know which network it trains:
 
@@ -31,10 +31,13 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
+import zipfile
 import zlib
+from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,6 +48,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -83,13 +88,13 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def noise_levels(steps: int, shift: float) -> list[float]:
+def noise_levels(steps: int, shift: float, start: float = 1.0) -> list[float]:
     """The levels a sampler visits, from pure noise to clean: steps + 1 numbers from 1.0 to 0.0.
 
     A grid of 48 contains the grid of 4 at every shift, so a distilled student is asked only at levels its teacher
-    integrated through. noise_levels(4, 5) is 1, 0.9375, 0.8333, 0.625, 0.
+    integrated through. noise_levels(4, 5) is 1, 0.9375, 0.8333, 0.625, 0. start: the first level, before the shift.
     """
-    return shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
+    return shift_sigma(torch.linspace(start, 0, steps + 1, dtype=torch.float64), shift).tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -144,6 +149,19 @@ class Past(NamedTuple):
     frames: int  # committed so far; the next chunk's RoPE positions start here
     layers: list[tuple[Tensor, ...]]  # per block: k, v and, with a camera, PRoPE's k, v, each [b nh n hd]
     text: tuple[list[tuple[Tensor, Tensor]], Tensor | None] | None = None  # HY: per block k, v of the prompt; its mask
+
+
+def keep(past: Past, tokens: int, sink: int, window: int) -> Past:
+    """The first `sink` and the last `window` frames of a past, of `tokens` tokens each; all of it if it is shorter.
+
+    Every key keeps the RoPE position it was committed with, and the next chunk's go on from past.frames. Before a chunk
+    of n frames, keep(past, tokens, s, size - s - n) is public Wan's rolling cache of `size` frames with s sink frames.
+    """
+    def cut(z: Tensor) -> Tensor:
+        n = z.shape[2]
+        return z if n <= (sink + window) * tokens else torch.cat([z[:, :, : sink * tokens],
+                                                                  z[:, :, n - window * tokens :]], dim=2)
+    return past._replace(layers=[tuple(cut(z) for z in layer) for layer in past.layers])
 
 
 def sinusoid(position: Tensor, width: int) -> Tensor:
@@ -1170,6 +1188,13 @@ def doubled(*tensors: Tensor, guidance: float) -> list[Tensor]:
     return [torch.cat([z, z]) if guidance != 1 else z for z in tensors]
 
 
+def guided(net: nn.Module, x_t: Tensor, sigma: Tensor, prompt, camera, guidance: float, past: Past | None):
+    """v [b f c h w], with classifier-free guidance unless it is 1."""
+    camera = camera and tuple(doubled(*camera, guidance=guidance))
+    v = net(*doubled(x_t, sigma, guidance=guidance), prompt, camera, past=past)
+    return v if guidance == 1 else guide(*v.chunk(2), guidance)
+
+
 @torch.no_grad()
 def denoise(net: nn.Module, x_t: Tensor, levels: list[float], prompt, camera, guidance: float = 1.0,
             past: Past | None = None, renoise: list[Tensor] | None = None, free: Tensor | None = None) -> Tensor:
@@ -1179,18 +1204,50 @@ def denoise(net: nn.Module, x_t: Tensor, levels: list[float], prompt, camera, gu
     level after the first, each step predicts x0 and noises it again to the next: the sampler of a distilled student.
     Frames where free [b f] is 0 are given: x_t holds them clean, they stay at noise level zero and come out unchanged.
     """
-    camera = camera and tuple(doubled(*camera, guidance=guidance))
     free = x_t.new_ones(x_t.shape[:2]) if free is None else free
     for i, (upper, lower) in enumerate(zip(levels, levels[1:])):
         sigma = upper * free
-        v = net(*doubled(x_t, sigma, guidance=guidance), prompt, camera, past=past)
-        if guidance != 1:
-            v = guide(*v.chunk(2), guidance)
+        v = guided(net, x_t, sigma, prompt, camera, guidance, past)
         if renoise is None:
             x_t = x_t + ((lower - upper) * free)[..., None, None, None] * v
         else:
             x0 = velocity_to_x0(v, x_t, sigma)
             x_t = add_noise(x0, renoise[i], lower * free) if lower > 0 else x0
+    return x_t
+
+
+@torch.no_grad()
+def unipc(net: nn.Module, x_t: Tensor, levels: list[float], prompt, camera, guidance: float = 1.0,
+          past: Past | None = None, free: Tensor | None = None) -> Tensor:
+    """As `denoise` without renoise, in fewer steps: UniPC (arXiv:2302.04867), the sampler public Wan is used with.
+
+    Of second order in log-SNR, x0 being taken for a straight line there. Each step is made twice: first through the two
+    predictions of x0 at hand, then again with the one at its own end, which the next step needs anyway. The first and
+    the last step are of first order. levels[0] must be under 1, where log-SNR is -inf: noise_levels(..., start=0.999).
+    """
+    log_snr = [math.log((1 - s) / s) if s > 0 else math.inf for s in levels]
+    free, given, x0s = x_t.new_ones(x_t.shape[:2]) if free is None else free, x_t, []
+
+    def leap(x: Tensor, i: int, end: Tensor | None) -> Tensor:
+        """From levels[i] to levels[i + 1]; end: x0 as predicted there, once it is known."""
+        h = log_snr[i + 1] - log_snr[i]
+        B, x0 = math.expm1(-h), x0s[i]
+        if 0 < i < len(levels) - 2:
+            r = (log_snr[i - 1] - log_snr[i]) / h
+            slope = (x0s[i - 1] - x0s[i]) / r
+            # weights that make the step exact where x0 is of first or second order in log-SNR (eq. 9, B(h) = e^h - 1)
+            b = -1 / h - 1 / B, 2 * (1 / h + 1 / B) / h - 1 / B
+            w = (b[0] - b[1]) / (1 - r)
+            x0 = x0 + (slope / 2 if end is None else w * slope + (b[0] - w) * (end - x0s[i]))
+        elif end is not None:
+            x0 = x0 + (end - x0s[i]) / 2
+        return levels[i + 1] / levels[i] * x - (1 - levels[i + 1]) * B * x0
+
+    for i, upper in enumerate(levels[:-1]):
+        sigma = upper * free
+        x0s.append(velocity_to_x0(guided(net, x_t, sigma, prompt, camera, guidance, past), x_t, sigma))
+        x = leap(x, i - 1, x0s[i]) if i else x_t
+        x_t = torch.where(free[..., None, None, None] > 0, leap(x, i, None), given)
     return x_t
 
 
@@ -1218,8 +1275,8 @@ def rollout(net: nn.Module, meta: dict, rng: list[torch.Generator], shape: tuple
     seconds: if given, the time spent is added to its "denoise" and "commit".
     prefix: the first latent frames [b p c h w], an image or a short video, if they are given rather than made.
     """
-    levels, guidance = noise_levels(meta["steps"], meta["shift"]), meta["guidance"]
-    renoise = meta["sampler"] == "renoise"
+    renoise, multistep = meta["sampler"] == "renoise", meta["sampler"] == "unipc"
+    levels, guidance = noise_levels(meta["steps"], meta["shift"], 0.999 if multistep else 1.0), meta["guidance"]
     noise = [torch.stack([torch.randn(shape, generator=g) for g in rng]).to(camera[0].device)
              for _ in range(meta["steps"] if renoise else 1)]  # one for each level above 0
     text, past = with_null(prompt, null, guidance), None
@@ -1234,7 +1291,10 @@ def rollout(net: nn.Module, meta: dict, rng: list[torch.Generator], shape: tuple
         here = tuple(z[:, frames] for z in camera) if meta["camera"] else None
         x_t, *rest = (z[:, frames] for z in noise)
         with timed(seconds, "denoise"):
-            x0 = denoise(net, x_t, levels, text, here, guidance, past, rest if renoise else None, free[:, frames])
+            if multistep:
+                x0 = unipc(net, x_t, levels, text, here, guidance, past, free[:, frames])
+            else:
+                x0 = denoise(net, x_t, levels, text, here, guidance, past, rest if renoise else None, free[:, frames])
         yield x0
         if frames.stop < shape[0]:
             with timed(seconds, "commit"):
@@ -1347,21 +1407,192 @@ MAKERS = {  # stage: the command that makes its checkpoint
 }
 
 
-def load_checkpoint(path: Path, *stages: str, preset: str | None = None) -> tuple[dict[str, Tensor], dict]:
-    """weights (memory-mapped), meta. Raises ValueError for a missing, broken or foreign file, or the wrong stage's.
+# Released files say little about themselves. What follows reads them as they are: public Wan2.1 (a folder in its own or
+# in diffusers' names, and the VAE) and minWM's model.pt. What they leave unsaid is written out here; a meta.json beside
+# the weights has the last word, {"size": [480, 832]} say.
 
-    Weights are returned only if they are, name for name and shape for shape, those of the network that meta describes.
+_RELEASED = {  # Wan2.1's and minWM's settings
+    "K": [0.5050505, 0.89786756, 0.5, 0.5], "size": [480, 832], "fps": 16, "frames": 20, "vae_fingerprint": "Wan2.1",
+    "prefix_prob": 0.0, "camera": True, "chunk": 4, "shift": 5.0, "sampler": "renoise", "steps": 4, "guidance": 1.0,
+    "step": 0, "from": None,
+}
+RELEASED = {  # stage: its meta
+    "base": _RELEASED | {"camera": False, "chunk": 0, "sampler": "unipc", "steps": 50, "guidance": 5.0},
+    "camera": _RELEASED | {"chunk": 0, "sampler": "unipc", "steps": 50, "guidance": 8.0},
+    "ar": _RELEASED | {"sampler": "unipc", "steps": 50, "guidance": 3.0},
+    "ode": _RELEASED, "cd": _RELEASED, "dmd": _RELEASED,
+}
+MINWM_FOLDERS = {"bidirectional": "camera", "ar_diffusion_tf": "ar", "causal_ode": "ode", "causal_cd": "cd",
+                 "dmd": "dmd"}  # where minWM's files lie: their only word about their stage
+DIFFUSERS_DIT = (  # parameter names: diffusers' -> Wan's, one after the other
+    (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
+    (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
+    (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
+    (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
+    (r"^condition_embedder\.time_proj\.", "time_projection.1."), (r"^proj_out\.", "head.head."),
+    (r"^scale_shift_table$", "head.modulation"), (r"\.scale_shift_table$", ".modulation"),
+    (r"\.attn1\.", ".self_attn."), (r"\.attn2\.", ".cross_attn."), (r"\.to_([qkv])\.", r".\1."),
+    (r"\.to_out\.0\.", ".o."), (r"\.norm2\.", ".norm3."), (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
+    (r"\.ffn\.net\.2\.", ".ffn.2."),
+)
+DIFFUSERS_VAE = (
+    (r"\.(\d+)\.norm1\.", r".\1.residual.0."), (r"\.(\d+)\.conv1\.", r".\1.residual.2."),
+    (r"\.(\d+)\.norm2\.", r".\1.residual.3."), (r"\.(\d+)\.conv2\.", r".\1.residual.6."),
+    (r"\.conv_shortcut\.", ".shortcut."), (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+    (r"\.mid_block\.attentions\.0\.", ".middle.1."), (r"\.mid_block\.resnets\.1\.", ".middle.2."),
+    (r"\.conv_in\.", ".conv1."), (r"\.norm_out\.", ".head.0."), (r"\.conv_out\.", ".head.2."),
+    (r"^quant_conv\.", "conv1."), (r"^post_quant_conv\.", "conv2."), (r"\.down_blocks\.", ".downsamples."),
+)
+
+
+def renamed(weights: dict[str, Tensor], table: tuple) -> dict[str, Tensor]:
+    """Each name through every (pattern, replacement) of the table in turn. Names that would meet stay as they are."""
+    names = {name: name for name in weights}
+    for pattern, replacement in table:
+        names = {old: re.sub(pattern, replacement, name) for old, name in names.items()}
+    count = Counter(names.values())
+    return {new if count[new] == 1 else old: weights[old] for old, new in names.items()}
+
+
+def from_diffusers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """WanTransformer3DModel's or AutoencoderKLWan's names -> Wan's. Any other name stays as it is."""
+    if "encoder.conv_in.weight" not in weights:
+        return renamed(weights, DIFFUSERS_DIT)
+    blocks = sum(name.startswith("decoder.up_blocks.0.resnets.") and name.endswith("conv1.bias") for name in weights)
+    # the decoder's layers are counted through in Wan's file: of each stage the blocks, then the upsampler
+    place = lambda m: f".upsamples.{int(m[1]) * (blocks + 1) + (int(m[3]) if m[2] == 'resnets' else blocks)}."
+    return renamed(weights, ((r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", place), *DIFFUSERS_VAE))
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected an object, found {type(found).__name__}")
+    return found
+
+
+def _read_safetensors(folder: Path) -> dict[str, Tensor]:
+    """diffusion_pytorch_model*.safetensors: one file, or the shards that an index names."""
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+    if index.exists():
+        files = [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+    if not files:
+        raise ValueError(f"{folder}: no diffusion_pytorch_model*.safetensors in it")
+    weights = {}
+    for file in files:
+        if not file.exists():
+            raise ValueError(f"{file}: no such file, but {index.name} names it")
+        try:
+            weights |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: truncated, or not safetensors ({error})") from None
+    return weights
+
+
+def _width(weights: dict[str, Tensor], name: str) -> int:
+    return weights[name].shape[0] if name in weights and weights[name].ndim else 0
+
+
+def _released_meta(path: Path, stage: str | None, weights: dict[str, Tensor], sizes: dict) -> dict:
+    """What a checkpoint of ours would have said of a released network. path: the meta.json that may correct it."""
+    said = _read_json(path) if path.exists() else {}
+    stage = said.pop("stage", stage)
+    if stage not in RELEASED or not said.keys() <= RELEASED[stage].keys():
+        raise ValueError(f"{path}: expected a stage of {', '.join(RELEASED)} and some of {', '.join(_RELEASED)}, "
+                         f"found stage {stage} and {', '.join(said) or 'nothing'}")
+    sizes = sizes or {"dim": _width(weights, "patch_embedding.bias"),
+                      "layers": sum(name.endswith(".cross_attn.o.bias") for name in weights)}
+    known = [name for name, preset in PRESETS.items()
+             if isinstance(preset.dit, DiTConfig) and all(getattr(preset.dit, key) == z for key, z in sizes.items())]
+    if not known:
+        raise ValueError(f"{path.parent}: a network with {sizes}, known presets are {', '.join(PRESETS)}")
+    return RELEASED[stage] | said | {"stage": stage, "preset": known[0]}
+
+
+def _vae_meta(path: Path, weights: dict[str, Tensor], config: dict) -> dict:
+    """config: diffusers' config.json, or nothing. Its released weights are known by name, all others by fingerprint."""
+    dim, z_dim = _width(weights, "encoder.conv1.bias"), _width(weights, "conv2.bias")
+    known = [name for name, preset in PRESETS.items()
+             if isinstance(preset.vae, VAEConfig) and (preset.vae.dim, preset.vae.z_dim) == (dim, z_dim)]
+    if not known:
+        raise ValueError(f"{path}: a VAE of width {dim} with {z_dim} channels, known presets are {', '.join(PRESETS)}")
+    cfg = PRESETS[known[0]].vae
+    mean, std = tuple(config.get("latents_mean", cfg.mean)), tuple(config.get("latents_std", cfg.std))
+    name = {"fingerprint": "Wan2.1"} if replace(cfg, mean=mean, std=std) == WAN_VAE else {}
+    return {"stage": "vae", "preset": known[0], "mean": list(mean), "std": list(std)} | name
+
+
+def _read_folder(path: Path, want_vae: bool) -> tuple[dict[str, Tensor], dict]:
+    """A released folder, or the one around it: the transformer, or with want_vae its VAE."""
+    if want_vae and (path / "Wan2.1_VAE.pth").exists():
+        return _read_file(path / "Wan2.1_VAE.pth")
+    part = path / ("vae" if want_vae else "transformer")
+    folder = part if part.is_dir() else path
+    config, weights = _read_json(folder / "config.json"), _read_safetensors(folder)
+    kind, keys = config.get("_class_name"), {"ffn_dim": "ffn_dim", "num_layers": "layers", "freq_dim": "freq_dim"}
+    if kind == "AutoencoderKLWan":
+        weights = from_diffusers(weights)
+        return weights, _vae_meta(folder, weights, config)
+    if kind == "WanTransformer3DModel":
+        weights = from_diffusers(weights)
+        keys |= {"num_attention_heads": "heads", "in_channels": "channels", "text_dim": "text_dim"}
+        config["dim"] = config.get("num_attention_heads", 0) * config.get("attention_head_dim", 0)
+    elif kind != "WanModel":
+        raise ValueError(f"{folder / 'config.json'}: expected a WanModel, WanTransformer3DModel or AutoencoderKLWan, "
+                         f"found {kind}")
+    if config.get("eps", 1e-6) != 1e-6:
+        raise ValueError(f"{folder / 'config.json'}: expected eps 1e-6, found {config['eps']}")
+    keys |= {"dim": "dim", "num_heads": "heads", "in_dim": "channels"}
+    sizes = {ours: config[theirs] for theirs, ours in keys.items() if theirs in config}
+    return weights, _released_meta(path / "meta.json", "base", weights, sizes)
+
+
+def _read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Our own checkpoint, minWM's model.pt or Wan2.1_VAE.pth."""
+    try:  # without code, and memory-mapped where the format allows it
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        raise ValueError(f"{path}: truncated, or not a checkpoint of ours ({type(error).__name__})") from error
+    saved = saved if isinstance(saved, dict) else {}
+    of = next((key for key in ("model", "generator_ema", "generator") if key in saved), None)
+    weights, meta = saved[of] if of else saved, saved.get("meta")
+    whole = isinstance(weights, dict) and all(isinstance(w, Tensor) for w in weights.values())
+    if whole and of == "model" and isinstance(meta, dict) and "stage" in meta:
+        return weights, meta
+    if whole and of is None and "encoder.conv1.weight" in weights:
+        return weights, _vae_meta(path, weights, {})
+    if whole and of in ("generator_ema", "generator"):
+        # FSDP, torch.compile and activation checkpointing have each put their own into the names
+        wrappers = r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\."
+        weights = renamed(weights, ((wrappers, ""), (r"^model\.", "")))
+        folders = [MINWM_FOLDERS[part.name] for part in path.absolute().parents if part.name in MINWM_FOLDERS]
+        meta = path.with_name("meta.json")
+        if not folders and not meta.exists():
+            raise ValueError(f"{path}: minWM's files do not say their stage, expected one in a folder "
+                             f"{', '.join(MINWM_FOLDERS)}, or {{\"stage\": ...}} in {meta}")
+        return weights, _released_meta(meta, folders[0] if folders else None, weights, {})
+    raise ValueError(f"{path}: not a checkpoint of ours, of minWM or Wan's VAE: it holds {[*saved][:3]}")
+
+
+def load_checkpoint(path: Path, *stages: str, preset: str | None = None) -> tuple[dict[str, Tensor], dict]:
+    """weights, meta of our own checkpoint (memory-mapped) or a released one, file or folder.
+
+    Raises ValueError for a missing, broken or foreign file, or the wrong stage's. Weights are returned only if they
+    are, name for name and shape for shape, those of the network that meta describes.
     """
     if not path.exists():
         hint = f"; `{MAKERS[path.stem]}` makes it" if path.stem in MAKERS else ""
         shipped = Path(__file__).parent / "ckpt/tiny" / path.name
         stand_in = f", and {os.path.relpath(shipped)} could stand in" if shipped.exists() else ""
         raise ValueError(f"{path}: no such file{hint}{stand_in}")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        weights, meta, stage = saved["model"], saved["meta"], saved["meta"]["stage"]
-    except Exception as error:
-        raise ValueError(f"{path}: truncated, or not a checkpoint of ours ({type(error).__name__})") from error
+    weights, meta = _read_folder(path, "vae" in stages) if path.is_dir() else _read_file(path)
+    stage = meta["stage"]
     if stages and stage not in stages:
         raise ValueError(f"{path}: expected a checkpoint of stage {' or '.join(stages)}, found {stage}")
     if preset and meta["preset"] != preset:
@@ -1374,6 +1605,9 @@ def load_checkpoint(path: Path, *stages: str, preset: str | None = None) -> tupl
     if wrong := [name for name in expected | found if expected.get(name) != found.get(name)]:
         raise ValueError(f"{path}: {len(wrong)} of its tensors are not those of {meta['preset']}, first {wrong[0]}: "
                          f"expected shape {expected.get(wrong[0], 'none')}, found {found.get(wrong[0], 'none')}")
+    weights = {name: weights[name] for name in expected}  # in our order, which a fingerprint depends on
+    if stage == "vae" and "fingerprint" not in meta:
+        meta["fingerprint"] = fingerprint(weights)
     return weights, meta
 
 

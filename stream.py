@@ -18,15 +18,14 @@ from pathlib import Path
 import imageio.v3 as imageio
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    GRAMMAR, LOOKS, N_PANELS, NAMED, PALETTE, STEP, SURFACE_OF_PANEL, TURN, Scene, cast, encode_words, intrinsics,
-    invert_se3, look_errors, mix, paint, panels_seen, parse_trajectory, pixel_cameras, read_camera, read_prompt, render,
-    rotation, sample_toy, write_sheet,
+    GRAMMAR, LOOKS, N_PANELS, NAMED, NULL_PROMPT, PALETTE, SURFACE_OF_PANEL, TEXT_DIM, VIDEOS, Scene, TextEncoder,
+    cast, encode_prompts, fit, intrinsics, invert_se3, load_text_encoder, look_errors, mix, paint, panels_seen,
+    parse_trajectory, pixel_cameras, pressed, read_camera, read_prompt, render, rotation, sample_toy, write_sheet,
 )
 from model import WanVAE, load_net, load_vae, rollout, timed
 
@@ -39,7 +38,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__ + GRAMMAR, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--camera", default="w*3,w+l*4", help="a pose string or a .json file")
     p.add_argument("--ckpt", type=Path, help="default ckpt/dmd.pt if there is one, else the shipped four-step model")
-    p.add_argument("--vae", type=Path, help="default vae.pt beside the checkpoint, else the shipped one")
+    p.add_argument("--vae", type=Path, help="default what lies beside the checkpoint, else the shipped one")
+    p.add_argument("--text-encoder", type=Path, help="umT5, for released networks; default what lies beside them")
     p.add_argument("--prompt", help="default: the path's own, else a room of the toy world")
     p.add_argument("--image", type=Path, help="an image, or a video of 1 + 4k frames, that the world goes on from")
     p.add_argument("--out", type=Path, default=Path("walk.mp4"), help=".mp4 or .gif; the contact sheet goes beside it")
@@ -62,19 +62,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @torch.no_grad()
 def stream(net: nn.Module, vae: WanVAE, meta: dict, prompts: list[str], viewmats: Tensor, Ks: Tensor, seeds: list[int],
-           seconds: dict[str, float] | None = None, prefix: Tensor | None = None):
+           seconds: dict[str, float] | None = None, prefix: Tensor | None = None, umt5: TextEncoder | None = None):
     """Yield video [b 3 t H W] in [-1, 1] as it is made: 1 + 4 (n - 1) frames of the first chunk of n latents, then 4 n.
 
     prefix: latents [b p c h w] to go on from; they are the first frames of the video.
     viewmats [b f 4 4], Ks [b f 3 3], one prompt and one seed per video. A path that ends within a chunk is held there.
+    umt5: what reads the prompts; without it they are taken word by word.
     """
     device, (b, f), chunk = next(net.parameters()).device, viewmats.shape[:2], meta["chunk"]
     held = -f % chunk if chunk else 0
     camera = tuple(torch.cat([z, z[:, -1:].expand(b, held, *z.shape[2:])], dim=1).to(device) for z in (viewmats, Ks))
     shape = (f + held, vae.cfg.z_dim, *(pixels // vae.cfg.stride for pixels in meta["size"]))
     with timed(seconds, "text"):
-        prompt = torch.stack([encode_words(text) for text in prompts]).to(device)
-        null = encode_words("").expand_as(prompt).to(device)
+        prompt = encode_prompts(prompts, umt5).to(device)
+        null = encode_prompts([NULL_PROMPT if umt5 else ""], umt5).to(device).expand_as(prompt)
     rng = [torch.Generator().manual_seed(seed) for seed in seeds]
     memory, left = None, 1 + 4 * (f - 1)
     for x0 in rollout(net, meta, rng, shape, prompt, null, camera, seconds, prefix):
@@ -100,12 +101,7 @@ def read_prefix(path: Path, vae: WanVAE, meta: dict, frames: int) -> Tensor:
         raise ValueError(f"--image {path}: found shape {list(video.shape)}, expected [t h w 3] with t = 1 + 4k and "
                          f"fewer latent frames than the path's {frames}")
     video = rearrange(torch.from_numpy(video[..., :3].copy()), "t h w c -> t c h w").float() / 127.5 - 1
-    h, w = meta["size"]
-    scale = max(h / video.shape[2], w / video.shape[3])
-    size = [max(h, round(scale * video.shape[2])), max(w, round(scale * video.shape[3]))]
-    video = F.interpolate(video, size, mode="bilinear", antialias=True)
-    top, left = (size[0] - h) // 2, (size[1] - w) // 2
-    video = rearrange(video[:, :, top : top + h, left : left + w], "t c h w -> 1 c t h w")
+    video = rearrange(fit(video, meta["size"]), "t c h w -> 1 c t h w")
     with torch.no_grad():
         return vae.encode(video.to(next(vae.parameters()).device))[0]
 
@@ -113,25 +109,11 @@ def read_prefix(path: Path, vae: WanVAE, meta: dict, frames: int) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Files.
 
-VIDEOS = (".mp4", ".gif", ".webm", ".mov", ".avi", ".mkv")
-
 GLYPHS = {  # 3x5 letters for the key overlay
     "w": "101101101111101", "a": "010101111101101", "s": "011100010001110", "d": "110101101101110",
     "u": "101101101101111", "n": "110101101101101", "j": "001001001101010", "l": "100100100100111",
     "i": "111010010010111", "k": "101110100110101",
 }
-
-
-def pressed(viewmats: Tensor) -> list[set[str]]:
-    """Which keys would make each step of a path [f 4 4]: one set per latent frame, the first empty."""
-    c2w, keys = invert_se3(viewmats.double()), [set()]
-    for a, b in zip(c2w, c2w[1:]):
-        step = invert_se3(a) @ b
-        move, turn = step[:3, :3].T @ step[:3, 3], step[:3, 2]
-        amounts = {"d": move[0], "a": -move[0], "dn": move[1], "u": -move[1], "w": move[2], "s": -move[2],
-                   "l": turn[0], "j": -turn[0], "i": -turn[1], "k": turn[1]}
-        keys.append({key for key, amount in amounts.items() if amount > (STEP if key in "wasdudn" else TURN) / 3})
-    return keys
 
 
 def draw_keys(image: np.ndarray, keys: set[str]) -> None:
@@ -183,8 +165,11 @@ def explain(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple[T
 
 
 def named_colours(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> Tensor:
-    """For every surface the prompt names: does its colour explain the video best? [b 7], NaN where unseen."""
-    hits = cast(scene.pillars, pixel_cameras(viewmats), K, video.shape[-1])
+    """For every surface the prompt names: does its colour explain the video best? [b 7], NaN where unseen.
+
+    Of every fourth frame, those whose poses viewmats [b f 4 4] holds.
+    """
+    video, hits = video[:, :, ::4], cast(scene.pillars, viewmats, K, video.shape[-1])
     errors, b = [], len(video)
     rays = torch.zeros(b, NAMED + 1).scatter_add_(1, hits.surface.flatten(1), torch.ones(hits.surface.flatten(1).shape))
     for colour in range(len(PALETTE)):
@@ -198,7 +183,7 @@ def named_colours(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> T
         errors.append(by_surface)
     best = torch.stack(errors, dim=-1).argmin(-1)
     right = (best == scene.colours)[:, :NAMED].float()
-    return torch.where(rays[:, :NAMED] / 4 >= 24, right, torch.nan)
+    return torch.where(rays[:, :NAMED] / 4 >= 8, right, torch.nan)
 
 
 def read_pose(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
@@ -323,12 +308,13 @@ def score(net: nn.Module, vae: WanVAE, meta: dict, args: argparse.Namespace) -> 
     return average(rows) | {"chance": 1 / group} | ceiling, [torch.cat(best)[:16], torch.cat(videos)[:16]]
 
 
-def bench(net: nn.Module, vae: WanVAE, meta: dict, prompt: str, viewmats: Tensor, Ks: Tensor) -> dict:
+def bench(net: nn.Module, vae: WanVAE, meta: dict, prompt: str, viewmats: Tensor, Ks: Tensor,
+          umt5: TextEncoder | None) -> dict:
     """One warm-up, then the best of three: frames/s over the whole path, time to the first frame, and where it goes."""
     runs = []
     for _ in range(4):
         seconds, start, first, frames = {}, time.perf_counter(), None, 0
-        for video in stream(net, vae, meta, [prompt], viewmats[None], Ks[None], [0], seconds):
+        for video in stream(net, vae, meta, [prompt], viewmats[None], Ks[None], [0], seconds, umt5=umt5):
             frames += video.shape[2]
             first = first or time.perf_counter() - start
         runs.append((time.perf_counter() - start, first, frames, seconds))
@@ -340,12 +326,23 @@ def bench(net: nn.Module, vae: WanVAE, meta: dict, prompt: str, viewmats: Tensor
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def beside(ckpt: Path, *names: str) -> Path | None:
+    """The first of these that lies in the checkpoint, if it is a folder, or next to it."""
+    return next((folder / name for folder in (ckpt, ckpt.parent) for name in names if (folder / name).exists()), None)
+
+
 def main(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ckpt = args.ckpt or (Path("ckpt/dmd.pt") if Path("ckpt/dmd.pt").exists() else SHIPPED / "dmd.pt")
     net, meta = load_net(ckpt, device, "base", "camera", "ar", "ode", "cd", "dmd")
-    beside = ckpt.with_name("vae.pt")
-    vae = load_vae(args.vae or (beside if beside.exists() else SHIPPED / "vae.pt"), device, meta["vae_fingerprint"])
+    vae = args.vae or beside(ckpt, "vae.pt", "Wan2.1_VAE.pth", "vae") or SHIPPED / "vae.pt"
+    vae = load_vae(vae, device, meta["vae_fingerprint"])
+    umt5 = args.text_encoder or beside(ckpt, "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")
+    umt5 = umt5 and load_text_encoder(umt5, device)
+    if (found := umt5.net.config.d_model if umt5 else TEXT_DIM) != net.cfg.text_dim:
+        raise ValueError(f"{ckpt}: its prompts have {net.cfg.text_dim} channels, found {found}; see --text-encoder")
+    if args.score and umt5:
+        raise ValueError(f"--score measures the toy world, but {ckpt} reads its prompts through umT5")
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"--steps {args.steps}: expected at least 1")
     if args.guidance is not None and not math.isfinite(args.guidance):
@@ -366,7 +363,8 @@ def main(args: argparse.Namespace) -> None:
 
     if args.bench or args.score:
         views = paths[0].viewmats
-        timing = bench(net, vae, meta, args.prompt or TOY_PROMPT, views, intrinsics(meta["K"]).expand(len(views), 3, 3))
+        timing = bench(net, vae, meta, args.prompt or TOY_PROMPT, views, intrinsics(meta["K"]).expand(len(views), 3, 3),
+                       umt5)
         if args.bench:
             print(json.dumps(timing))
         if args.score:
@@ -384,7 +382,7 @@ def main(args: argparse.Namespace) -> None:
         if len(path.viewmats) > meta["frames"]:
             print(f"the path has {len(path.viewmats)} latent frames, trained were {meta['frames']}", file=sys.stderr)
         prefix = read_prefix(args.image, vae, meta, len(path.viewmats)) if args.image else None
-        pieces = stream(net, vae, meta, [prompt], path.viewmats[None], Ks[None], [args.seed], prefix=prefix)
+        pieces = stream(net, vae, meta, [prompt], path.viewmats[None], Ks[None], [args.seed], prefix=prefix, umt5=umt5)
         video = torch.cat(list(tqdm(pieces, "chunks")), dim=2)
         out = args.out if len(paths) == 1 else args.out.with_name(f"{args.out.stem}-{path.name}{args.out.suffix}")
         write_video(out, video[0], meta["fps"], pressed(path.viewmats) if args.keys else None)

@@ -35,7 +35,7 @@ from model import (
 
 RECIPES = {
     "tiny": dict(steps=1000, batch_size=16, accum=1, lr=1e-3, warmup=50, max_grad_norm=1.0, ema_decay=0.995,
-                 chunk=2, null_prob=0.1, guidance=2.0, sampling_steps=48),
+                 chunk=2, null_prob=0.1, guidance=1.25, sampling_steps=48),
     # minWM: 4 k steps, 32 videos, lr 2e-6, clip 10, chunks of 4 latent frames, guidance 3.
     "wan-1.3b": dict(steps=4000, batch_size=1, accum=4, lr=2e-6, warmup=0, max_grad_norm=10.0, ema_decay=0.99,
                      chunk=4, null_prob=0.0, guidance=3.0, sampling_steps=48),

@@ -32,8 +32,8 @@ from model import (
 )
 
 RECIPES = {
-    "tiny": dict(steps=1500, batch_size=16, accum=1, lr=2e-3, warmup=50, max_grad_norm=1.0, ema_decay=0.995,
-                 shift=3.0, null_prob=0.1, prefix_prob=0.25, guidance=2.0, sampling_steps=48),
+    "tiny": dict(steps=3000, batch_size=16, accum=1, lr=2e-3, warmup=50, max_grad_norm=1.0, ema_decay=0.995,
+                 shift=3.0, null_prob=0.1, prefix_prob=0.25, guidance=1.25, sampling_steps=48),
     # minWM: 5 k steps, 32 videos, lr 2e-6, clip 10, shift 5, guidance 8. Ours: EMA from the first step, no loss weight
     # (theirs falls to zero at pure noise, where every sample starts).
     "wan-1.3b": dict(steps=5000, batch_size=1, accum=4, lr=2e-6, warmup=0, max_grad_norm=10.0, ema_decay=0.99,

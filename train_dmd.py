@@ -25,6 +25,7 @@ import argparse
 import gc
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ from model import (
 )
 
 RECIPES = {
-    "tiny": dict(steps=120, batch_size=16, accum=1, lr=5e-5, fake_score_lr=1e-4, max_grad_norm=1.0, ema_decay=0.95,
+    "tiny": dict(steps=60, batch_size=16, accum=1, lr=5e-5, fake_score_lr=1e-4, max_grad_norm=1.0, ema_decay=0.95,
                  fake_score_updates=5, guidance=2.0, save_every=30),
     # minWM: 200 updates of fake_score, 32 videos, lr 2e-6 and 4e-7, betas (0, 0.999), EMA 0.99 from update 200 (ours
     # has only 40 generator steps to follow, so it forgets faster), guidance "3.0" in a formula that adds one: 4 in
@@ -167,6 +168,24 @@ def main(args: argparse.Namespace) -> None:
     meta = source | {"stage": "dmd", "from": f"{args.init.name} at step {source['step']}, scores {args.scores.name}"}
     levels = noise_levels(meta["steps"], meta["shift"])
 
+    def update(net: nn.Module, opt: torch.optim.Optimizer, number: int, loss_of: Callable) -> dict[str, float]:
+        """One optimizer step, the number-th of the run, on loss_of(batch, exit_step)."""
+        shared = torch.Generator().manual_seed(mix(args.seed, 3, number))  # the same on every rank
+        exit_step = int(torch.randint(meta["steps"], (), generator=shared))
+        loss_sum, ids = 0.0, []
+        for micro in range(args.accum):
+            net.set_requires_gradient_sync(micro == args.accum - 1)  # reduce over ranks once an update
+            part, parts = micro * world_size + rank, args.accum * world_size
+            batch = get_batch(data, args.seed, number, part, parts, args.batch_size, device)
+            loss = loss_of(batch, exit_step) / args.accum
+            loss.backward()
+            loss_sum, ids = loss_sum + loss.detach(), ids + batch.ids
+        grad_norm = nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm).full_tensor()
+        metrics = check_finite(step, {"loss": loss_sum, "grad_norm": grad_norm}, ids)
+        opt.step()
+        opt.zero_grad()
+        return metrics
+
     # -- start (same in every stage) ---------------------------------------------------------------------------------
     step = load_state(folder, nets, optimizers) if args.resume else 0
     if rank == 0:
@@ -177,34 +196,16 @@ def main(args: argparse.Namespace) -> None:
         opt.param_groups[0]["lr"] = lr  # a resumed state brings its own
     bar = tqdm(total=args.steps, initial=step, desc=meta["stage"], disable=rank > 0)
     while step < args.steps:
-        t0, metrics = time.time(), {}
-        # generator first, reading the score that was fitted to it; then the score catches up
-        for update in range(1 + args.fake_score_updates):
-            turn, opt = (generator, optimizer) if update == 0 else (fake_score, fake_score_optimizer)
-            number = step * (1 + args.fake_score_updates) + update
-            shared = torch.Generator().manual_seed(mix(args.seed, 3, number))  # the same on every rank
-            exit_step = int(torch.randint(meta["steps"], (), generator=shared))
-            loss_sum, ids = 0.0, []
-            for micro in range(args.accum):
-                turn.set_requires_gradient_sync(micro == args.accum - 1)  # reduce over ranks once an update
-                part, parts = micro * world_size + rank, args.accum * world_size
-                batch = get_batch(data, args.seed, number, part, parts, args.batch_size, device)
-                if update == 0:
-                    loss = generator_loss(generator, real_score, fake_score, batch, levels, exit_step, meta["chunk"],
-                                          meta["shift"], args.guidance, meta["prefix_prob"])
-                else:
-                    loss = fake_score_loss(generator, fake_score, batch, levels, exit_step, meta["chunk"],
-                                           meta["shift"], meta["prefix_prob"])
-                loss = loss / args.accum
-                loss.backward()
-                loss_sum, ids = loss_sum + loss.detach(), ids + batch.ids
-            grad_norm = nn.utils.clip_grad_norm_(turn.parameters(), args.max_grad_norm).full_tensor()
-            name = "fake_score_" if update else ""
-            metrics |= check_finite(step, {f"{name}loss": loss_sum, f"{name}grad_norm": grad_norm}, ids)
-            opt.step()
-            opt.zero_grad()
-            if update == 0:
-                update_ema(ema, generator, args.ema_decay)
+        t0, number = time.time(), step * (1 + args.fake_score_updates)
+        # the generator first, reading the score that was fitted to it; then the score catches up
+        metrics = update(generator, optimizer, number, lambda batch, exit_step: generator_loss(
+            generator, real_score, fake_score, batch, levels, exit_step, meta["chunk"], meta["shift"], args.guidance,
+            meta["prefix_prob"]))
+        update_ema(ema, generator, args.ema_decay)
+        for n in range(args.fake_score_updates):
+            fake = update(fake_score, fake_score_optimizer, number + 1 + n, lambda batch, exit_step: fake_score_loss(
+                generator, fake_score, batch, levels, exit_step, meta["chunk"], meta["shift"], meta["prefix_prob"]))
+        metrics |= {f"fake_score_{name}": value for name, value in fake.items()}
         step += 1
 
         # -- log and save (same in every stage) ----------------------------------------------------------------------

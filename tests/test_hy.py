@@ -18,7 +18,8 @@ from model import (
     choose, commit, denoise, leafwise, noise_levels, projections, rollout, rope_table, shard, sinusoid,
     start_process_group, teacher_forcing_spans, with_camera,
 )
-from test_model import ORACLE, change_per_chunk, cut, rigid
+from test_model import change_per_chunk, cut, rigid
+from test_oracle import ORACLE
 
 SMALL = HYConfig(48, 96, 2, 2, channels=4, text_dim=24, vision_dim=16, byt5=(20, 24, 28), rope_bands=(4, 10, 10),
                  action=True)
