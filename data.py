@@ -429,6 +429,16 @@ def word_vector(word: str) -> Tensor:
     return torch.randn(WORD_DIM, generator=torch.Generator().manual_seed(zlib.crc32(word.encode())))
 
 
+def as_prompt(preset: str, embeds: Tensor):
+    """Embeddings [b l d] of words -> what the preset's network calls a prompt: for HY, no quotes, no image."""
+    if preset != "tiny-hy":
+        return embeds
+    from model import HYPrompt
+
+    none = embeds.new_zeros(len(embeds), 1, 8)
+    return HYPrompt(embeds, embeds.any(-1), none, none[..., 0].bool(), none, embeds.new_zeros(len(embeds), 0, 33, 4, 4))
+
+
 def encode_words(prompt: str) -> Tensor:
     """prompt -> [32 96], zero past its end; the empty prompt is the null prompt. Raises ValueError past 32 words."""
     words = prompt.lower().replace(",", " ").split()
@@ -642,6 +652,7 @@ def get_batch(data: Latents, seed: int, step: int, part: int, parts: int, size: 
     prompt = torch.stack([embeds[i] for i in prompt_ids]).float()
     null = embeds[embeds.get_shape()[0] - 1].float().expand_as(prompt)
     on = [z.to(device) for z in (x0, prompt, null, torch.stack(viewmats), torch.stack(Ks))]
+    on[1:3] = (as_prompt(data.meta.get("preset", "tiny"), z) for z in on[1:3])
     on_the_way = torch.stack(states).float().to(device) if states else None
     return Batch(*on[:3], (on[3], on[4]), rng, ids, prompt_ids, on_the_way)
 
@@ -1136,6 +1147,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--size", type=pixels, default=[32, 32], help="pixels, as in 32 or, height x width, 480x832")
     p.add_argument("--seed", type=int, default=0)
     toy = p.add_argument_group("the toy world")
+    toy.add_argument("--preset", default="tiny", choices=["tiny", "tiny-hy"])
     toy.add_argument("--count", type=positive, default=4096, help="videos")
     toy.add_argument("--vae-steps", type=positive, default=3000)
     toy.add_argument("--vae-lr", type=float, default=4e-3)
@@ -1186,7 +1198,7 @@ def train_vae(vae, video: Tensor, steps: int, lr: float, seed: int) -> None:
         mu, logvar = vae.moments(clip, {})
         logvar = logvar.clamp(-20, 10)
         z = mu + (0.5 * logvar).exp() * torch.randn(mu.shape, generator=rng)
-        image = vae.decoder(vae.conv2(z, {}), {})
+        image = vae.image(z, {})
         error = F.mse_loss(image, clip)
         kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean()
         optimizer.zero_grad()
@@ -1199,7 +1211,7 @@ def train_vae(vae, video: Tensor, steps: int, lr: float, seed: int) -> None:
 def make_toy(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from model import PRESETS, WanVAE, fingerprint, load_checkpoint, load_vae, save_checkpoint
+    from model import PRESETS, build_vae, fingerprint, load_checkpoint, load_vae, save_checkpoint
 
     size = args.size[0]
     prompts, paths, scene = sample_toy(args.count, args.seed, args.frames - 1, held=False)
@@ -1211,14 +1223,14 @@ def make_toy(args: argparse.Namespace) -> None:
 
     if not args.vae.exists():
         torch.manual_seed(args.seed)
-        vae = WanVAE(PRESETS["tiny"].vae)
+        vae = build_vae(PRESETS[args.preset].vae)
         vae.init_weights()
         train_vae(vae, video, args.vae_steps, args.vae_lr, args.seed)
         with torch.no_grad():
             z = torch.cat([vae.encode(v[None].float() / 127.5 - 1)[0] for v in video[:256]])
         mean, std = z.mean((0, 1, 3, 4)).tolist(), z.std((0, 1, 3, 4)).tolist()
         vae.cfg = replace(vae.cfg, mean=tuple(mean), std=tuple(std))
-        save_checkpoint(args.vae, vae.state_dict(), {"stage": "vae", "preset": "tiny", "mean": mean, "std": std,
+        save_checkpoint(args.vae, vae.state_dict(), {"stage": "vae", "preset": args.preset, "mean": mean, "std": std,
                                                      "fingerprint": fingerprint(vae.state_dict())})
     known_as = load_checkpoint(args.vae, "vae")[1]["fingerprint"]
     vae = load_vae(args.vae, torch.device("cpu"), known_as)
@@ -1226,8 +1238,8 @@ def make_toy(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for old in [args.out / "prompts.safetensors", *args.out.glob("latents-*.safetensors")]:
         old.unlink(missing_ok=True)  # the prompts first and written last: without them the folder does not open
-    meta = {"K": list(K_SQUARE), "size": args.size, "fps": FPS, "frames": args.frames, "vae": str(args.vae),
-            "vae_fingerprint": known_as}
+    meta = {"preset": args.preset, "K": list(K_SQUARE), "size": args.size, "fps": FPS, "frames": args.frames,
+            "vae": str(args.vae), "vae_fingerprint": known_as}
     for start in tqdm(range(0, args.count, 512), "encode"):
         rows = slice(start, min(start + 512, args.count))
         with torch.no_grad():

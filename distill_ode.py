@@ -34,11 +34,14 @@ from data import (
     write_log, write_sheet,
 )
 from model import (
-    add_noise, build, check_finite, commit, denoise, gather, load_checkpoint, load_state, load_vae, masked_mse,
-    noise_levels, rollout, save_checkpoint, save_state, shard, start_process_group, update_ema, velocity_to_x0,
+    add_noise, begin, build, check_finite, commit, denoise, gather, given, load_checkpoint, load_state, load_vae,
+    masked_mse, noise_levels, rollout, save_checkpoint, save_state, shard, start_process_group, update_ema,
+    velocity_to_x0, with_null,
 )
 
 RECIPES = {
+    "tiny-hy": dict(steps=600, batch_size=16, accum=1, lr=3e-4, warmup=50, max_grad_norm=1.0, ema_decay=0.99,
+                    pairs_count=512, teacher_steps=48, sampling_steps=4),
     "tiny": dict(steps=400, batch_size=16, accum=1, lr=3e-4, warmup=50, max_grad_norm=1.0, ema_decay=0.99,
                  pairs_count=512, teacher_steps=48, sampling_steps=4),
     # minWM: 2 k steps, 32 videos, lr 2e-6; it integrates with guidance 6 although its teacher is sampled with 3. Ours
@@ -87,8 +90,8 @@ def integrate(teacher: nn.Module, batch: Batch, levels: list[float], keep: int, 
     """
     free = sample_prefix(batch.rng, batch.x0.shape[1], prefix_prob).to(batch.x0.device)
     noise = add_noise(batch.x0, randn(batch.rng, *batch.x0.shape[1:]).to(batch.x0.device), free)
-    text = torch.cat([batch.prompt, batch.null]) if guidance != 1 else batch.prompt
-    stride, past, chunks = (len(levels) - 1) // keep, None, []
+    text = with_null(*(given(z, batch.x0, free) for z in (batch.prompt, batch.null)), guidance)
+    stride, past, chunks = (len(levels) - 1) // keep, begin(teacher, noise, text, batch.camera, guidance), []
     for start in range(0, batch.x0.shape[1], chunk):
         frames = slice(start, start + chunk)
         camera, truth = tuple(z[:, frames] for z in batch.camera), batch.x0[:, frames]
@@ -145,7 +148,8 @@ def ode_loss(net: nn.Module, batch: Batch, levels: list[float], chunk: int) -> T
     x_t = batch.states[torch.arange(b)[:, None], i, torch.arange(f)]
     free = (batch.states[:, 0] != batch.states[:, -1]).flatten(2).any(-1)  # [b f]
     sigma = torch.tensor(levels, device=i.device, dtype=torch.float32)[i] * free
-    v = net(x_t, sigma, batch.prompt, batch.camera, clean=batch.x0, chunk=chunk)
+    prompt = given(batch.prompt, batch.x0, free)
+    v = net(x_t, sigma, prompt, batch.camera, clean=batch.x0, chunk=chunk)
     return masked_mse(velocity_to_x0(v, x_t, sigma), batch.states[:, -1], free)
 
 

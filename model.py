@@ -1173,6 +1173,17 @@ def leafwise(f, *prompts):
     return type(prompts[0])(*(leafwise(f, *leaves) for leaves in zip(*prompts)))
 
 
+def given(prompt, x0: Tensor, free: Tensor):
+    """The prompt, knowing the frames of x0 [b f c h w] that are given, where free [b f] is 0.
+
+    HY reads them from channels of their own. Wan finds them in its input, at noise level zero, as HY does besides.
+    """
+    if isinstance(prompt, Tensor):
+        return prompt
+    mask = rearrange(1 - free.float(), "b f -> b f 1 1 1").expand(-1, -1, 1, *x0.shape[3:])
+    return prompt._replace(image=torch.cat([x0 * mask, mask], dim=2))
+
+
 def with_null(prompt, null, guidance: float):
     """The prompts of a batch and, with guidance, the null prompts behind them."""
     return leafwise(lambda *z: torch.cat(z), prompt, null) if guidance != 1 else prompt
@@ -1281,6 +1292,7 @@ def rollout(net: nn.Module, meta: dict, rng: list[torch.Generator], shape: tuple
              for _ in range(meta["steps"] if renoise else 1)]  # one for each level above 0
     text, past = with_null(prompt, null, guidance), None
     prefix = noise[0][:, :0] if prefix is None else prefix
+    text = given(text, *doubled(prefix, prefix.new_zeros(prefix.shape[:2]), guidance=guidance))
     noise[0] = torch.cat([prefix, noise[0][:, prefix.shape[1] :]], dim=1)
     free = (torch.arange(shape[0], device=prefix.device) >= prefix.shape[1]).float().expand(len(rng), -1)
     if meta["chunk"]:

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    GRAMMAR, LOOKS, N_PANELS, NAMED, NULL_PROMPT, PALETTE, SURFACE_OF_PANEL, TEXT_DIM, VIDEOS, Scene, TextEncoder,
-    cast, encode_prompts, fit, intrinsics, invert_se3, load_text_encoder, look_errors, mix, paint, panels_seen,
-    parse_trajectory, pixel_cameras, pressed, read_camera, read_prompt, render, rotation, sample_toy, write_sheet,
+    GRAMMAR, LOOKS, NAMED, NULL_PROMPT, N_PANELS, PALETTE, SURFACE_OF_PANEL, TEXT_DIM, VIDEOS, Scene, TextEncoder,
+    as_prompt, cast, encode_prompts, fit, intrinsics, invert_se3, load_text_encoder, look_errors, mix, paint,
+    panels_seen, parse_trajectory, pixel_cameras, pressed, read_camera, read_prompt, render, rotation, sample_toy,
+    write_sheet,
 )
 from model import WanVAE, load_net, load_vae, rollout, timed
 
@@ -76,6 +77,7 @@ def stream(net: nn.Module, vae: WanVAE, meta: dict, prompts: list[str], viewmats
     with timed(seconds, "text"):
         prompt = encode_prompts(prompts, umt5).to(device)
         null = encode_prompts([NULL_PROMPT if umt5 else ""], umt5).to(device).expand_as(prompt)
+        prompt, null = (as_prompt(meta["preset"], z) for z in (prompt, null))
     rng = [torch.Generator().manual_seed(seed) for seed in seeds]
     memory, left = None, 1 + 4 * (f - 1)
     for x0 in rollout(net, meta, rng, shape, prompt, null, camera, seconds, prefix):

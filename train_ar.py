@@ -29,11 +29,13 @@ from data import (
     Batch, check_data, get_batch, open_latents, open_log, positive, rand, randn, sample_prefix, write_log, write_sheet,
 )
 from model import (
-    add_noise, build, check_finite, gather, load_checkpoint, load_state, load_vae, masked_mse, rollout,
-    save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema,
+    add_noise, build, check_finite, choose, gather, given, load_checkpoint, load_state, load_vae, masked_mse,
+    rollout, save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema,
 )
 
 RECIPES = {
+    "tiny-hy": dict(steps=1000, batch_size=16, accum=1, lr=1e-3, warmup=50, max_grad_norm=1.0, ema_decay=0.995,
+                    chunk=2, null_prob=0.1, guidance=2.0, sampling_steps=48),
     "tiny": dict(steps=1000, batch_size=16, accum=1, lr=1e-3, warmup=50, max_grad_norm=1.0, ema_decay=0.995,
                  chunk=2, null_prob=0.1, guidance=1.25, sampling_steps=48),
     # minWM: 4 k steps, 32 videos, lr 2e-6, clip 10, chunks of 4 latent frames, guidance 3.
@@ -75,8 +77,8 @@ def teacher_forcing_loss(net: nn.Module, batch: Batch, chunk: int, shift: float,
     sigma = shift_sigma(rand(batch.rng, -(-f // chunk)), shift).to(batch.x0.device)  # 1
     sigma = sigma.repeat_interleave(chunk, dim=1)[:, :f] * free
     noise = randn(batch.rng, *batch.x0.shape[1:]).to(batch.x0.device)
-    drop = rand(batch.rng, 1, 1).to(batch.x0.device) < null_prob
-    prompt = torch.where(drop, batch.null, batch.prompt)
+    drop = rand(batch.rng, 1).to(batch.x0.device)[:, 0] < null_prob
+    prompt = given(choose(drop, batch.null, batch.prompt), batch.x0, free)
     v = net(add_noise(batch.x0, noise, sigma), sigma, prompt, batch.camera, clean=batch.x0, chunk=chunk)  # 2
     return masked_mse(v, noise - batch.x0, free)
 

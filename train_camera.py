@@ -27,11 +27,14 @@ from tqdm import tqdm
 
 from data import Batch, get_batch, open_latents, open_log, positive, rand, randn, sample_prefix, write_log, write_sheet
 from model import (
-    add_noise, build, check_finite, fresh_weights, gather, load_checkpoint, load_state, load_vae, masked_mse, rollout,
-    save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema, with_camera,
+    add_noise, build, check_finite, choose, fresh_weights, gather, given, load_checkpoint, load_state, load_vae,
+    masked_mse, rollout, save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema,
+    with_camera,
 )
 
 RECIPES = {
+    "tiny-hy": dict(steps=1500, batch_size=16, accum=1, lr=2e-3, warmup=50, max_grad_norm=1.0, ema_decay=0.995,
+                    shift=3.0, null_prob=0.1, prefix_prob=0.25, guidance=2.0, sampling_steps=48),
     "tiny": dict(steps=3000, batch_size=16, accum=1, lr=2e-3, warmup=50, max_grad_norm=1.0, ema_decay=0.995,
                  shift=3.0, null_prob=0.1, prefix_prob=0.25, guidance=1.25, sampling_steps=48),
     # minWM: 5 k steps, 32 videos, lr 2e-6, clip 10, shift 5, guidance 8. Ours: EMA from the first step, no loss weight
@@ -77,8 +80,8 @@ def flow_matching_loss(net: nn.Module, batch: Batch, camera: tuple | None, shift
     free = sample_prefix(batch.rng, f, prefix_prob).to(batch.x0.device)
     sigma = shift_sigma(rand(batch.rng, 1), shift).to(batch.x0.device) * free  # [b f]
     noise = randn(batch.rng, *batch.x0.shape[1:]).to(batch.x0.device)
-    drop = rand(batch.rng, 1, 1).to(batch.x0.device) < null_prob
-    prompt = torch.where(drop, batch.null, batch.prompt)
+    drop = rand(batch.rng, 1).to(batch.x0.device)[:, 0] < null_prob
+    prompt = given(choose(drop, batch.null, batch.prompt), batch.x0, free)
     v = net(add_noise(batch.x0, noise, sigma), sigma, prompt, camera)
     return masked_mse(v, noise - batch.x0, free)
 

@@ -39,12 +39,14 @@ from data import (
     write_sheet,
 )
 from model import (
-    add_noise, build, check_finite, commit, gather, guide, load_checkpoint, load_state, load_vae, masked_mse,
-    noise_levels, rollout, save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema,
-    velocity_to_x0,
+    add_noise, begin, build, check_finite, commit, gather, given, guide, load_checkpoint, load_state, load_vae,
+    masked_mse, noise_levels, rollout, save_checkpoint, save_state, shard, shift_sigma, start_process_group,
+    update_ema, velocity_to_x0,
 )
 
 RECIPES = {
+    "tiny-hy": dict(steps=120, batch_size=16, accum=1, lr=5e-5, fake_score_lr=1e-4, max_grad_norm=1.0, ema_decay=0.95,
+                    fake_score_updates=5, guidance=2.0, save_every=30),
     "tiny": dict(steps=60, batch_size=16, accum=1, lr=5e-5, fake_score_lr=1e-4, max_grad_norm=1.0, ema_decay=0.95,
                  fake_score_updates=5, guidance=2.0, save_every=30),
     # minWM: 200 updates of fake_score, 32 videos, lr 2e-6 and 4e-7, betas (0, 0.999), EMA 0.99 from update 200 (ours
@@ -87,21 +89,22 @@ def self_rollout(generator: nn.Module, batch: Batch, levels: list[float], exit_s
     which a few-step model's predictions are, which is what the scores must judge. Frames where free [b f] is 0 are
     given: the batch's own, clean.
     """
-    want_grad, past, video = torch.is_grad_enabled(), None, []
+    want_grad, video, prompt = torch.is_grad_enabled(), [], given(batch.prompt, batch.x0, free)
     noise = [randn(batch.rng, *batch.x0.shape[1:]).to(batch.x0.device) for _ in range(exit_step + 1)]
     noise[0] = add_noise(batch.x0, noise[0], free)
+    past = begin(generator, noise[0], prompt, batch.camera)
     for start in range(0, batch.x0.shape[1], chunk):
         frames = slice(start, start + chunk)
         camera, x_t = tuple(z[:, frames] for z in batch.camera), noise[0][:, frames]
         for i in range(exit_step + 1):
             sigma = levels[i] * free[:, frames]
             with torch.set_grad_enabled(want_grad and i == exit_step):
-                x0 = velocity_to_x0(generator(x_t, sigma, batch.prompt, camera, past=past), x_t, sigma)
+                x0 = velocity_to_x0(generator(x_t, sigma, prompt, camera, past=past), x_t, sigma)
             if i < exit_step:
                 x_t = add_noise(x0, noise[i + 1][:, frames], levels[i + 1] * free[:, frames])
         video.append(x0)
         if frames.stop < batch.x0.shape[1]:
-            past = commit(generator, x0, batch.prompt, camera, past=past)  # without gradient
+            past = commit(generator, x0, prompt, camera, past=past)  # without gradient
     return torch.cat(video, dim=1)
 
 
@@ -125,8 +128,9 @@ def generator_loss(generator: nn.Module, real_score: nn.Module, fake_score: nn.M
     x = self_rollout(generator, batch, levels, exit_step, chunk, free)
     with torch.no_grad():
         x_t, _, sigma = noised(x, batch, shift, free)
-        v_fake = fake_score(x_t, sigma, batch.prompt, batch.camera)
-        v_real = guide(*(real_score(x_t, sigma, text, batch.camera) for text in (batch.prompt, batch.null)), guidance)
+        prompt, null = (given(z, batch.x0, free) for z in (batch.prompt, batch.null))
+        v_fake = fake_score(x_t, sigma, prompt, batch.camera)
+        v_real = guide(*(real_score(x_t, sigma, text, batch.camera) for text in (prompt, null)), guidance)
         x0_real, x0_fake = velocity_to_x0(v_real, x_t, sigma), velocity_to_x0(v_fake, x_t, sigma)
     return dmd_loss(x, x0_real, x0_fake)
 
@@ -138,7 +142,8 @@ def fake_score_loss(generator: nn.Module, fake_score: nn.Module, batch: Batch, l
     with torch.no_grad():
         x = self_rollout(generator, batch, levels, exit_step, chunk, free)
     x_t, noise, sigma = noised(x, batch, shift, free)
-    return masked_mse(fake_score(x_t, sigma, batch.prompt, batch.camera), noise - x, free)
+    prompt = given(batch.prompt, batch.x0, free)
+    return masked_mse(fake_score(x_t, sigma, prompt, batch.camera), noise - x, free)
 
 
 def main(args: argparse.Namespace) -> None:
