@@ -323,8 +323,8 @@ def test_prompts_of_videos_are_read_by_umt5(chain, tmp_path):
     room = ((room + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
     imageio.imwrite(clips / "room.mp4", room, fps=16, macro_block_size=2, output_params=["-crf", "1"])
     (clips / "table.jsonl").write_text(json.dumps({"file": "room.mp4", "caption": "a red room", "poses": parts}))
-    call("data.py", "--videos", clips, "--vae", "ckpt/vae.pt", "--frames", "2", "--K", *K_SQUARE, "--text-encoder", path,
-         "--out", tmp_path / "videos", cwd=chain)
+    flags = ("--vae", "ckpt/vae.pt", "--frames", "2", "--K", *K_SQUARE, "--text-encoder", path)
+    call("data.py", "--videos", clips, *flags, "--out", tmp_path / "videos", cwd=chain)
     embeds = load_file(tmp_path / "videos/prompts.safetensors")["embeds"].float()
     expected = encode_prompts(["a red room", NULL_PROMPT], load_text_encoder(path, CPU))
     torch.testing.assert_close(embeds, expected, atol=1e-2, rtol=1e-2)  # fp16 on disk
