@@ -1160,7 +1160,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     own.add_argument("--scale", type=translation_scale, default=1.0, help=f"factor on all translations (1 for pose "
                      f"strings); or 'set': the one that makes the median step of the whole folder {STEP} units, for "
                      "metric poses; or 'clip': one for each clip, for poses whose scale is arbitrary (COLMAP's)")
-    own.add_argument("--negative", default="", help="the prompt that guidance steers away from")
+    own.add_argument("--text-encoder", type=Path, help="umT5; without it prompts are read word by word, as the toy's")
+    own.add_argument("--negative", help="the prompt that guidance steers away from; default: empty, or Wan's for umT5")
     own.add_argument("--keep", nargs="+", default=[], choices=DOUBTFUL, metavar="REASON",
                      help="do not drop clips for: " + ", ".join(DOUBTFUL))
     own.add_argument("--at-most", type=positive, metavar="N", help="clips of one action class, the key pressed most")
@@ -1172,6 +1173,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if any(side % 8 for side in args.size) or args.frames < 2:
         p.error(f"--size {args.size[0]}x{args.size[1]} --frames {args.frames}: expected multiples of 8 pixels, and at "
                 "least 2 frames")
+    if args.negative is None:
+        args.negative = NULL_PROMPT if args.text_encoder else ""
     if not args.videos and args.size[0] != args.size[1]:
         p.error(f"--size {args.size[0]}x{args.size[1]}: the toy world is square")
     if not 0 < args.fps < math.inf:
@@ -1469,6 +1472,14 @@ def main(args: argparse.Namespace) -> None:
     # the library half of this file imports nothing of ours; only what these three do needs the networks
     if args.inspect:
         inspect(args.inspect)
+    elif args.videos and args.text_encoder:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        encoder = lru_cache(lambda: load_text_encoder(args.text_encoder, device))  # by the one process that needs it
+
+        def umt5(prompt: str) -> Tensor:
+            return encode_prompts([prompt], encoder())[0].cpu()
+
+        make_from_videos(args, umt5)
     elif args.videos:
         make_from_videos(args)
     else:

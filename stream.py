@@ -299,15 +299,21 @@ def score(net: nn.Module, vae: WanVAE, meta: dict, args: argparse.Namespace) -> 
         ceilings.append(measure(through_vae, part, views, K, chunk, group))
         videos.append(video)
         best.append(explain(video, part, views, K)[0])
+
     def average(rows: list[dict]) -> dict:
         joined = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         spread = coverage(joined.pop("looks"), joined.pop("seen"))
         return {name: round(z.nanmean().item(), 4) for name, z in joined.items()} | {"coverage": round(spread, 4)}
 
+    def standard_error(name: str) -> float:
+        z = torch.cat([row[name] for row in rows])
+        return round((z[~z.isnan()].std() / (~z.isnan()).sum().sqrt()).item(), 4)
+
+    errors = {f"{name}_standard_error": standard_error(name) for name in ("psnr", "sharpness", "boundary_jump")}
     ceiling = average(ceilings)
     floors = ("psnr_copy_first", "psnr_shuffled_camera")
     ceiling = {f"{name}_ceiling": value for name, value in ceiling.items() if name not in floors}
-    return average(rows) | {"chance": 1 / group} | ceiling, [torch.cat(best)[:16], torch.cat(videos)[:16]]
+    return average(rows) | {"chance": 1 / group} | errors | ceiling, [torch.cat(best)[:16], torch.cat(videos)[:16]]
 
 
 def bench(net: nn.Module, vae: WanVAE, meta: dict, prompt: str, viewmats: Tensor, Ks: Tensor,

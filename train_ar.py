@@ -34,14 +34,13 @@ from model import (
 )
 
 RECIPES = {
-    "tiny-hy": dict(steps=1000, batch_size=16, accum=1, lr=1e-3, warmup=50, max_grad_norm=1.0, ema_decay=0.995,
-                    chunk=2, null_prob=0.1, guidance=2.0, sampling_steps=48),
-    "tiny": dict(steps=1000, batch_size=16, accum=1, lr=1e-3, warmup=50, max_grad_norm=1.0, ema_decay=0.995,
-                 chunk=2, null_prob=0.1, guidance=1.25, sampling_steps=48),
+    "tiny": dict(steps=1000, batch_size=16, accum=1, lr=1e-3, warmup=50, betas=(0.9, 0.99), max_grad_norm=1.0,
+                 ema_decay=0.995, chunk=2, null_prob=0.1, guidance=1.25, sampling_steps=48),
     # minWM: 4 k steps, 32 videos, lr 2e-6, clip 10, chunks of 4 latent frames, guidance 3.
-    "wan-1.3b": dict(steps=4000, batch_size=1, accum=4, lr=2e-6, warmup=0, max_grad_norm=10.0, ema_decay=0.99,
-                     chunk=4, null_prob=0.0, guidance=3.0, sampling_steps=48),
+    "wan-1.3b": dict(steps=4000, batch_size=1, accum=4, lr=2e-6, warmup=0, betas=(0.0, 0.999), max_grad_norm=10.0,
+                     ema_decay=0.99, chunk=4, null_prob=0.0, guidance=3.0, sampling_steps=48),
 }
+RECIPES["tiny-hy"] = RECIPES["tiny"]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -57,6 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--lr", type=float)
     p.add_argument("--max-grad-norm", type=float)
     p.add_argument("--ema-decay", type=float)
+    p.add_argument("--betas", type=float, nargs=2, help="of AdamW")
     p.add_argument("--warmup", type=int, help="steps until lr is reached")
     p.add_argument("--chunk", type=positive, help="latent frames denoised together")
     p.add_argument("--null-prob", type=float, help="how often the prompt is dropped, so that guidance has a null")
@@ -96,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
     with torch.device("meta"):
         net, ema = (build(args.preset) for _ in range(2))
     net, ema = shard(net, weights, device, train=True), shard(ema, weights, device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=args.betas, weight_decay=0.01, fused=True)
     nets, optimizers = {"net": net, "ema": ema}, {"net": optimizer}
     meta = source | {"stage": "ar", "chunk": args.chunk, "steps": args.sampling_steps, "guidance": args.guidance,  # 3
                      "from": f"{args.init.name} at step {source['step']}"}

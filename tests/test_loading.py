@@ -11,11 +11,14 @@ from dataclasses import replace
 import imageio.v3 as imageio
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import model
 from conftest import MINIATURE, call, refusal
-from data import K_WIDE, UMT5_LEN, encode_prompts, load_text_encoder
+from data import (
+    K_SQUARE, K_WIDE, NULL_PROMPT, UMT5_LEN, encode_prompts, intrinsics, load_text_encoder, parse_trajectory, render,
+    sample_toy,
+)
 from model import PRESETS, RELEASED, WanVAE, build, fingerprint, load_checkpoint, load_net, load_vae
 
 CPU, TINY = torch.device("cpu"), PRESETS["tiny"]
@@ -309,6 +312,22 @@ def test_a_broken_umt5_is_named(tmp_path, damage, found):
         load_text_encoder(path, CPU)
     assert str(error.value).startswith(f"{path}: ") and found in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
+
+
+def test_prompts_of_videos_are_read_by_umt5(chain, tmp_path):
+    path, clips = write_umt5(tmp_path, umt5_weights()), tmp_path / "clips"
+    clips.mkdir()
+    _, paths, scene = sample_toy(1, seed=0, steps=7, held=False)
+    parts = paths[0].split("*")[0]  # the first key, for one latent frame
+    room = render(scene, parse_trajectory(paths[0])[None], intrinsics(K_SQUARE), 32)[0, :, :5]
+    room = ((room + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+    imageio.imwrite(clips / "room.mp4", room, fps=16, macro_block_size=2, output_params=["-crf", "1"])
+    (clips / "table.jsonl").write_text(json.dumps({"file": "room.mp4", "caption": "a red room", "poses": parts}))
+    flags = ("--vae", "ckpt/vae.pt", "--frames", "2", "--K", *K_SQUARE, "--text-encoder", path)
+    call("data.py", "--videos", clips, *flags, "--out", tmp_path / "videos", cwd=chain)
+    embeds = load_file(tmp_path / "videos/prompts.safetensors")["embeds"].float()
+    expected = encode_prompts(["a red room", NULL_PROMPT], load_text_encoder(path, CPU))
+    torch.testing.assert_close(embeds, expected, atol=1e-2, rtol=1e-2)  # fp16 on disk
 
 
 def test_a_umt5_folder_that_lacks_a_tensor_is_named(tmp_path):
