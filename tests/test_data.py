@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import resource
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -14,13 +15,13 @@ import pytest
 import torch
 from einops import repeat
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from data import (
     K_SQUARE, K_WIDE, KEYS, LOOKS, N_PANELS, PALETTE, PILLAR, PILLAR_X, PILLAR_Z, ROOM, STEP, TEXT_DIM, TEXT_LEN, TURN,
     cast, encode_words, get_batch, held_out, intrinsics, invert_se3, look_errors, mix, open_latents, paint, panels_seen,
     parse_trajectory, pixel_cameras, rand, randn, read_camera, read_prompt, render, rotation, sample_path,
-    sample_prompt, sample_toy, write_sheet,
+    sample_prompt, sample_toy, save_shard, write_sheet,
 )
 
 ORACLE = Path(os.environ.get("ORACLE_DIR", Path(__file__).parents[2] / "shared/oracle"))
@@ -497,3 +498,17 @@ def test_a_contact_sheet_shows_every_fourth_frame_one_strip_per_video(tmp_path):
     strips = image[::2, ::2].reshape(4, 9, 3, 6, 3)  # strip, row, frame, column, colour
     assert (strips[::2, :8, 0] == 0).all() and (strips[::2, :8, 1] == (255, 0, 0)).all() and (strips[1::2] == 255).all()
     assert (strips[:, 8] == 255).all()  # the line below
+
+
+def test_a_full_disk_leaves_the_old_shard(tmp_path):
+    path = tmp_path / "latents-000000.safetensors"
+    save_shard(path, {"latents": torch.ones(3)}, {})
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # as a disk with 10 kB left
+    try:
+        with pytest.raises(ValueError, match="could not be written") as error:
+            save_shard(path, {"latents": torch.zeros(300_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name] and load_file(path)["latents"].tolist() == [1] * 3
