@@ -1235,14 +1235,16 @@ def make_toy(args: argparse.Namespace) -> None:
         vae.cfg = replace(vae.cfg, mean=tuple(mean), std=tuple(std))
         save_checkpoint(args.vae, vae.state_dict(), {"stage": "vae", "preset": args.preset, "mean": mean, "std": std,
                                                      "fingerprint": fingerprint(vae.state_dict())})
-    known_as = load_checkpoint(args.vae, "vae")[1]["fingerprint"]
-    vae = load_vae(args.vae, torch.device("cpu"), known_as)
+    about = load_checkpoint(args.vae, "vae")[1]
+    if about["preset"] != args.preset:
+        raise ValueError(f"{args.vae}: a VAE of preset {about['preset']}, but --preset is {args.preset}")
+    vae = load_vae(args.vae, torch.device("cpu"), about["fingerprint"])
 
     args.out.mkdir(parents=True, exist_ok=True)
     for old in [args.out / "prompts.safetensors", *args.out.glob("latents-*.safetensors")]:
         old.unlink(missing_ok=True)  # the prompts first and written last: without them the folder does not open
     meta = {"preset": args.preset, "K": list(K_SQUARE), "size": args.size, "fps": FPS, "frames": args.frames,
-            "vae": str(args.vae), "vae_fingerprint": known_as}
+            "vae": str(args.vae), "vae_fingerprint": about["fingerprint"]}
     for start in tqdm(range(0, args.count, 512), "encode"):
         rows = slice(start, min(start + 512, args.count))
         with torch.no_grad():
@@ -1344,10 +1346,10 @@ def make_from_videos(args: argparse.Namespace, encode: Callable[[str], Tensor] =
             raise ValueError(f"{args.videos}: expected one table.jsonl, table.json or table.csv, found {len(there)}; "
                              "--table names another")
         args.table = there[0]
-    clips, known_as = read_table(args.table), load_checkpoint(args.vae, "vae")[1]["fingerprint"]
+    clips, about_vae = read_table(args.table), load_checkpoint(args.vae, "vae")[1]
     rank, world_size, device = start_process_group()
     gloo = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # ranks wait for each other as long as it takes
-    vae = load_vae(args.vae, device, known_as)
+    vae = load_vae(args.vae, device, about_vae["fingerprint"])
     if any(side % (2 * vae.cfg.stride) for side in args.size):
         raise ValueError(f"--size {args.size[0]}x{args.size[1]}: expected multiples of {2 * vae.cfg.stride} pixels, "
                          "this VAE's times patches of 2")
@@ -1391,8 +1393,9 @@ def make_from_videos(args: argparse.Namespace, encode: Callable[[str], Tensor] =
         raise ValueError(f"{strange[0]}: not a shard of this run; delete it, or choose another --out")
     if kept:
         every_K = torch.cat([cameras[n][1] for n in kept]).double()[:, [0, 1, 0, 1], [0, 1, 2, 2]]
-        meta = {"K": [round(k, 7) for k in every_K.median(0).values.tolist()], "size": args.size, "fps": args.fps,
-                "frames": args.frames, "vae": str(args.vae), "vae_fingerprint": known_as,
+        meta = {"preset": about_vae["preset"], "K": [round(k, 7) for k in every_K.median(0).values.tolist()],
+                "size": args.size, "fps": args.fps, "frames": args.frames, "vae": str(args.vae),
+                "vae_fingerprint": about_vae["fingerprint"],
                 "scale": cameras[kept[0]][2] if args.scale == "set" else args.scale, "negative": args.negative,
                 "encoder": encode.__name__}
     for file in there:

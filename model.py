@@ -1178,7 +1178,7 @@ def given(prompt, x0: Tensor, free: Tensor):
 
     HY reads them from channels of their own. Wan finds them in its input, at noise level zero, as HY does besides.
     """
-    if isinstance(prompt, Tensor):
+    if not isinstance(prompt, HYPrompt):
         return prompt
     mask = rearrange(1 - free.float(), "b f -> b f 1 1 1").expand(-1, -1, 1, *x0.shape[3:])
     return prompt._replace(image=torch.cat([x0 * mask, mask], dim=2))
@@ -1291,8 +1291,9 @@ def rollout(net: nn.Module, meta: dict, rng: list[torch.Generator], shape: tuple
     noise = [torch.stack([torch.randn(shape, generator=g) for g in rng]).to(camera[0].device)
              for _ in range(meta["steps"] if renoise else 1)]  # one for each level above 0
     text, past = with_null(prompt, null, guidance), None
+    if prefix is not None:
+        text = given(text, *doubled(prefix, prefix.new_zeros(prefix.shape[:2]), guidance=guidance))
     prefix = noise[0][:, :0] if prefix is None else prefix
-    text = given(text, *doubled(prefix, prefix.new_zeros(prefix.shape[:2]), guidance=guidance))
     noise[0] = torch.cat([prefix, noise[0][:, prefix.shape[1] :]], dim=1)
     free = (torch.arange(shape[0], device=prefix.device) >= prefix.shape[1]).float().expand(len(rng), -1)
     if meta["chunk"]:
