@@ -88,6 +88,21 @@ def test_ode_pairs_start_at_noise_and_end_where_the_teacher_ends(chain):
             assert json.loads(file.metadata()["meta"])["levels"] == LEVELS
 
 
+def test_second_backbone_goes_through_the_same_scripts(tmp_path):
+    call("data.py", "--preset", "tiny-hy", "--count", "4", "--frames", "4", "--vae-steps", "1", cwd=tmp_path)
+    for stage, (script, *short) in SCRIPTS.items():
+        if stage == "ode":
+            call(script, "--preset", "tiny-hy", "--generate", "--pairs-count", "2", "--batch-size", "2", cwd=tmp_path)
+        flags = ("--preset", "tiny-hy", "--steps", "1", "--batch-size", "2", "--lr", "1e-3", "--log-every", "1")
+        call(script, *flags, *short, cwd=tmp_path)
+        assert load_checkpoint(tmp_path / f"ckpt/{stage}.pt", stage)[1]["preset"] == "tiny-hy"
+        assert rows(tmp_path / f"ckpt/{stage}/metrics.jsonl")[0]["grad_norm"] > 0
+    imageio.imwrite(tmp_path / "room.png", torch.randint(255, (32, 32, 3), dtype=torch.uint8).numpy())
+    video = tmp_path / "walk.gif"
+    call("stream.py", "--camera", "w*3", "--image", tmp_path / "room.png", "--out", video, cwd=tmp_path)
+    assert imageio.imread(video).shape == (13, 256, 256, 3)
+
+
 # ------------------------------------------------------------------------------------------------- Resume, ranks, kills
 
 
