@@ -678,8 +678,9 @@ def rand(rng: list[torch.Generator], *shape: int) -> Tensor:
 def open_log(path: Path, step: int) -> None:
     """Keep the lines of metrics up to `step`: none of an earlier run's, none that a resumed run will write again."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines() if path.exists() else []
-    path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]  # a killed run or a full disk may have cut the last one
+    path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
 
 
 def sample_prefix(rng: list[torch.Generator], f: int, prob: float) -> Tensor:

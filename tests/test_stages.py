@@ -150,6 +150,8 @@ def test_resume_of_a_finished_run_says_so(chain, tmp_path, capsys):
 def test_log_of_an_earlier_run_does_not_mix_with_this_ones(chain, tmp_path):
     shutil.copytree(chain / "ckpt/ar", tmp_path / "ar")  # two steps of it
     before = rows(tmp_path / "ar/metrics.jsonl")
+    with open(tmp_path / "ar/metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')  # killed here
     open_log(tmp_path / "ar/metrics.jsonl", 1)
     assert rows(tmp_path / "ar/metrics.jsonl") == before[:1]  # as after a kill between a save and the end
     train("ar", "--out", tmp_path / "ar.pt", "--steps", "1", cwd=chain)
