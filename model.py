@@ -1237,7 +1237,7 @@ def unipc(net: nn.Module, x_t: Tensor, levels: list[float], prompt, camera, guid
     the last step are of first order. levels[0] must be under 1, where log-SNR is -inf: noise_levels(..., start=0.999).
     """
     log_snr = [math.log((1 - s) / s) if s > 0 else math.inf for s in levels]
-    free, given, x0s = x_t.new_ones(x_t.shape[:2]) if free is None else free, x_t, []
+    free, start, x0s = x_t.new_ones(x_t.shape[:2]) if free is None else free, x_t, []
 
     def leap(x: Tensor, i: int, end: Tensor | None) -> Tensor:
         """From levels[i] to levels[i + 1]; end: x0 as predicted there, once it is known."""
@@ -1258,7 +1258,7 @@ def unipc(net: nn.Module, x_t: Tensor, levels: list[float], prompt, camera, guid
         sigma = upper * free
         x0s.append(velocity_to_x0(guided(net, x_t, sigma, prompt, camera, guidance, past), x_t, sigma))
         x = leap(x, i - 1, x0s[i]) if i else x_t
-        x_t = torch.where(free[..., None, None, None] > 0, leap(x, i, None), given)
+        x_t = torch.where(free[..., None, None, None] > 0, leap(x, i, None), start)  # given frames stay
     return x_t
 
 
