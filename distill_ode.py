@@ -47,7 +47,7 @@ RECIPES = {
     "wan-1.3b": dict(steps=2000, batch_size=1, accum=4, lr=2e-6, warmup=0, betas=(0.9, 0.999), max_grad_norm=10.0,
                      ema_decay=0.99, pairs_count=3000, teacher_steps=48, sampling_steps=4),
 }
-RECIPES["tiny-hy"] = RECIPES["tiny"]
+RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=800, lr=6e-4)
 # minWM: 1.5 k steps, with Muon at lr 1e-5, whose updates are as large as AdamW's at 2e-6.
 RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(steps=1500, max_grad_norm=1.0)
 

@@ -53,7 +53,7 @@ RECIPES = {
     "wan-1.3b": dict(steps=40, batch_size=1, accum=4, lr=2e-6, fake_score_lr=4e-7, max_grad_norm=10.0, ema_decay=0.8,
                      fake_score_updates=5, guidance=4.0, save_every=5),
 }
-RECIPES["tiny-hy"] = RECIPES["tiny"]
+RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(lr=1e-4, fake_score_lr=2e-4)
 # minWM: 100 generator updates after 4 of fake_score each, Muon at lr 1e-5 and 8e-6 (AdamW's at a fifth of that makes
 # updates as large), EMA 0.99 from the 100th step on, guidance 5.
 RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(steps=100, fake_score_lr=1.6e-6, max_grad_norm=1.0, ema_decay=0.95,
