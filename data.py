@@ -56,8 +56,9 @@ KEYS = {  # key: (help text, translation along the camera's own axes, yaw, pitch
     "i": ("look up", (0, 0, 0), 0, TURN),
     "k": ("look down", (0, 0, 0), 0, -TURN),
 }
+WORDS = {"left": "j", "right": "l", "up": "i", "down": "k"}  # HY-WorldPlay's data says right-8,a-11 for l*8,a*11
 GRAMMAR = "keys: " + ", ".join(f"{key} {help}" for key, (help, *_) in KEYS.items()) + (
-    f"; each for one latent frame ({STEP} units or {math.degrees(TURN):g} degrees); w*4 repeats, w+l is both at once, "
+    f"; each for one latent frame ({STEP} units or {math.degrees(TURN):g} degrees); w*4 (or w-4) repeats, w+l is both at once, "
     "commas follow one another: 'w*4,w+l*3'")
 K_WIDE = (0.5050505, 0.89786756, 0.5, 0.5)  # 16:9, the intrinsics of minWM's training data
 K_SQUARE = (0.5050505, 0.5050505, 0.5, 0.5)  # the same field of view on square images
@@ -78,16 +79,15 @@ def parse_trajectory(text: str) -> Tensor:
     """
     c2w, poses = torch.eye(4, dtype=torch.float64), [torch.eye(4, dtype=torch.float64)]
     for part in text.replace(" ", "").split(","):
-        keys, _, count = part.partition("*")
-        unknown = [key for key in keys.split("+") if key not in KEYS]
-        if unknown or ("*" in part and not (count.isdecimal() and 0 < int(count) <= 10**4)):
+        read = re.fullmatch(r"([a-z+]+)(?:[*-]([0-9]{1,4}))?", part)
+        keys, count = ([WORDS.get(key, key) for key in read[1].split("+")], int(read[2] or 1)) if read else ([], 0)
+        if not count or any(key not in KEYS for key in keys):
             raise ValueError(f"trajectory {text!r}: cannot read {part!r}. {GRAMMAR}")
-        move, yaw, pitch = (torch.tensor([KEYS[key][n] for key in keys.split("+")], dtype=torch.float64).sum(0)
-                            for n in (1, 2, 3))
+        move, yaw, pitch = (torch.tensor([KEYS[key][n] for key in keys], dtype=torch.float64).sum(0) for n in (1, 2, 3))
         step = torch.eye(4, dtype=torch.float64)
         step[:3, :3] = rotation(yaw, pitch)
         step[:3, 3] = step[:3, :3] @ move
-        for _ in range(int(count or 1)):
+        for _ in range(count):
             c2w = c2w @ step
             poses.append(c2w)
     return invert_se3(torch.stack(poses)).float()

@@ -124,6 +124,10 @@ def test_a_bad_trajectory_names_its_bad_part(text, part):
     assert "\n" not in str(error.value) and "look right" in str(error.value)  # and the keys there are
 
 
+def test_worldplays_dialect_is_read():
+    assert torch.equal(parse_trajectory("right-8, a-2,left,up-3,down+w-2"), parse_trajectory("l*8,a*2,j,i*3,k+w*2"))
+
+
 def test_trajectories_are_those_of_the_reference():
     if not (path := ORACLE / "case8_traj_A.safetensors").exists():
         pytest.skip(f"no reference tensors {path}; ORACLE_DIR names their folder")
