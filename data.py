@@ -58,8 +58,8 @@ KEYS = {  # key: (help text, translation along the camera's own axes, yaw, pitch
 }
 WORDS = {"left": "j", "right": "l", "up": "i", "down": "k"}  # HY-WorldPlay's data says right-8,a-11 for l*8,a*11
 GRAMMAR = "keys: " + ", ".join(f"{key} {help}" for key, (help, *_) in KEYS.items()) + (
-    f"; each for one latent frame ({STEP} units or {math.degrees(TURN):g} degrees); w*4 (or w-4) repeats, w+l is both at once, "
-    "commas follow one another: 'w*4,w+l*3'")
+    f"; each for one latent frame ({STEP} units or {math.degrees(TURN):g} degrees); w*4 or w-4 repeats, w+l is both at "
+    "once, commas follow one another: 'w*4,w+l*3'")
 K_WIDE = (0.5050505, 0.89786756, 0.5, 0.5)  # 16:9, the intrinsics of minWM's training data
 K_SQUARE = (0.5050505, 0.5050505, 0.5, 0.5)  # the same field of view on square images
 
@@ -490,7 +490,7 @@ def read_hy_words(prompt: str) -> dict[str, Tensor]:
 
 
 def see_places(image: Tensor) -> Tensor:
-    """SigLIP's: of each of 4 x 4 places of an image [b 3 H W] the colours of its quarters, and where it is [b 16 16]."""
+    """SigLIP's: of 4 x 4 places of images [b 3 H W] the colours of the quarters and where the place is -> [b 16 16]."""
     colours = rearrange(F.adaptive_avg_pool2d(image, 8), "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
     y, x = torch.meshgrid(torch.linspace(-1, 1, 4), torch.linspace(-1, 1, 4), indexing="ij")
     where = rearrange([y, x, y * y, x * x], "k h w -> (h w) k").to(image.device)
@@ -1123,8 +1123,8 @@ def embed(prompts: list[str], encoder: Encoder, files: list[Path]) -> tuple[dict
                 about = held.metadata() or {}
                 if about.get("encoder") == encoder.name:
                     columns = {name: held.get_tensor(name) for name in held.keys()}
-                    rows = ({name: z[i] for name, z in columns.items()} for i in range(len(next(iter(columns.values())))))
-                    embeds |= zip([*json.loads(about["prompts"]), about["null"]], rows)
+                    for i, prompt in enumerate([*json.loads(about["prompts"]), about["null"]]):
+                        embeds[prompt] = {name: z[i] for name, z in columns.items()}
         except SafetensorError as error:
             raise ValueError(f"{file}: truncated or not safetensors ({error}); delete it") from None
     for prompt in tqdm([prompt for prompt in dict.fromkeys(prompts) if prompt not in embeds], "prompts"):

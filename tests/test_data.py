@@ -103,6 +103,7 @@ def test_rotation_is_yaw_after_pitch_with_up_at_minus_y():
 
 @pytest.mark.parametrize("text, same", [
     ("w*3", "w,w,w"), (" w *2, l+ w*2 ", "w*2,w+l*2"), ("l,w*1", "l*1,w"), ("w*12", ",".join("w" * 12)),
+    ("right-8, a-2,left,up-3,down+w-2", "l*8,a*2,j,i*3,k+w*2"),  # WorldPlay's dialect
 ])
 def test_ways_to_write_the_same_path(text, same):
     assert torch.equal(parse_trajectory(text), parse_trajectory(same))
@@ -122,10 +123,6 @@ def test_a_bad_trajectory_names_its_bad_part(text, part):
     with pytest.raises(ValueError, match=re.escape(f"cannot read {part!r}")) as error:
         parse_trajectory(text)
     assert "\n" not in str(error.value) and "look right" in str(error.value)  # and the keys there are
-
-
-def test_worldplays_dialect_is_read():
-    assert torch.equal(parse_trajectory("right-8, a-2,left,up-3,down+w-2"), parse_trajectory("l*8,a*2,j,i*3,k+w*2"))
 
 
 def test_trajectories_are_those_of_the_reference():
