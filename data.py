@@ -245,6 +245,27 @@ def pressed(viewmats: Tensor) -> list[set[str]]:
     return keys
 
 
+ACTIONS = torch.tensor([[8, 2, 7], [4, 0, 3], [6, 1, 5]])  # back, none, forward x left, none, right; or yaw x pitch
+
+
+def action_labels(viewmats: Tensor) -> Tensor:
+    """HY-WorldPlay's label of each step of a path [f 4 4] -> [f] int64: 9 * translation + rotation, the first frame 0.
+
+    Class 0 is none, 1 forward (a turn right), 2 backward (left), 3 right (up), 4 left (down), 5 to 8 are pairs of them.
+    None is less than 0.01 units or 0.05 degrees, and any motion along y. The poses alone decide: minWM's table of keys
+    exchanges left and right, its training data and WorldPlay do not.
+    """
+    w2c = viewmats.double()
+    step = w2c[:-1] @ invert_se3(w2c[1:])  # each camera in the axes of the one before
+    R, move, classes = step[:, :3, :3], step[:, :3, 3], ACTIONS.to(w2c.device)
+    distance = move.norm(dim=-1, keepdim=True)
+    cosines = torch.where(distance > 0.01, move / distance.clamp_min(1e-12), 0)  # 0.5: within 60 degrees of an axis
+    yaw, pitch = -torch.asin(R[:, 2, 0].clamp(-1, 1)).rad2deg(), torch.atan2(R[:, 2, 1], R[:, 2, 2]).rad2deg()
+    side = lambda amount, least: (amount > least).long() - (amount < -least).long() + 1
+    translation = classes[side(cosines[:, 2], 0.5), side(cosines[:, 0], 0.5)]
+    return F.pad(9 * translation + classes[side(yaw, 0.05), side(pitch, 0.05)], (1, 0))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Toy world. A room seen from inside, with two pillars. The prompt names every colour and where the pillars stand;
 # each panel of the walls, 1 unit long, carries one of four patterns that the prompt does *not* name. So a generated
