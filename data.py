@@ -656,7 +656,8 @@ def load_pixels(folder: Path) -> dict:
 
 def load_hy_encoders(path: Path, device: torch.device) -> HYEncoders:
     """HunyuanVideo-1.5's encoders, from its folder as released or as diffusers has it. Raises ValueError naming what is
-    missing, broken or something else. fp16 on a GPU, as released, else fp32; byT5, a small T5, overflows fp16."""
+    missing, broken or something else. fp16 on a GPU, as HY's own pipeline, else fp32; byT5 always: T5s overflow fp16.
+    """
     from transformers import ByT5Tokenizer, SiglipVisionModel, T5EncoderModel
     released = not (path / "text_encoder/config.json").exists()
     half, found = torch.float16 if device.type == "cuda" else torch.float32, {}
