@@ -709,7 +709,9 @@ def load_pixels(folder: Path) -> dict:
 
 def load_hy_encoders(path: Path, device: torch.device, *parts: str) -> HYEncoders:
     """HunyuanVideo-1.5's encoders, or some of them, from its folder as released or as diffusers has it. Raises
-    ValueError naming what is missing, broken or something else. fp16 on a GPU, as HY's own pipeline, else fp32; byT5 always: T5s overflow fp16.
+    ValueError naming what is missing, broken or something else.
+
+    fp16 on a GPU, as HY's own pipeline, else fp32; byT5 always: T5s overflow fp16.
     """
     from transformers import ByT5Tokenizer, SiglipVisionModel, T5EncoderModel
     released = not (path / "text_encoder/config.json").exists()

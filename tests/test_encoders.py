@@ -356,4 +356,5 @@ def test_videos_become_hy_latents(toys, encoders, tmp_path):
     frame = torch.from_numpy(imageio.imread(tmp_path / "clips/0.mp4", index=0)).permute(2, 0, 1)[None] / 127.5 - 1
     with contextlib.chdir(tmp_path):
         data = open_latents("data/1")
-    torch.testing.assert_close(data.shards[0].get_tensor("vision")[0].float(), see(frame, encoders)[0], atol=0.05, rtol=0.05)
+    seen = data.shards[0].get_tensor("vision")[0].float()
+    torch.testing.assert_close(seen, see(frame, encoders)[0], atol=0.05, rtol=0.05)
