@@ -417,8 +417,52 @@ def panels_seen(hits: Hits, least: float) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. Words. umT5 reads a prompt in context; this stand-in gives each word a fixed random vector and lets a token carry
-# its own word and the two before it, so that "red left wall" is not "left red wall". Zero rows pad, as in Wan.
+# 3. Prompts. What reads them is frozen, and the toy world has a stand-in for it that needs no download.
+
+
+class Encoder(NamedTuple):
+    """What turns prompts, and for HY the first frames of videos, into what a network reads."""
+    name: str
+    read: Callable[[str], dict[str, Tensor]]  # a prompt -> rows [l d] and masks [l] of a prompt table, any l
+    see: Callable[[Tensor], Tensor] | None  # images [b 3 H W] in [-1, 1] -> [b l d]; Wan knows none
+    null: str  # the prompt that guidance steers away from
+
+
+def load_encoder(preset: str, path: Path | None, device: torch.device) -> Encoder:
+    """path: umT5 for a Wan preset; without it, the stand-ins. Networks are loaded when they are first asked."""
+    from model import PRESETS, HYConfig
+    if isinstance(PRESETS[preset].dit, HYConfig):
+        return Encoder("words", read_hy_words, see_places, "")
+    if path is None:
+        return Encoder("words", lambda prompt: {"embeds": encode_words(prompt)}, None, "")
+    umt5 = lru_cache(lambda: load_text_encoder(path, device))
+    return Encoder("umt5", lambda prompt: {"embeds": encode_prompts([prompt], umt5())[0]}, None, NULL_PROMPT)
+
+
+def table(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What an encoder made of each prompt -> one tensor for all, zero past their ends: [n l d], masks [n l]."""
+    return {name: nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True) for name in rows[0]}
+
+
+def halved(row: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As it lies on disk: numbers in fp16, masks as they are."""
+    return {name: z.half().cpu() if z.is_floating_point() else z.cpu() for name, z in row.items()}
+
+
+def as_prompt(rows: dict[str, Tensor], vision: Tensor | None, first: Tensor | None):
+    """Some rows of a prompt table -> what a network takes. Wan: [b l d]. HY: a HYPrompt, with an image to go on from.
+
+    vision [b l d] is how the image was seen, all zero where there is none, and first [b 1 c h w] are its latents.
+    """
+    if "embeds" in rows:
+        return rows["embeds"]
+    from model import HYPrompt
+    pictured = vision.flatten(1).any(1).view(-1, 1, 1, 1, 1).float()
+    return HYPrompt(**rows, vision=vision, image=pictured * F.pad(first, (0, 0, 0, 0, 0, 1), value=1.0))
+
+
+# The stand-in for umT5 gives each word a fixed random vector and lets a token carry its own word and the two before it,
+# so that "red left wall" is not "left red wall". Zero rows pad, as in Wan.
 
 WORD_DIM = 32
 TEXT_LEN, TEXT_DIM = 32, 3 * WORD_DIM
@@ -429,16 +473,6 @@ def word_vector(word: str) -> Tensor:
     return torch.randn(WORD_DIM, generator=torch.Generator().manual_seed(zlib.crc32(word.encode())))
 
 
-def as_prompt(preset: str, embeds: Tensor):
-    """Embeddings [b l d] of words -> what the preset's network calls a prompt: for HY, no quotes, no image."""
-    if preset != "tiny-hy":
-        return embeds
-    from model import HYPrompt
-
-    none = embeds.new_zeros(len(embeds), 1, 8)
-    return HYPrompt(embeds, embeds.any(-1), none, none[..., 0].bool(), none, embeds.new_zeros(len(embeds), 0, 33, 4, 4))
-
-
 def encode_words(prompt: str) -> Tensor:
     """prompt -> [32 96], zero past its end; the empty prompt is the null prompt. Raises ValueError past 32 words."""
     words = prompt.lower().replace(",", " ").split()
@@ -447,6 +481,20 @@ def encode_words(prompt: str) -> Tensor:
     vectors = [torch.zeros(WORD_DIM)] * 2 + [word_vector(word) for word in words]
     rows = [torch.cat([vectors[i], vectors[i - 1], vectors[i - 2]]) for i in range(2, len(vectors))]
     return F.pad(torch.stack(rows), (0, 0, 0, TEXT_LEN - len(rows))) if rows else torch.zeros(TEXT_LEN, TEXT_DIM)
+
+
+def read_hy_words(prompt: str) -> dict[str, Tensor]:
+    """HY's: the words, in place of Qwen2.5-VL, and none in quotes for byT5, since the toy world shows no writing."""
+    text = encode_words(prompt)
+    return {"text": text, "text_mask": text.any(-1), "byt5": torch.zeros(1, 8), "byt5_mask": torch.zeros(1).bool()}
+
+
+def see_places(image: Tensor) -> Tensor:
+    """SigLIP's: of each of 4 x 4 places of an image [b 3 H W] the colours of its quarters, and where it is [b 16 16]."""
+    colours = rearrange(F.adaptive_avg_pool2d(image, 8), "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 4), torch.linspace(-1, 1, 4), indexing="ij")
+    where = rearrange([y, x, y * y, x * x], "k h w -> (h w) k").to(image.device)
+    return torch.cat([colours, where.expand(len(image), -1, -1)], dim=2)
 
 
 # umT5 itself is transformers', imported where it is used: that takes seconds, and the toy world does without.
@@ -536,10 +584,8 @@ def load_text_encoder(path: Path, device: torch.device) -> TextEncoder:
         raise ValueError(f"{path}: not a umT5 encoder with its tokenizer ({reason[0]})") from error
 
 
-def encode_prompts(prompts: list[str], encoder: TextEncoder | None) -> Tensor:
-    """Prompts -> [b l d], zero past their ends: by umT5, cut at 512 tokens as Wan does, or else word by word."""
-    if encoder is None:
-        return torch.stack([encode_words(prompt) for prompt in prompts])
+def encode_prompts(prompts: list[str], encoder: TextEncoder) -> Tensor:
+    """Prompts -> umT5's [b 512 d], zero past their ends, cut at 512 tokens as Wan does."""
     clean = [re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip() for prompt in prompts]
     tokens = encoder.tokenizer(clean, padding="max_length", max_length=UMT5_LEN, truncation=True, return_tensors="pt")
     ids, mask = (tokens[name].to(encoder.net.device) for name in ("input_ids", "attention_mask"))
@@ -548,18 +594,19 @@ def encode_prompts(prompts: list[str], encoder: TextEncoder | None) -> Tensor:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Latents. A folder of safetensors shards, read through memory maps: latents [n f c h w] fp16, viewmats [n f 4 4] and
-# Ks [n f 3 3] fp32, prompt_ids [n]; and prompts.safetensors with the embedding of each prompt_id, the null last.
+# Ks [n f 3 3] fp32, prompt_ids [n], for HY also vision [n l d]; and prompts.safetensors, a row for each prompt_id, the
+# null prompt's last: embeds [n l d] for Wan; text, text_mask, byt5 and byt5_mask for HY.
 
 
 class Batch(NamedTuple):
     """What a stage trains on; every random number a sample needs comes from that sample's own generator in `rng`."""
     x0: Tensor  # [b f c h w] fp32
-    prompt: Tensor  # [b l d]
-    null: Tensor  # [b l d], the prompt that guidance steers away from
+    prompt: Tensor  # [b l d], or HY's HYPrompt
+    null: Tensor  # alike, the prompt that guidance steers away from; HY's keeps the image
     camera: tuple[Tensor, Tensor]  # viewmats [b f 4 4], Ks [b f 3 3]
     rng: list[torch.Generator]
     ids: list[int]  # rows of the data set
-    prompt_ids: list[int]
+    held: dict[str, Tensor]  # all else that the folder says of these rows
     states: Tensor | None  # [b n f c h w], of an ODE-pair folder (distill_ode.py): along the way from noise to x0
 
 
@@ -630,31 +677,29 @@ def get_batch(data: Latents, seed: int, step: int, part: int, parts: int, size: 
     part is rank + world_size * micro-batch, so N ranks and N micro-batches see the same samples with the same noise.
     Raises ValueError when a latent is not finite.
     """
-    total, x0, viewmats, Ks, prompt_ids, rng, ids, states = data.starts[-1], [], [], [], [], [], [], []
+    total, rows, rng, ids = data.starts[-1], [], [], []
     for slot in range(part * size, (part + 1) * size):
         epoch, position = divmod(step * parts * size + slot, total)
         row = _shuffled(total, seed, epoch)[position]
         n = next(i for i, start in enumerate(data.starts[1:]) if row < start)
         shard, at = data.shards[n], row - data.starts[n]
-        x0.append(shard.get_slice("latents")[at])
-        viewmats.append(shard.get_slice("viewmats")[at])
-        Ks.append(shard.get_slice("Ks")[at])
-        prompt_ids.append(int(shard.get_slice("prompt_ids")[at]))
-        if "states" in shard.keys():
-            states.append(shard.get_slice("states")[at])
+        rows.append({name: shard.get_slice(name)[at] for name in shard.keys()})
         rng.append(torch.Generator().manual_seed(mix(seed, 2, step, slot)))
         ids.append(row)
-    x0 = torch.stack(x0).float()
+    held = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    x0, states = held.pop("latents").float(), held.pop("states", None)
     if not x0.isfinite().all():
         bad = [row for row, x in zip(ids, x0) if not x.isfinite().all()]
         raise ValueError(f"{data.folder}: latents of row {bad[0]} hold NaN or inf")
-    embeds = data.prompts.get_slice("embeds")
-    prompt = torch.stack([embeds[i] for i in prompt_ids]).float()
-    null = embeds[embeds.get_shape()[0] - 1].float().expand_as(prompt)
-    on = [z.to(device) for z in (x0, prompt, null, torch.stack(viewmats), torch.stack(Ks))]
-    on[1:3] = (as_prompt(data.meta.get("preset", "tiny"), z) for z in on[1:3])
-    on_the_way = torch.stack(states).float().to(device) if states else None
-    return Batch(*on[:3], (on[3], on[4]), rng, ids, prompt_ids, on_the_way)
+    on = lambda z: z.to(device, torch.float32 if z.is_floating_point() else None)
+    x0, vision, texts, nulls = on(x0), on(held["vision"]) if "vision" in held else None, {}, {}
+    for name in data.prompts.keys():
+        z = data.prompts.get_slice(name)
+        texts[name] = on(torch.stack([z[i] for i in held["prompt_ids"].tolist()]))
+        nulls[name] = on(z[z.get_shape()[0] - 1]).expand_as(texts[name])
+    prompt, null = (as_prompt(rows, vision, x0[:, :1]) for rows in (texts, nulls))
+    camera = on(held["viewmats"]), on(held["Ks"])
+    return Batch(x0, prompt, null, camera, rng, ids, held, None if states is None else on(states))
 
 
 def positive(text: str) -> int:
@@ -1069,20 +1114,22 @@ def check_shard(file: Path, meta: dict, clips: list, viewmats: Tensor, Ks: Tenso
         raise ValueError(f"{file}: made by another run, of other clips or cameras; delete it, or choose another --out")
 
 
-def embed(prompts: list[str], encode: Callable[[str], Tensor], files: list[Path]) -> tuple[dict, dict]:
-    """Each distinct prompt's embedding [l d] fp16, out of `files` if one has it, and the errors of those without."""
+def embed(prompts: list[str], encoder: Encoder, files: list[Path]) -> tuple[dict, dict]:
+    """Each distinct prompt's row of the prompt table, out of `files` if one has it, and the errors of those without."""
     embeds, errors = {}, {}
     for file in filter(Path.exists, files):
         try:
             with safe_open(file, "pt") as held:
                 about = held.metadata() or {}
-                if about.get("encoder") == encode.__name__:
-                    embeds |= zip([*json.loads(about["prompts"]), about["null"]], held.get_tensor("embeds"))
+                if about.get("encoder") == encoder.name:
+                    columns = {name: held.get_tensor(name) for name in held.keys()}
+                    rows = ({name: z[i] for name, z in columns.items()} for i in range(len(next(iter(columns.values())))))
+                    embeds |= zip([*json.loads(about["prompts"]), about["null"]], rows)
         except SafetensorError as error:
             raise ValueError(f"{file}: truncated or not safetensors ({error}); delete it") from None
     for prompt in tqdm([prompt for prompt in dict.fromkeys(prompts) if prompt not in embeds], "prompts"):
         try:
-            embeds[prompt] = encode(prompt).half().cpu()
+            embeds[prompt] = halved(encoder.read(prompt))
         except ValueError as error:
             errors[prompt] = str(error)
     return embeds, errors
@@ -1147,11 +1194,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--frames", type=positive, default=8, help="latent frames per video: 1 + 4 (frames - 1) of pixels")
     p.add_argument("--size", type=pixels, default=[32, 32], help="pixels, as in 32 or, height x width, 480x832")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--image-share", type=float, help="HY: how many of the videos come with their first frame as an "
+                   "image to go on from; default 0.25, of your own videos 1")
     toy = p.add_argument_group("the toy world")
     toy.add_argument("--preset", default="tiny", choices=["tiny", "tiny-hy"])
     toy.add_argument("--count", type=positive, default=4096, help="videos")
     toy.add_argument("--vae-steps", type=positive, default=3000)
-    toy.add_argument("--vae-lr", type=float, default=4e-3)
+    toy.add_argument("--vae-lr", type=float, help="default 4e-3; tiny-hy 1e-3")
     own = p.add_argument_group("your own videos")
     own.add_argument("--videos", type=Path, help="folder of them; instead of the toy world")
     own.add_argument("--table", type=Path, help="default: the table.jsonl, table.json or table.csv in that folder")
@@ -1171,11 +1220,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "path from above, from blue to red, beside the frames")
     args = p.parse_args(argv)
     args.out = args.out or Path("data/videos" if args.videos else "data/toy")
+    args.vae_lr = args.vae_lr or {"tiny": 4e-3, "tiny-hy": 1e-3}[args.preset]
     if any(side % 8 for side in args.size) or args.frames < 2:
         p.error(f"--size {args.size[0]}x{args.size[1]} --frames {args.frames}: expected multiples of 8 pixels, and at "
                 "least 2 frames")
-    if args.negative is None:
-        args.negative = NULL_PROMPT if args.text_encoder else ""
+    if args.image_share is None:
+        args.image_share = 1.0 if args.videos else 0.25
     if not args.videos and args.size[0] != args.size[1]:
         p.error(f"--size {args.size[0]}x{args.size[1]}: the toy world is square")
     if not 0 < args.fps < math.inf:
@@ -1236,7 +1286,7 @@ def make_toy(args: argparse.Namespace) -> None:
         vae.cfg = replace(vae.cfg, mean=tuple(mean), std=tuple(std))
         save_checkpoint(args.vae, vae.state_dict(), {"stage": "vae", "preset": args.preset, "mean": mean, "std": std,
                                                      "fingerprint": fingerprint(vae.state_dict())})
-    about = load_checkpoint(args.vae, "vae")[1]
+    about, encoder = load_checkpoint(args.vae, "vae")[1], load_encoder(args.preset, None, torch.device("cpu"))
     if about["preset"] != args.preset:
         raise ValueError(f"{args.vae}: a VAE of preset {about['preset']}, but --preset is {args.preset}")
     vae = load_vae(args.vae, torch.device("cpu"), about["fingerprint"])
@@ -1246,15 +1296,20 @@ def make_toy(args: argparse.Namespace) -> None:
         old.unlink(missing_ok=True)  # the prompts first and written last: without them the folder does not open
     meta = {"preset": args.preset, "K": list(K_SQUARE), "size": args.size, "fps": FPS, "frames": args.frames,
             "vae": str(args.vae), "vae_fingerprint": about["fingerprint"]}
+    if encoder.see:
+        meta["image_share"] = args.image_share
+    pictured = torch.rand(args.count, 1, 1, generator=torch.Generator().manual_seed(args.seed)) < args.image_share
     for start in tqdm(range(0, args.count, 512), "encode"):
         rows = slice(start, min(start + 512, args.count))
         with torch.no_grad():
             latents = torch.cat([vae.encode(v.float() / 127.5 - 1)[0] for v in video[rows].split(16)])
         shard = {"latents": latents.half(), "viewmats": viewmats[rows], "prompt_ids": torch.arange(args.count)[rows],
                  "Ks": K.expand(len(latents), args.frames, 3, 3)}
+        if encoder.see:
+            shard["vision"] = (encoder.see(video[rows, :, 0].float() / 127.5 - 1) * pictured[rows]).half()
         save_shard(args.out / f"latents-{start:06d}.safetensors", shard, {"meta": json.dumps(meta)})
-    embeds = torch.stack([encode_words(prompt) for prompt in [*prompts, ""]])
-    save_shard(args.out / "prompts.safetensors", {"embeds": embeds.half()}, {"prompts": json.dumps(prompts)})
+    rows = table([halved(encoder.read(prompt)) for prompt in [*prompts, encoder.null]])
+    save_shard(args.out / "prompts.safetensors", rows, {"prompts": json.dumps(prompts)})
 
 
 def judge(clips: list[Clip], seen: list[dict], bad_captions: dict[str, str], args: argparse.Namespace):
@@ -1337,8 +1392,7 @@ def print_report(report: list[dict], keep: list[str]) -> None:
         print(f"  and {len(dropped) - 20} more, all in report.jsonl")
 
 
-def make_from_videos(args: argparse.Namespace, encode: Callable[[str], Tensor] = encode_words) -> None:
-    """encode: prompt -> embedding [l d], the same shape for all; it is called once for each distinct prompt."""
+def make_from_videos(args: argparse.Namespace) -> None:
     from model import load_checkpoint, load_vae, start_process_group
 
     if args.table is None:
@@ -1351,6 +1405,8 @@ def make_from_videos(args: argparse.Namespace, encode: Callable[[str], Tensor] =
     rank, world_size, device = start_process_group()
     gloo = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # ranks wait for each other as long as it takes
     vae = load_vae(args.vae, device, about_vae["fingerprint"])
+    encoder = load_encoder(about_vae["preset"], args.text_encoder, device)
+    negative = encoder.null if args.negative is None else args.negative
     if any(side % (2 * vae.cfg.stride) for side in args.size):
         raise ValueError(f"--size {args.size[0]}x{args.size[1]}: expected multiples of {2 * vae.cfg.stride} pixels, "
                          "this VAE's times patches of 2")
@@ -1363,11 +1419,11 @@ def make_from_videos(args: argparse.Namespace, encode: Callable[[str], Tensor] =
 
     # 1. look
     final, unfinished = args.out / "prompts.safetensors", args.out / "prompts.safetensors.unfinished"
-    prompts, errors = [args.negative, *(clip.caption for clip in clips if clip.caption)], {}
+    prompts, errors = [negative, *(clip.caption for clip in clips if clip.caption)], {}
     if rank == 0:
-        embeds, errors = embed(prompts, encode, [final, unfinished])
-        if args.negative in errors:
-            raise ValueError(f"--negative: {errors[args.negative]}")
+        embeds, errors = embed(prompts, encoder, [final, unfinished])
+        if negative in errors:
+            raise ValueError(f"--negative: {errors[negative]}")
     mine = survey(clips, args.videos, args.out, rank, world_size, [args.frames, args.fps, args.size])
     looked = gather((mine, errors))
     seen = [looked[n % world_size][0][n // world_size] for n in range(len(clips))]
@@ -1397,8 +1453,8 @@ def make_from_videos(args: argparse.Namespace, encode: Callable[[str], Tensor] =
         meta = {"preset": about_vae["preset"], "K": [round(k, 7) for k in every_K.median(0).values.tolist()],
                 "size": args.size, "fps": args.fps, "frames": args.frames, "vae": str(args.vae),
                 "vae_fingerprint": about_vae["fingerprint"],
-                "scale": cameras[kept[0]][2] if args.scale == "set" else args.scale, "negative": args.negative,
-                "encoder": encode.__name__}
+                "scale": cameras[kept[0]][2] if args.scale == "set" else args.scale, "negative": negative,
+                "encoder": encoder.name} | ({"image_share": args.image_share} if encoder.see else {})
     for file in there:
         check_shard(file, meta, *shards[file][1:])
     if rank == 0:  # only now: the report of another run is not overwritten either
@@ -1410,14 +1466,14 @@ def make_from_videos(args: argparse.Namespace, encode: Callable[[str], Tensor] =
     missing = [file for file in shards if not file.exists()]
     gather(None)  # no process writes before all have agreed
     if rank == 0 and (missing or not final.exists()):
-        table = {"embeds": torch.stack([embeds[prompt] for prompt in [*prompts, args.negative]])}
-        about = {"prompts": json.dumps(list(prompts)), "null": args.negative, "encoder": encode.__name__}
-        save_shard(unfinished, table, about)  # under its own name last: without it the folder does not open
+        about = {"prompts": json.dumps(list(prompts)), "null": negative, "encoder": encoder.name}
+        rows = table([embeds[prompt] for prompt in [*prompts, negative]])
+        save_shard(unfinished, rows, about)  # under its own name last: without it the folder does not open
         final.unlink(missing_ok=True)
     mine = missing[rank::world_size]
     bar = tqdm(total=sum(len(shards[file][0]) for file in mine), desc="encode", disable=rank > 0)
     for file in mine:
-        (rows, made_of, viewmats, Ks), latents = shards[file], []
+        (rows, made_of, viewmats, Ks), latents, vision = shards[file], [], []
         for n in rows:
             path = args.videos / clips[n].file
             try:
@@ -1428,10 +1484,14 @@ def make_from_videos(args: argparse.Namespace, encode: Callable[[str], Tensor] =
                 latents.append(encode_clip(vae, video, device))
             if not latents[-1].isfinite().all():
                 raise ValueError(f"{path}: its latents hold NaN or inf")
+            if encoder.see:  # by the clip, not by its place among those kept
+                pictured = zlib.crc32(f"{clips[n].file} {clips[n].start}".encode()) < args.image_share * 2**32
+                vision.append(encoder.see(video[None, :, 0].to(device))[0].half().cpu() * pictured)
             bar.update()
         tensors = {"latents": torch.stack(latents), "viewmats": viewmats, "Ks": Ks,
                    "prompt_ids": torch.tensor([prompts[clips[n].caption] for n in rows]),
                    "scales": torch.tensor([cameras[n][2] for n in rows])}
+        tensors |= {"vision": torch.stack(vision)} if encoder.see else {}
         save_shard(file, tensors, {"meta": json.dumps(meta), "clips": json.dumps(made_of)})
     bar.close()
     gather(None)
@@ -1473,17 +1533,9 @@ def inspect(folder: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    # the library half of this file imports nothing of ours; only what these three do needs the networks
+    # the library half of this file imports nothing of ours; only what these do needs the networks
     if args.inspect:
         inspect(args.inspect)
-    elif args.videos and args.text_encoder:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        encoder = lru_cache(lambda: load_text_encoder(args.text_encoder, device))  # by the one process that needs it
-
-        def umt5(prompt: str) -> Tensor:
-            return encode_prompts([prompt], encoder())[0].cpu()
-
-        make_from_videos(args, umt5)
     elif args.videos:
         make_from_videos(args)
     else:

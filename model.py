@@ -1132,9 +1132,9 @@ PRESETS = {
                    VAEConfig(16, 8, (1, 2, 2), 1, (True, True), (0.0,) * 8, (1.0,) * 8)),
     "wan-1.3b": Preset(DiTConfig(1536, 8960, 12, 30, channels=16, text_dim=4096), WAN_VAE),
     "wan-14b": Preset(DiTConfig(5120, 13824, 40, 40, channels=16, text_dim=4096), WAN_VAE),
-    "tiny-hy": Preset(HYConfig(160, 320, 4, 3, channels=32, text_dim=96, vision_dim=8, byt5=(8, 8, 8),
-                               rope_bands=(8, 16, 16), action=False, refiner_layers=1),
-                      HYVAEConfig((16, 32, 32, 64), 32, 1, (0.0,) * 32, (1.0,) * 32)),
+    "tiny-hy": Preset(HYConfig(64, 128, 4, 3, channels=8, text_dim=96, vision_dim=16, byt5=(8, 8, 8),
+                               rope_bands=(4, 6, 6), action=False, refiner_layers=1, patch=2),
+                      HYVAEConfig((16, 16, 32), 8, 1, (0.0,) * 8, (1.0,) * 8)),
     "hy-8b": Preset(HYConfig(2048, 8192, 16, 54, channels=32, text_dim=3584, vision_dim=1152, byt5=(1472, 2048, 2048),
                              rope_bands=(16, 56, 56), action=True), HY_VAE),
 }
@@ -1171,17 +1171,6 @@ def leafwise(f, *prompts):
     if isinstance(prompts[0], Tensor):
         return f(*prompts)
     return type(prompts[0])(*(leafwise(f, *leaves) for leaves in zip(*prompts)))
-
-
-def given(prompt, x0: Tensor, free: Tensor):
-    """The prompt, knowing the frames of x0 [b f c h w] that are given, where free [b f] is 0.
-
-    HY reads them from channels of their own. Wan finds them in its input, at noise level zero, as HY does besides.
-    """
-    if not isinstance(prompt, HYPrompt):
-        return prompt
-    mask = rearrange(1 - free.float(), "b f -> b f 1 1 1").expand(-1, -1, 1, *x0.shape[3:])
-    return prompt._replace(image=torch.cat([x0 * mask, mask], dim=2))
 
 
 def with_null(prompt, null, guidance: float):
@@ -1283,6 +1272,7 @@ def rollout(net: nn.Module, meta: dict, rng: list[torch.Generator], shape: tuple
 
     meta: how the checkpoint says it is to be sampled. Bidirectional models have chunk 0: all frames at once.
     rng: one generator per video, shape: [f c h w]; so a video does not depend on the others in its batch.
+    prompt, null [b ...]: what HY's says of an image, it says in both.
     seconds: if given, the time spent is added to its "denoise" and "commit".
     prefix: the first latent frames [b p c h w], an image or a short video, if they are given rather than made.
     """
@@ -1291,8 +1281,6 @@ def rollout(net: nn.Module, meta: dict, rng: list[torch.Generator], shape: tuple
     noise = [torch.stack([torch.randn(shape, generator=g) for g in rng]).to(camera[0].device)
              for _ in range(meta["steps"] if renoise else 1)]  # one for each level above 0
     text, past = with_null(prompt, null, guidance), None
-    if prefix is not None:
-        text = given(text, *doubled(prefix, prefix.new_zeros(prefix.shape[:2]), guidance=guidance))
     prefix = noise[0][:, :0] if prefix is None else prefix
     noise[0] = torch.cat([prefix, noise[0][:, prefix.shape[1] :]], dim=1)
     free = (torch.arange(shape[0], device=prefix.device) >= prefix.shape[1]).float().expand(len(rng), -1)

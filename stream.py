@@ -23,12 +23,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    GRAMMAR, LOOKS, NAMED, NULL_PROMPT, N_PANELS, PALETTE, SURFACE_OF_PANEL, TEXT_DIM, VIDEOS, Scene, TextEncoder,
-    as_prompt, cast, encode_prompts, fit, intrinsics, invert_se3, load_text_encoder, look_errors, mix, paint,
-    panels_seen, parse_trajectory, pixel_cameras, pressed, read_camera, read_prompt, render, rotation, sample_toy,
-    write_sheet,
+    GRAMMAR, LOOKS, NAMED, N_PANELS, PALETTE, SURFACE_OF_PANEL, VIDEOS, Encoder, Scene, as_prompt, cast, fit,
+    intrinsics, invert_se3, load_encoder, look_errors, mix, paint, panels_seen, parse_trajectory, pixel_cameras,
+    pressed, read_camera, read_prompt, render, rotation, sample_toy, table, write_sheet,
 )
-from model import WanVAE, load_net, load_vae, rollout, timed
+from model import HYVAE, WanVAE, load_net, load_vae, rollout, timed
 
 SHIPPED = Path(__file__).parent / "ckpt/tiny"
 TOY_PROMPT = ("orange left wall, cyan right wall, blue far wall, green floor, white ceiling, "
@@ -64,22 +63,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 @torch.no_grad()
-def stream(net: nn.Module, vae: WanVAE, meta: dict, prompts: list[str], viewmats: Tensor, Ks: Tensor, seeds: list[int],
-           seconds: dict[str, float] | None = None, prefix: Tensor | None = None, umt5: TextEncoder | None = None):
+def stream(net: nn.Module, vae: WanVAE | HYVAE, meta: dict, encoder: Encoder, prompts: list[str], viewmats: Tensor,
+           Ks: Tensor, seeds: list[int], seconds: dict[str, float] | None = None, before: Tensor | None = None):
     """Yield video [b 3 t H W] in [-1, 1] as it is made: 1 + 4 (n - 1) frames of the first chunk of n latents, then 4 n.
 
-    prefix: latents [b p c h w] to go on from; they are the first frames of the video.
     viewmats [b f 4 4], Ks [b f 3 3], one prompt and one seed per video. A path that ends within a chunk is held there.
-    umt5: what reads the prompts; without it they are taken word by word.
+    before: an image or a short video [b 3 t H W] to go on from. The stream begins with it if the network was trained
+    with given frames; HY also reads its first frame with the prompt, and makes it anew if it was not.
     """
     device, (b, f), chunk = next(net.parameters()).device, viewmats.shape[:2], meta["chunk"]
     held = -f % chunk if chunk else 0
     camera = tuple(torch.cat([z, z[:, -1:].expand(b, held, *z.shape[2:])], dim=1).to(device) for z in (viewmats, Ks))
     shape = (f + held, vae.cfg.z_dim, *(pixels // vae.cfg.stride for pixels in meta["size"]))
-    with timed(seconds, "text"):
-        prompt = encode_prompts(prompts, umt5).to(device)
-        null = encode_prompts([NULL_PROMPT if umt5 else ""], umt5).to(device).expand_as(prompt)
-        prompt, null = (as_prompt(meta["preset"], z) for z in (prompt, null))
+    prefix = first = vision = None
+    with timed(seconds, "prompt"):
+        rows = table([encoder.read(prompt) for prompt in [*prompts, encoder.null]])
+        texts = {name: z[:b].to(device) for name, z in rows.items()}
+        nulls = {name: z[b:].to(device).expand_as(texts[name]) for name, z in rows.items()}
+        if before is not None:
+            prefix = vae.encode(before.to(device))[0]
+            first, vision = prefix[:, :1], encoder.see and encoder.see(before[:, :, 0].to(device))
+        elif encoder.see:  # all zero: no image
+            first, vision = (torch.zeros(b, 1, *z, device=device) for z in (shape[1:], [net.cfg.vision_dim]))
+        prompt, null = (as_prompt(rows, vision, first) for rows in (texts, nulls))
+    prefix = prefix if meta["prefix_prob"] else None
     rng = [torch.Generator().manual_seed(seed) for seed in seeds]
     memory, left = None, 1 + 4 * (f - 1)
     for x0 in rollout(net, meta, rng, shape, prompt, null, camera, seconds, prefix):
@@ -90,24 +97,24 @@ def stream(net: nn.Module, vae: WanVAE, meta: dict, prompts: list[str], viewmats
         yield video
 
 
-def read_prefix(path: Path, vae: WanVAE, meta: dict, frames: int) -> Tensor:
-    """An image or a short video -> latents [1 p c h w], cut to the checkpoint's shape around the middle.
+def read_image(path: Path, meta: dict, frames: int, encoder: Encoder) -> Tensor:
+    """An image or a short video -> [1 3 t H W] in [-1, 1], cut to the checkpoint's shape around the middle.
 
     Raises ValueError when it cannot be read, is not 1 + 4k frames long, or leaves none of `frames` latents to make.
     """
-    if not meta["prefix_prob"]:
+    if not (meta["prefix_prob"] or encoder.see):
         raise ValueError(f"--image {path}: this checkpoint was never trained to go on from an image")
     try:
         video = np.stack(list(imageio.imiter(path)))[..., :3] if path.suffix in VIDEOS else imageio.imread(path)[None]
     except Exception as error:  # each of imageio's plugins has its own
         raise ValueError(f"--image {path}: cannot be read ({str(error).splitlines()[0]})") from None
+    if len(video) > 1 and not meta["prefix_prob"]:
+        raise ValueError(f"--image {path}: {len(video)} frames, but this checkpoint goes on from a single one")
     if video.ndim != 4 or video.shape[3] < 3 or len(video) % 4 != 1 or 1 + len(video) // 4 >= frames:
         raise ValueError(f"--image {path}: found shape {list(video.shape)}, expected [t h w 3] with t = 1 + 4k and "
                          f"fewer latent frames than the path's {frames}")
     video = rearrange(torch.from_numpy(video[..., :3].copy()), "t h w c -> t c h w").float() / 127.5 - 1
-    video = rearrange(fit(video, meta["size"]), "t c h w -> 1 c t h w")
-    with torch.no_grad():
-        return vae.encode(video.to(next(vae.parameters()).device))[0]
+    return rearrange(fit(video, meta["size"]), "t c h w -> 1 c t h w")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -275,14 +282,14 @@ def measure(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor, chunk: int
     }
 
 
-def score(net: nn.Module, vae: WanVAE, meta: dict, args: argparse.Namespace) -> tuple[dict, list[Tensor]]:
+def score(net: nn.Module, vae: WanVAE | HYVAE, meta: dict, encoder: Encoder, args: argparse.Namespace):
     """Held-out rooms along held-out paths -> averages, and 16 videos below the renders that explain them best."""
     group = 8
     if args.scenes < group or args.scenes % group:
         raise ValueError(f"--scenes {args.scenes}: expected a multiple of {group}, the number of candidate paths")
-    if args.given and not (meta["prefix_prob"] and 0 < args.given < meta["frames"]):
-        raise ValueError(f"--given {args.given}: expected a checkpoint trained with given frames, and fewer than its "
-                         f"{meta['frames']}")
+    most = meta["frames"] - 1 if meta["prefix_prob"] else 1 if encoder.see else 0
+    if not 0 <= args.given <= most:
+        raise ValueError(f"--given {args.given}: this checkpoint goes on from at most {most} given frames")
     chunk = meta["chunk"] or 2
     prompts, paths, scene = sample_toy(args.scenes, mix(args.score_seed, 4), meta["frames"] - 1, held=True)
     viewmats, K = torch.stack([parse_trajectory(path) for path in paths]), intrinsics(meta["K"])
@@ -295,7 +302,8 @@ def score(net: nn.Module, vae: WanVAE, meta: dict, args: argparse.Namespace) -> 
         with torch.no_grad():
             x0 = vae.encode(truth.to(next(vae.parameters()).device))[0]
             through_vae = vae.decode(x0)[0].clamp(-1, 1).cpu()
-        pieces = stream(net, vae, meta, prompts[i : i + group], views, Ks, seeds, prefix=x0[:, : args.given])
+        before = truth[:, :, : 1 + 4 * (args.given - 1)] if args.given else None
+        pieces = stream(net, vae, meta, encoder, prompts[i : i + group], views, Ks, seeds, before=before)
         video = torch.cat(list(pieces), dim=2).cpu()
         rows.append(measure(video, part, views, K, chunk, group))
         ceilings.append(measure(through_vae, part, views, K, chunk, group))
@@ -318,13 +326,13 @@ def score(net: nn.Module, vae: WanVAE, meta: dict, args: argparse.Namespace) -> 
     return average(rows) | {"chance": 1 / group} | errors | ceiling, [torch.cat(best)[:16], torch.cat(videos)[:16]]
 
 
-def bench(net: nn.Module, vae: WanVAE, meta: dict, prompt: str, viewmats: Tensor, Ks: Tensor,
-          umt5: TextEncoder | None) -> dict:
+def bench(net: nn.Module, vae: WanVAE | HYVAE, meta: dict, encoder: Encoder, prompt: str, viewmats: Tensor,
+          Ks: Tensor) -> dict:
     """One warm-up, then the best of three: frames/s over the whole path, time to the first frame, and where it goes."""
     runs = []
     for _ in range(4):
         seconds, start, first, frames = {}, time.perf_counter(), None, 0
-        for video in stream(net, vae, meta, [prompt], viewmats[None], Ks[None], [0], seconds, umt5=umt5):
+        for video in stream(net, vae, meta, encoder, [prompt], viewmats[None], Ks[None], [0], seconds):
             frames += video.shape[2]
             first = first or time.perf_counter() - start
         runs.append((time.perf_counter() - start, first, frames, seconds))
@@ -348,12 +356,12 @@ def main(args: argparse.Namespace) -> None:
     net, meta = load_net(ckpt, device, *stages, released_cache=args.released_cache)
     vae = args.vae or beside(ckpt, "vae.pt", "Wan2.1_VAE.pth", "vae") or SHIPPED / "vae.pt"
     vae = load_vae(vae, device, meta["vae_fingerprint"])
-    umt5 = args.text_encoder or beside(ckpt, "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")
-    umt5 = umt5 and load_text_encoder(umt5, device)
-    if (found := umt5.net.config.d_model if umt5 else TEXT_DIM) != net.cfg.text_dim:
+    text_encoder = args.text_encoder or beside(ckpt, "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")
+    encoder = load_encoder(meta["preset"], text_encoder, device)
+    if (found := next(iter(encoder.read(TOY_PROMPT).values())).shape[-1]) != net.cfg.text_dim:
         raise ValueError(f"{ckpt}: its prompts have {net.cfg.text_dim} channels, found {found}; see --text-encoder")
-    if args.score and umt5:
-        raise ValueError(f"--score measures the toy world, but {ckpt} reads its prompts through umT5")
+    if args.score and text_encoder:
+        raise ValueError(f"--score measures the toy world, but {ckpt} reads its prompts through {text_encoder}")
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"--steps {args.steps}: expected at least 1")
     if args.guidance is not None and not math.isfinite(args.guidance):
@@ -374,12 +382,12 @@ def main(args: argparse.Namespace) -> None:
 
     if args.bench or args.score:
         views = paths[0].viewmats
-        timing = bench(net, vae, meta, args.prompt or TOY_PROMPT, views, intrinsics(meta["K"]).expand(len(views), 3, 3),
-                       umt5)
+        Ks = intrinsics(meta["K"]).expand(len(views), 3, 3)
+        timing = bench(net, vae, meta, encoder, args.prompt or TOY_PROMPT, views, Ks)
         if args.bench:
             print(json.dumps(timing))
         if args.score:
-            row, sheet = score(net, vae, meta, args)
+            row, sheet = score(net, vae, meta, encoder, args)
             row |= {name: timing[name] for name in ("fps", "first_frame_s")}
             print(json.dumps(row | {"stage": meta["stage"], "steps": meta["steps"], "guidance": meta["guidance"],
                                     "scenes": args.scenes, "given": args.given, "seed": args.seed,
@@ -392,8 +400,8 @@ def main(args: argparse.Namespace) -> None:
         Ks = K.expand(len(path.viewmats), 3, 3)
         if len(path.viewmats) > meta["frames"]:
             print(f"the path has {len(path.viewmats)} latent frames, trained were {meta['frames']}", file=sys.stderr)
-        prefix = read_prefix(args.image, vae, meta, len(path.viewmats)) if args.image else None
-        pieces = stream(net, vae, meta, [prompt], path.viewmats[None], Ks[None], [args.seed], prefix=prefix, umt5=umt5)
+        before = read_image(args.image, meta, len(path.viewmats), encoder) if args.image else None
+        pieces = stream(net, vae, meta, encoder, [prompt], path.viewmats[None], Ks[None], [args.seed], before=before)
         video = torch.cat(list(tqdm(pieces, "chunks")), dim=2)
         out = args.out if len(paths) == 1 else args.out.with_name(f"{args.out.stem}-{path.name}{args.out.suffix}")
         write_video(out, video[0], meta["fps"], pressed(path.viewmats) if args.keys else None)

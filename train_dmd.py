@@ -39,7 +39,7 @@ from data import (
     write_sheet,
 )
 from model import (
-    add_noise, begin, build, check_finite, commit, gather, given, guide, load_checkpoint, load_state, load_vae,
+    add_noise, begin, build, check_finite, commit, gather, guide, load_checkpoint, load_state, load_vae,
     masked_mse, noise_levels, rollout, save_checkpoint, save_state, shard, shift_sigma, start_process_group,
     update_ema, velocity_to_x0,
 )
@@ -53,7 +53,11 @@ RECIPES = {
     "wan-1.3b": dict(steps=40, batch_size=1, accum=4, lr=2e-6, fake_score_lr=4e-7, max_grad_norm=10.0, ema_decay=0.8,
                      fake_score_updates=5, guidance=4.0, save_every=5),
 }
-RECIPES["tiny-hy"] = RECIPES["tiny"]
+RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(lr=1e-4, fake_score_lr=2e-4)
+# minWM: 100 generator updates after 4 of fake_score each, Muon at lr 1e-5 and 8e-6 (AdamW's at a fifth of that makes
+# updates as large), EMA 0.99 from the 100th step on, guidance 5.
+RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(steps=100, fake_score_lr=1.6e-6, max_grad_norm=1.0, ema_decay=0.95,
+                                              fake_score_updates=4, guidance=5.0)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -88,7 +92,7 @@ def self_rollout(generator: nn.Module, batch: Batch, levels: list[float], exit_s
     which a few-step model's predictions are, which is what the scores must judge. Frames where free [b f] is 0 are
     given: the batch's own, clean.
     """
-    want_grad, video, prompt = torch.is_grad_enabled(), [], given(batch.prompt, batch.x0, free)
+    want_grad, video, prompt = torch.is_grad_enabled(), [], batch.prompt
     noise = [randn(batch.rng, *batch.x0.shape[1:]).to(batch.x0.device) for _ in range(exit_step + 1)]
     noise[0] = add_noise(batch.x0, noise[0], free)
     past = begin(generator, noise[0], prompt, batch.camera)
@@ -127,9 +131,8 @@ def generator_loss(generator: nn.Module, real_score: nn.Module, fake_score: nn.M
     x = self_rollout(generator, batch, levels, exit_step, chunk, free)
     with torch.no_grad():
         x_t, _, sigma = noised(x, batch, shift, free)
-        prompt, null = (given(z, batch.x0, free) for z in (batch.prompt, batch.null))
-        v_fake = fake_score(x_t, sigma, prompt, batch.camera)
-        v_real = guide(*(real_score(x_t, sigma, text, batch.camera) for text in (prompt, null)), guidance)
+        v_fake = fake_score(x_t, sigma, batch.prompt, batch.camera)
+        v_real = guide(*(real_score(x_t, sigma, text, batch.camera) for text in (batch.prompt, batch.null)), guidance)
         x0_real, x0_fake = velocity_to_x0(v_real, x_t, sigma), velocity_to_x0(v_fake, x_t, sigma)
     return dmd_loss(x, x0_real, x0_fake)
 
@@ -141,8 +144,7 @@ def fake_score_loss(generator: nn.Module, fake_score: nn.Module, batch: Batch, l
     with torch.no_grad():
         x = self_rollout(generator, batch, levels, exit_step, chunk, free)
     x_t, noise, sigma = noised(x, batch, shift, free)
-    prompt = given(batch.prompt, batch.x0, free)
-    return masked_mse(fake_score(x_t, sigma, prompt, batch.camera), noise - x, free)
+    return masked_mse(fake_score(x_t, sigma, batch.prompt, batch.camera), noise - x, free)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 Cameras, measured in ray-cast pictures; trajectory strings and camera files; the toy world and what can be read off it;
 words; the latents folder and its batches.
 """
+import contextlib
 import json
 import math
 import os
@@ -17,11 +18,12 @@ from einops import repeat
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from conftest import call
 from data import (
     K_SQUARE, K_WIDE, KEYS, LOOKS, N_PANELS, PALETTE, PILLAR, PILLAR_X, PILLAR_Z, ROOM, STEP, TEXT_DIM, TEXT_LEN, TURN,
     cast, encode_words, get_batch, held_out, intrinsics, invert_se3, look_errors, mix, open_latents, paint, panels_seen,
     parse_trajectory, pixel_cameras, rand, randn, read_camera, read_prompt, render, rotation, sample_path,
-    sample_prompt, sample_toy, save_shard, write_sheet,
+    sample_prompt, sample_toy, save_shard, see_places, table, write_sheet,
 )
 
 ORACLE = Path(os.environ.get("ORACLE_DIR", Path(__file__).parents[2] / "shared/oracle"))
@@ -343,7 +345,7 @@ def test_panels_seen_counts_pixels_of_the_best_frame():
         assert torch.equal(panels_seen(hits, least), rays >= 4 * least)  # 2x2 rays a pixel
 
 
-# ------------------------------------------------------------------------------------------------------------ 3. Words
+# ------------------------------------------------------------------------------------------------------------ 3. Prompts
 
 
 def test_words_carry_their_order():
@@ -369,6 +371,39 @@ def test_prompts_that_would_be_cut_are_refused():
         encode_words(" ".join([*words, "more"]))
 
 
+def test_hy_prompts_bring_their_image(tmp_path):
+    """A share of the toy videos comes with its first frame, seen and as latents; the null prompt keeps the image."""
+    flags = ("--preset", "tiny-hy", "--count", "24", "--frames", "2", "--vae-steps", "1", "--image-share", "0.5")
+    call("data.py", *flags, cwd=tmp_path)
+    with contextlib.chdir(tmp_path):
+        data = open_latents("data/toy")
+    batch = get_batch(data, 0, 0, 0, 1, 24, CPU)
+    vision, image = batch.prompt.vision, batch.prompt.image
+    pictured = vision.flatten(1).any(1)
+    assert data.meta["image_share"] == 0.5 and 4 < pictured.sum() < 20
+    assert torch.equal(image[pictured, :, :8], batch.x0[pictured, :1]) and image[pictured, :, 8].eq(1).all()
+    assert not image[~pictured].any() and torch.equal(batch.held["vision"].float(), vision)
+    assert batch.prompt.text_mask.any(1).all() and not batch.null.text_mask.any() and not batch.null.text.any()
+    assert torch.equal(batch.null.image, image) and torch.equal(batch.null.vision, vision)
+    assert not batch.prompt.byt5_mask.any()  # no writing in the toy world
+
+
+def test_places_are_seen_where_they_are():
+    image = torch.full((1, 3, 32, 32), -1.0)
+    image[:, 0, 8:16, 24:32] = 1.0  # the second row's last place, red
+    seen = see_places(image)
+    assert seen.shape == (1, 16, 16)
+    assert (seen[0, :, :4] == 1).all(1).nonzero().flatten().tolist() == [7] and (seen[0, :, 4:12] == -1).all()
+    assert seen[0, 7, 12:].tolist() == pytest.approx([-1 / 3, 1, 1 / 9, 1])
+
+
+def test_a_prompt_table_pads_with_zeros_and_knows_where():
+    rows = [{"text": torch.ones(n, 3), "text_mask": torch.ones(n, dtype=torch.bool)} for n in (2, 5, 0)]
+    joined = table(rows)
+    assert joined["text"].shape == (3, 5, 3) and joined["text_mask"].sum(1).tolist() == [2, 5, 0]
+    assert torch.equal(joined["text"].any(-1), joined["text_mask"])
+
+
 # ---------------------------------------------------------------------------------------------------------- 4. Latents
 
 
@@ -390,7 +425,7 @@ def folder(tmp_path):
 def same(a, b):
     """Batches equal in ids, tensors and the noise their generators draw."""
     tensors = zip((a.x0, a.prompt, randn(a.rng, 5)), (b.x0, b.prompt, randn(b.rng, 5)))
-    return (a.ids, a.prompt_ids) == (b.ids, b.prompt_ids) and all(torch.equal(*pair) for pair in tensors)
+    return a.ids == b.ids and all(torch.equal(*pair) for pair in tensors)
 
 
 def test_a_batch_holds_the_rows_it_names(folder):
@@ -398,8 +433,9 @@ def test_a_batch_holds_the_rows_it_names(folder):
     batch = get_batch(data, 0, 0, 0, 1, 12, CPU)
     assert data.starts == [0, 5, 12] and data.meta["frames"] == 3
     assert batch.x0.shape == (12, 3, 2, 4, 4) and batch.x0.dtype == torch.float32
-    assert batch.x0[:, 0, 0, 0, 0].tolist() == batch.ids and batch.prompt_ids == [11 - i for i in batch.ids]
-    assert batch.prompt[:, 0, 0].tolist() == [1 + i for i in batch.prompt_ids]
+    prompt_ids = batch.held["prompt_ids"].tolist()
+    assert batch.x0[:, 0, 0, 0, 0].tolist() == batch.ids and prompt_ids == [11 - i for i in batch.ids]
+    assert batch.prompt[:, 0, 0].tolist() == [1 + i for i in prompt_ids]
     assert batch.null.shape == (12, 4, 6) and not batch.null.any() and batch.states is None
     assert torch.equal(batch.camera[0], torch.eye(4).repeat(12, 3, 1, 1))
     assert torch.equal(batch.camera[1], intrinsics(K_SQUARE).repeat(12, 3, 1, 1))

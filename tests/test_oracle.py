@@ -291,7 +291,7 @@ def trajectories(case, monkeypatch):
 
 
 def make_batch(x0, camera=None, prompt=None, null=None, states=None):
-    return Batch(x0, prompt, null, camera, [torch.Generator()] * len(x0), [], [], states)
+    return Batch(x0, prompt, null, camera, [torch.Generator()] * len(x0), [], {}, states)
 
 
 def towards(x0):

@@ -195,7 +195,7 @@ def make_batch(states=None):
     camera = viewmats, intrinsics(K_SQUARE).expand(B, F, 3, 3)
     rng = [torch.Generator().manual_seed(seed) for seed in (10, 11)]
     x0, prompt = torch.randn(B, F, 4, 4, 4), torch.randn(B, 6, 24)
-    return Batch(x0, prompt, torch.zeros(B, 6, 24), camera, rng, [0, 1], [0, 1], states)
+    return Batch(x0, prompt, torch.zeros(B, 6, 24), camera, rng, [0, 1], {}, states)
 
 
 def make_net(seed, dtype=torch.float32):

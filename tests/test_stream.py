@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from conftest import SCRIPTS, call, refusal
 from data import (
-    K_SQUARE, KEYS, LOOKS, N_PANELS, STEP, cast, encode_words, intrinsics, invert_se3, paint, parse_trajectory,
-    read_camera, render, rotation, sample_toy,
+    K_SQUARE, KEYS, LOOKS, N_PANELS, STEP, cast, encode_words, intrinsics, invert_se3, load_encoder, paint,
+    parse_trajectory, read_camera, render, rotation, sample_toy,
 )
 from model import guide, load_checkpoint, load_net, load_vae, noise_levels, rollout, save_checkpoint
 from stream import TOY_PROMPT, coverage, edge_ratio, explain, measure, pressed, psnr, read_pose, sharpness, stream
@@ -40,7 +40,8 @@ def walk(net, vae, meta, path, prompts=(TOY_PROMPT,), seeds=(0,), seconds=None):
     viewmats = parse_trajectory(path) if isinstance(path, str) else path
     viewmats = viewmats.expand(len(prompts), *viewmats.shape)
     Ks = intrinsics(meta["K"]).expand(*viewmats.shape[:2], 3, 3)
-    pieces = list(stream(net, vae, meta, list(prompts), viewmats, Ks, list(seeds), seconds))
+    encoder = load_encoder(meta["preset"], None, CPU)
+    pieces = list(stream(net, vae, meta, encoder, list(prompts), viewmats, Ks, list(seeds), seconds))
     return torch.cat(pieces, dim=2), len(pieces)
 
 
@@ -223,7 +224,7 @@ def test_bench_says_where_the_time_goes(chain, capsys):
     call("stream.py", "--bench", "--camera", "w*3", cwd=chain)
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["fps"] > 0 and row["first_frame_s"] > 0 and row["frames"] == 13
-    assert set(row["ms_per_frame"]) == {"text", "denoise", "commit", "decode"}
+    assert set(row["ms_per_frame"]) == {"prompt", "denoise", "commit", "decode"}
     assert sum(row["ms_per_frame"].values()) == pytest.approx(1000 / row["fps"], rel=0.3)
 
 
