@@ -1600,12 +1600,13 @@ def _released(path: Path, weights: dict[str, Tensor], sizes: dict, stage: str | 
     sizes = sizes or {"dim": _width(weights, "img_in.proj.bias" if hy else "patch_embedding.bias"),
                       "layers": sum(name.endswith((".cross_attn.o.bias", ".img_attn_proj.bias")) for name in weights)}
     known = [name for name, preset in PRESETS.items() if isinstance(preset.dit, HYConfig if hy else DiTConfig)
-             and all(getattr(preset.dit, key) == z for key, z in sizes.items())]
+             and all(vars(preset.dit).get(key) == z for key, z in sizes.items())]
     if not known:
         raise ValueError(f"{path}: a network with {sizes}, known presets are {', '.join(PRESETS)}")
     meta = meta | said | {"stage": stage, "preset": known[0]}
     if hy and meta["camera"] and PRESETS[known[0]].dit.action and not any(z.startswith("action_in.") for z in weights):
-        print(f"{path} knows no action labels: their embedding starts at zero", file=sys.stderr)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"{path} knows no action labels: 4 tensors of them are added, at zero output", file=sys.stderr)
         more, _ = with_camera(weights, known[0])
         weights = weights | {name: w for name, w in more.items() if name.startswith("action_in.")}
     return weights, meta
