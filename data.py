@@ -56,9 +56,10 @@ KEYS = {  # key: (help text, translation along the camera's own axes, yaw, pitch
     "i": ("look up", (0, 0, 0), 0, TURN),
     "k": ("look down", (0, 0, 0), 0, -TURN),
 }
+WORDS = {"left": "j", "right": "l", "up": "i", "down": "k"}  # HY-WorldPlay's data says right-8,a-11 for l*8,a*11
 GRAMMAR = "keys: " + ", ".join(f"{key} {help}" for key, (help, *_) in KEYS.items()) + (
-    f"; each for one latent frame ({STEP} units or {math.degrees(TURN):g} degrees); w*4 repeats, w+l is both at once, "
-    "commas follow one another: 'w*4,w+l*3'")
+    f"; each for one latent frame ({STEP} units or {math.degrees(TURN):g} degrees); w*4 or w-4 repeats, w+l is both at "
+    "once, commas follow one another: 'w*4,w+l*3'")
 K_WIDE = (0.5050505, 0.89786756, 0.5, 0.5)  # 16:9, the intrinsics of minWM's training data
 K_SQUARE = (0.5050505, 0.5050505, 0.5, 0.5)  # the same field of view on square images
 
@@ -78,16 +79,15 @@ def parse_trajectory(text: str) -> Tensor:
     """
     c2w, poses = torch.eye(4, dtype=torch.float64), [torch.eye(4, dtype=torch.float64)]
     for part in text.replace(" ", "").split(","):
-        keys, _, count = part.partition("*")
-        unknown = [key for key in keys.split("+") if key not in KEYS]
-        if unknown or ("*" in part and not (count.isdecimal() and 0 < int(count) <= 10**4)):
+        read = re.fullmatch(r"([a-z+]+)(?:[*-]([0-9]{1,4}))?", part)
+        keys, count = ([WORDS.get(key, key) for key in read[1].split("+")], int(read[2] or 1)) if read else ([], 0)
+        if not count or any(key not in KEYS for key in keys):
             raise ValueError(f"trajectory {text!r}: cannot read {part!r}. {GRAMMAR}")
-        move, yaw, pitch = (torch.tensor([KEYS[key][n] for key in keys.split("+")], dtype=torch.float64).sum(0)
-                            for n in (1, 2, 3))
+        move, yaw, pitch = (torch.tensor([KEYS[key][n] for key in keys], dtype=torch.float64).sum(0) for n in (1, 2, 3))
         step = torch.eye(4, dtype=torch.float64)
         step[:3, :3] = rotation(yaw, pitch)
         step[:3, 3] = step[:3, :3] @ move
-        for _ in range(int(count or 1)):
+        for _ in range(count):
             c2w = c2w @ step
             poses.append(c2w)
     return invert_se3(torch.stack(poses)).float()
@@ -247,6 +247,27 @@ def pressed(viewmats: Tensor) -> list[set[str]]:
                    "l": turn[0], "j": -turn[0], "i": -turn[1], "k": turn[1]}
         keys.append({key for key, amount in amounts.items() if amount > (STEP if key in "wasdudn" else TURN) / 3})
     return keys
+
+
+ACTIONS = torch.tensor([[8, 2, 7], [4, 0, 3], [6, 1, 5]])  # back, none, forward x left, none, right; or yaw x pitch
+
+
+def action_labels(viewmats: Tensor) -> Tensor:
+    """HY-WorldPlay's label of each step of a path [f 4 4] -> [f] int64: 9 * translation + rotation, the first frame 0.
+
+    Class 0 is none, 1 forward (a turn right), 2 backward (left), 3 right (up), 4 left (down), 5 to 8 are pairs of them.
+    None is less than 0.01 units or 0.05 degrees, and any motion along y. The poses alone decide: minWM's table of keys
+    exchanges left and right, its training data and WorldPlay do not.
+    """
+    w2c = viewmats.double()
+    step = w2c[:-1] @ invert_se3(w2c[1:])  # each camera in the axes of the one before
+    R, move, classes = step[:, :3, :3], step[:, :3, 3], ACTIONS.to(w2c.device)
+    distance = move.norm(dim=-1, keepdim=True)
+    cosines = torch.where(distance > 0.01, move / distance.clamp_min(1e-12), 0)  # 0.5: within 60 degrees of an axis
+    yaw, pitch = -torch.asin(R[:, 2, 0].clamp(-1, 1)).rad2deg(), torch.atan2(R[:, 2, 1], R[:, 2, 2]).rad2deg()
+    side = lambda amount, least: (amount > least).long() - (amount < -least).long() + 1
+    translation = classes[side(cosines[:, 2], 0.5), side(cosines[:, 0], 0.5)]
+    return F.pad(9 * translation + classes[side(yaw, 0.05), side(pitch, 0.05)], (1, 0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -494,7 +515,7 @@ def read_hy_words(prompt: str) -> dict[str, Tensor]:
 
 
 def see_places(image: Tensor) -> Tensor:
-    """SigLIP's: of each of 4 x 4 places of an image [b 3 H W] the colours of its quarters, and where it is [b 16 16]."""
+    """SigLIP's: of 4 x 4 places of images [b 3 H W] the colours of the quarters and where the place is -> [b 16 16]."""
     colours = rearrange(F.adaptive_avg_pool2d(image, 8), "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
     y, x = torch.meshgrid(torch.linspace(-1, 1, 4), torch.linspace(-1, 1, 4), indexing="ij")
     where = rearrange([y, x, y * y, x * x], "k h w -> (h w) k").to(image.device)
@@ -594,6 +615,160 @@ def encode_prompts(prompts: list[str], encoder: TextEncoder) -> Tensor:
     tokens = encoder.tokenizer(clean, padding="max_length", max_length=UMT5_LEN, truncation=True, return_tensors="pt")
     ids, mask = (tokens[name].to(encoder.net.device) for name in ("input_ids", "attention_mask"))
     return embed_tokens(encoder.net, ids, mask)
+
+
+# HunyuanVideo-1.5 has three readers, transformers' too: Qwen2.5-VL's language model for the prompt, byT5 for words to
+# be seen in the video, SigLIP for its first frame. There is one way to ask each, that of HunyuanVideo-1.5 itself. minWM
+# has two, one in training and one in inference (a template for images, byT5 given the whole prompt).
+
+HY_TEXT_LEN, HY_BYT5_LEN = 1000, 256
+HY_SYSTEM = "You are a helpful assistant. Describe the video by detailing the following aspects:" + "".join(
+    " " * 9 + aspect for aspect in (  # the indentation of somebody's source code, which the model was trained on
+        "1. The main content and theme of the video.",
+        "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects.",
+        "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects.",
+        "4. background environment, light, style and atmosphere.",
+        "5. camera angles, movements, and transitions used in the video."))
+HY_BEFORE = f"<|im_start|>system\n{HY_SYSTEM}<|im_end|>\n<|im_start|>user\n"  # Qwen's chat, as its tokenizer writes it
+HY_AFTER = "<|im_end|>\n<|im_start|>assistant\n"
+HY_FOLDERS = {  # what: where HunyuanVideo-1.5 has it, where diffusers has it
+    "llm": ("text_encoder/llm", "text_encoder"),
+    "tokenizer": ("text_encoder/llm", "tokenizer"),
+    "byt5_tokenizer": ("text_encoder/byt5-small", "tokenizer_2"),
+    "byt5": ("text_encoder/Glyph-SDXL-v2", "text_encoder_2"),
+    "siglip": ("vision_encoder/siglip/image_encoder", "image_encoder"),
+    "pixels": ("vision_encoder/siglip/feature_extractor", "feature_extractor"),
+}
+
+
+class HYEncoders(NamedTuple):
+    llm: nn.Module  # without its last two layers and norm: HY reads what goes into them
+    tokenizer: object
+    byt5: nn.Module
+    byt5_tokenizer: object
+    siglip: nn.Module
+    pixels: dict  # how SigLIP wants an image: size (height, width), mode of interpolation, mean and std
+
+
+def load_whole(kind: type, folder: Path | None, dtype: torch.dtype, **source) -> nn.Module:
+    """A net of transformers, frozen. What its files lack it would fill with noise and a warning: here that is fatal."""
+    net, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+                                     **source)
+    if lost := sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]):
+        raise ValueError(f"{len(lost)} of its tensors are missing or misshapen, first {lost[0]}")
+    return net.eval().requires_grad_(False)
+
+
+def load_llm(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The language model alone, of Qwen2.5-VL or by itself, up to what its last two layers read."""
+    from transformers import AutoConfig, Qwen2_5_VLTextModel
+
+    class Language(Qwen2_5_VLTextModel):
+        _keys_to_ignore_on_load_unexpected = [r"^visual\.", r"^lm_head\."]
+
+    net = load_whole(Language, folder, dtype, config=AutoConfig.from_pretrained(folder).get_text_config())
+    net.layers, net.norm = net.layers[:-2], nn.Identity()
+    return net
+
+
+def load_chat_tokenizer(folder: Path) -> object:
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+    ids = tokenizer(HY_BEFORE).input_ids  # without its files transformers makes a tokenizer of no words
+    spelled = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    if ids[:1] != [tokenizer.convert_tokens_to_ids("<|im_start|>")] or spelled != HY_BEFORE:
+        raise ValueError("its tokens cannot spell Qwen's chat")
+    return tokenizer
+
+
+def load_glyph_byt5(folder: Path, base: Path, tokenizer: object) -> nn.Module:
+    """byT5-small as Glyph-SDXL-v2 trained it further. The tokenizer gains its tokens for colours and fonts."""
+    from transformers import T5Config, T5EncoderModel
+    colours, fonts = (json.loads((folder / "assets" / name).read_text())
+                      for name in ("color_idx.json", "multilingual_10-lang_idx.json"))
+    tokenizer.add_tokens([f"<color-{n}>" for n in range(len(colours))] +
+                         [f"<{name[:2]}-font-{n}>" for name, n in fonts.items()], special_tokens=True)
+    weights = torch.load(folder / "checkpoints/byt5_model.pt", map_location="cpu", weights_only=True)
+    weights = {f"encoder.{name.removeprefix('module.text_tower.encoder.')}": w
+               for name, w in weights.get("state_dict", weights).items()}
+    config = T5Config.from_pretrained(base, vocab_size=len(tokenizer))
+    return load_whole(T5EncoderModel, None, torch.float32, config=config, state_dict=weights)
+
+
+def load_pixels(folder: Path) -> dict:
+    """SigLIP's recipe for an image. transformers' own processors for it differ with what else is installed."""
+    match json.loads((folder / "preprocessor_config.json").read_text()):
+        case {"size": {"height": int(h), "width": int(w)}, "resample": 2 | 3 as resample,
+              "image_mean": [_, _, _] as mean, "image_std": [_, _, _] as std}:
+            return {"size": (h, w), "mode": {2: "bilinear", 3: "bicubic"}[resample], "mean": mean, "std": std}
+    raise ValueError("preprocessor_config.json: expected size, resample 2 or 3, image_mean and image_std")
+
+
+def load_hy_encoders(path: Path, device: torch.device) -> HYEncoders:
+    """HunyuanVideo-1.5's encoders, from its folder as released or as diffusers has it. Raises ValueError naming what is
+    missing, broken or something else. fp16 on a GPU, as HY's own pipeline, else fp32; byT5 always: T5s overflow fp16.
+    """
+    from transformers import ByT5Tokenizer, SiglipVisionModel, T5EncoderModel
+    released = not (path / "text_encoder/config.json").exists()
+    half, found = torch.float16 if device.type == "cuda" else torch.float32, {}
+    readers = {
+        "llm": lambda folder: load_llm(folder, half), "tokenizer": load_chat_tokenizer,
+        "byt5_tokenizer": ByT5Tokenizer.from_pretrained,
+        "siglip": lambda folder: load_whole(SiglipVisionModel, folder, half), "pixels": load_pixels,
+        "byt5": lambda folder: load_whole(T5EncoderModel, folder, torch.float32) if not released else
+        load_glyph_byt5(folder, path / HY_FOLDERS["byt5_tokenizer"][0], found["byt5_tokenizer"]),
+    }
+    for part, places in HY_FOLDERS.items():
+        folder = path / places[not released]
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder; expected HunyuanVideo-1.5 with its encoders, or diffusers'")
+        try:
+            found[part] = readers[part](folder)
+        except Exception as error:  # each reader has its own
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(f"{folder}: not the {part} of HunyuanVideo-1.5 ({reason[0]})") from error
+    return HYEncoders(**{part: z.to(device) if isinstance(z, nn.Module) else z for part, z in found.items()})
+
+
+def quoted(prompt: str) -> str:
+    """What a prompt has in "straight" or “curly” quotes, each once, in the words that byT5 was trained on."""
+    found = dict.fromkeys(a or b for a, b in re.findall(r'"(.*?)"|“(.*?)”', prompt))
+    return "".join(f'Text "{text}". ' for text in found)
+
+
+def read_padded(net: nn.Module, tokenizer: object, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
+    """Texts -> their states [b length d], zero past their ends, and which are no padding [b length]."""
+    tokens = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+    ids, mask = (tokens[name].to(net.device) for name in ("input_ids", "attention_mask"))
+    more = length - ids.shape[1]  # nothing reads padding: the longest of the batch decides how much there is to compute
+    return F.pad(embed_tokens(net, ids, mask), (0, 0, 0, more)), F.pad(mask, (0, more))
+
+
+def encode_hy(prompts: list[str], encoders: HYEncoders) -> dict[str, Tensor]:
+    """Prompts -> text [b 1000 d], text_mask [b 1000], byt5 [b 256 d], byt5_mask [b 256], zero where the masks are."""
+    crop = len(encoders.tokenizer(HY_BEFORE).input_ids)  # the same for every prompt: read for context, not handed on
+    chats = [f"{HY_BEFORE}{prompt or ' '}{HY_AFTER}" for prompt in prompts]
+    text, text_mask = read_padded(encoders.llm, encoders.tokenizer, chats, crop + HY_TEXT_LEN)
+    glyphs = [quoted(prompt) for prompt in prompts]
+    byt5, byt5_mask = read_padded(encoders.byt5, encoders.byt5_tokenizer, glyphs, HY_BYT5_LEN)
+    any_glyphs = torch.tensor([bool(text) for text in glyphs], device=byt5.device)[:, None]  # or only an end of text
+    return {"text": text[:, crop:], "text_mask": text_mask[:, crop:], "byt5": byt5 * any_glyphs[..., None],
+            "byt5_mask": byt5_mask * any_glyphs}
+
+
+@torch.no_grad()
+def see(image: Tensor, encoders: HYEncoders) -> Tensor:
+    """The first frame of a video [b 3 H W] in [-1, 1] -> SigLIP's tokens [b 729 1152], in training and in use alike.
+
+    HunyuanVideo-1.5 cuts an image to the video's shape, keeping its aspect, and SigLIP's processor squashes that into a
+    square. A frame has its shape already, so the squash is left. To cut a square out of it would hide two fifths of a
+    480x832 video. (minWM squashes twice, the image to the video's shape too.)
+    """
+    pixels, device = encoders.pixels, encoders.siglip.device
+    x = F.interpolate(image.to(device, torch.float32) / 2 + 0.5, pixels["size"], mode=pixels["mode"], antialias=True)
+    mean, std = (torch.tensor(pixels[name], device=device)[:, None, None] for name in ("mean", "std"))
+    x = (x.clamp(0, 1) - mean) / std  # bicubic overshoots
+    return encoders.siglip(x.to(encoders.siglip.dtype)).last_hidden_state.float()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1130,8 +1305,8 @@ def embed(prompts: list[str], encoder: Encoder, files: list[Path]) -> tuple[dict
                 about = held.metadata() or {}
                 if about.get("encoder") == encoder.name:
                     columns = {name: held.get_tensor(name) for name in held.keys()}
-                    rows = ({name: z[i] for name, z in columns.items()} for i in range(len(next(iter(columns.values())))))
-                    embeds |= zip([*json.loads(about["prompts"]), about["null"]], rows)
+                    for i, prompt in enumerate([*json.loads(about["prompts"]), about["null"]]):
+                        embeds[prompt] = {name: z[i] for name, z in columns.items()}
         except SafetensorError as error:
             raise ValueError(f"{file}: truncated or not safetensors ({error}); delete it") from None
     for prompt in tqdm([prompt for prompt in dict.fromkeys(prompts) if prompt not in embeds], "prompts"):

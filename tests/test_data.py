@@ -103,6 +103,7 @@ def test_rotation_is_yaw_after_pitch_with_up_at_minus_y():
 
 @pytest.mark.parametrize("text, same", [
     ("w*3", "w,w,w"), (" w *2, l+ w*2 ", "w*2,w+l*2"), ("l,w*1", "l*1,w"), ("w*12", ",".join("w" * 12)),
+    ("right-8, a-2,left,up-3,down+w-2", "l*8,a*2,j,i*3,k+w*2"),  # WorldPlay's dialect
 ])
 def test_ways_to_write_the_same_path(text, same):
     assert torch.equal(parse_trajectory(text), parse_trajectory(same))

@@ -25,7 +25,7 @@ import distill_cd
 import distill_ode
 import train_camera
 import train_dmd
-from data import K_WIDE, Batch, build_umt5, embed_tokens, intrinsics, parse_trajectory, umt5_name
+from data import K_WIDE, Batch, action_labels, build_umt5, embed_tokens, intrinsics, parse_trajectory, umt5_name
 from model import (
     WAN_VAE, Block, ChannelNorm, DiTConfig, Past, RMSNorm, VAEConfig, WanDiT, WanVAE, add_noise, build, commit, denoise,
     guide, keep, noise_levels, per_frame, projections, rollout, rope_table, shift_sigma, teacher_forcing_spans, unipc,
@@ -284,7 +284,10 @@ def trajectories(case, monkeypatch):
         for n, text in enumerate(case.config["strings"]):
             viewmats = parse_trajectory(text)[None]
             mine |= {f"{project}_{n}_viewmats": viewmats, f"{project}_{n}_Ks": K.expand(1, viewmats.shape[1], 3, 3)}
-    return mine
+            labels = action_labels(viewmats[0])  # their labels from keys, not those from poses, swap left and right
+            swapped = torch.tensor([0, 1, 2, 4, 3, 6, 5, 8, 7])[labels // 9] * 9 + labels % 9
+            mine |= {f"labels_from_poses_{n}": labels, f"labels_from_string_{n}": swapped}
+    return mine | {"labels_from_random_poses": action_labels(case.inputs["random_viewmats"][0])}
 
 
 # ----------------------------------------------------------------------------------------------- 9. Losses and rollouts
@@ -514,7 +517,6 @@ UNCHECKED = {  # kind: {outputs: why they are not compared}
         "wan_default_sigma_min_*": "the class's default sigma_min; every configuration sets 0",
     },
     "case8_traj": {
-        "labels_from_*": "HY's action labels: not built yet",
         "charstr_*": "a third dialect, one character a pixel frame, that nothing in the recipe reads",
     },
     "case9_algorithms": {
