@@ -176,6 +176,21 @@ def test_released_habits(tmp_path):
     assert habits(load_net(tmp_path / "dmd.pt", CPU)[0]) == (False, False, False)
 
 
+@pytest.mark.parametrize("kind", ["Tencent", "diffusers"])
+def test_the_full_size_is_known_by_its_configuration(tmp_path, monkeypatch, kind):
+    config = {"_class_name": "HunyuanVideo_1_5_DiffusionTransformer", "hidden_size": 2048, "heads_num": 16,
+              "mm_double_blocks_depth": 54, "out_channels": 32, "text_states_dim": 3584, "vision_states_dim": 1152,
+              "rope_dim_list": [16, 56, 56], "rope_theta": 256}
+    with torch.device("meta"):
+        net = build("hy-8b", camera=False)
+        if kind == "diffusers":
+            net = pytest.importorskip("diffusers").HunyuanVideo15Transformer3DModel()
+            config = json.loads(net.to_json_string())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(model, "_read_safetensors", lambda path: net.state_dict())
+    assert load_checkpoint(tmp_path, "base", preset="hy-8b")[1] == described("base", preset="hy-8b")
+
+
 def test_settings_are_those_that_were_published():
     of = lambda name: [RELEASED_HY[stage][name] for stage in ("base", "camera", "ar", "ode", "cd", "dmd")]
     assert of("chunk") == [0, 0, 4, 4, 4, 4] and of("guidance") == [6, 6, 6, 1, 1, 1] and of("shift") == [5] * 6
