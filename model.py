@@ -1142,9 +1142,9 @@ PRESETS = {
 }
 
 
-def build(preset: str, camera: bool = True) -> WanDiT | HYDiT:
-    """The network of a preset, weights not yet set; under torch.device("meta") it takes no memory."""
-    cfg = PRESETS[preset].dit
+def build(preset: str, camera: bool = True, **habits: bool) -> WanDiT | HYDiT:
+    """A preset's network, weights not yet set; under torch.device("meta") it takes no memory. habits: see HYConfig."""
+    cfg = replace(PRESETS[preset].dit, **habits)
     return HYDiT(cfg, camera) if isinstance(cfg, HYConfig) else WanDiT(cfg, camera)
 
 
@@ -1328,18 +1328,15 @@ def fresh_weights(preset: str, camera: bool, seed: int) -> dict[str, Tensor]:
     return net.state_dict()
 
 
-def with_camera(weights: dict[str, Tensor], action: bool = False) -> tuple[dict[str, Tensor], int]:
-    """Add PRoPE's output layers, at zero, to weights that lack them; with `action`, also the embedding of HY's action
-    labels, its second layer at zero. The network computes what it did. Returns the weights and how many were added."""
-    added, rng = {}, torch.Generator().manual_seed(0)
-    for name, w in weights.items():
-        for plain, prope in ((".self_attn.o.", ".self_attn.prope_o."), (".img_attn_proj.", ".img_attn_prope_proj.")):
-            if plain in name:
-                added[name.replace(plain, prope)] = torch.zeros_like(w)
-        if action and name.startswith("time_in."):
-            first = name == "time_in.mlp.0.weight"  # at zero, too, it would never learn
-            added[name.replace("time_in", "action_in")] = torch.randn(w.shape, generator=rng) * (0.02 if first else 0.0)
-    added = {name: w for name, w in added.items() if name not in weights}
+def with_camera(weights: dict[str, Tensor], preset: str) -> tuple[dict[str, Tensor], int]:
+    """Add what the preset's network has for its camera and the weights lack: PRoPE's output layers, at zero, and for HY
+    the embedding of action labels, its second layer at zero. The network computes what it did. Returns the weights and
+    how many were added."""
+    with torch.device("meta"):
+        shapes = {name: w.shape for name, w in build(preset).state_dict().items()}
+    added = {name: torch.zeros(shape) for name, shape in shapes.items() if name not in weights}
+    if "action_in.mlp.0.weight" in added:  # at zero, too, it would never learn
+        added["action_in.mlp.0.weight"].normal_(std=0.02, generator=torch.Generator().manual_seed(0))
     return {**weights, **added}, len(added)
 
 
@@ -1410,9 +1407,9 @@ MAKERS = {  # stage: the command that makes its checkpoint
 }
 
 
-# Released files say little about themselves. What follows reads them as they are: public Wan2.1 (a folder in its own or
-# in diffusers' names, and the VAE) and minWM's model.pt. What they leave unsaid is written out here; a meta.json beside
-# the weights has the last word, {"size": [480, 832]} say.
+# Released files say little about themselves. What follows reads them as they are: public Wan2.1 and HunyuanVideo-1.5
+# (a folder in its own or in diffusers' names, and the VAE), HY-WorldPlay and minWM. What they leave unsaid is written
+# out here; a meta.json beside the weights has the last word, {"size": [480, 832]} say.
 
 _RELEASED = {  # Wan2.1's and minWM's settings
     "K": [0.5050505, 0.89786756, 0.5, 0.5], "size": [480, 832], "fps": 16, "frames": 20, "vae_fingerprint": "Wan2.1",
@@ -1425,8 +1422,39 @@ RELEASED = {  # stage: its meta
     "ar": _RELEASED | {"sampler": "unipc", "steps": 50, "guidance": 3.0},
     "ode": _RELEASED, "cd": _RELEASED, "dmd": _RELEASED,
 }
+_HY = _RELEASED | {"vae_fingerprint": "HunyuanVideo-1.5", "timed_text": False, "released_cache": False}
+_HY_50 = _HY | {"sampler": "euler", "steps": 50, "guidance": 6.0}
+RELEASED_HY = {  # HunyuanVideo-1.5 at 480p (base), and minWM's networks made of it
+    # Its habit of timed text is kept where the base is sampled. Stages start from it without: so does minWM.
+    "base": _HY_50 | {"camera": False, "chunk": 0, "fps": 24, "frames": 31, "timed_text": True},
+    "camera": _HY_50 | {"chunk": 0}, "ar": _HY_50,
+    # "renoise" is how they were trained, though the public scripts take Euler steps. Their latents are of the released
+    # VAE, but for PastAttention's recall: close enough to share its name, so that its latents may train them further.
+    "ode": _HY, "cd": _HY, "dmd": _HY | {"released_cache": True},
+}
+# HY-WorldPlay. Its own runtime makes a chunk after at most 20 frames, which it picks and reads anew, renumbered and at
+# noise level 0.014; ours after all of them, read once. So its weights are a start to train from, more than to stream.
+WORLDPLAY = {"fps": 24, "frames": 32, "released_cache": False}
 MINWM_FOLDERS = {"bidirectional": "camera", "ar_diffusion_tf": "ar", "causal_ode": "ode", "causal_cd": "cd",
-                 "dmd": "dmd"}  # where minWM's files lie: their only word about their stage
+                 "dmd": "dmd", "dmd_ourbi": "dmd"}  # where minWM's files lie: their only word about their stage
+WORLDPLAY_FOLDERS = {"bidirectional_model": "camera", "ar_model": "ar", "ar_rl_model": "ar",
+                     "ar_distilled_action_model": "dmd"}
+SIZES = {  # class of network: what its config.json calls our sizes
+    "WanModel": {"dim": "dim", "ffn_dim": "ffn_dim", "num_heads": "heads", "num_layers": "layers", "in_dim": "channels",
+                 "freq_dim": "freq_dim"},
+    "WanTransformer3DModel": {
+        "dim": "dim", "ffn_dim": "ffn_dim", "num_attention_heads": "heads", "num_layers": "layers",
+        "in_channels": "channels", "text_dim": "text_dim", "freq_dim": "freq_dim"},
+    "HunyuanVideo_1_5_DiffusionTransformer": {
+        "hidden_size": "dim", "heads_num": "heads", "mm_double_blocks_depth": "layers", "out_channels": "channels",
+        "text_states_dim": "text_dim", "vision_states_dim": "vision_dim", "rope_dim_list": "rope_bands"},
+    "HunyuanVideo15Transformer3DModel": {
+        "dim": "dim", "num_attention_heads": "heads", "num_layers": "layers", "out_channels": "channels",
+        "text_embed_dim": "text_dim", "image_embed_dim": "vision_dim", "rope_axes_dim": "rope_bands",
+        "num_refiner_layers": "refiner_layers", "patch_size": "patch"},
+}
+SIZES["ARHunyuanVideo_1_5_DiffusionTransformer"] = SIZES["HunyuanVideo_1_5_DiffusionTransformer"]  # minWM's
+VAES = "AutoencoderKLWan", "AutoencoderKLConv3D", "AutoencoderKLHunyuanVideo15"  # the second is Tencent's
 DIFFUSERS_DIT = (  # parameter names: diffusers' -> Wan's, one after the other
     (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
     (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
@@ -1446,6 +1474,32 @@ DIFFUSERS_VAE = (
     (r"\.conv_in\.", ".conv1."), (r"\.norm_out\.", ".head.0."), (r"\.conv_out\.", ".head.2."),
     (r"^quant_conv\.", "conv1."), (r"^post_quant_conv\.", "conv2."), (r"\.down_blocks\.", ".downsamples."),
 )
+DIFFUSERS_HY_DIT = (  # diffusers' -> HunyuanVideo-1.5's
+    (r"\.timestep_embedder\.linear_1\.", ".mlp.0."), (r"\.timestep_embedder\.linear_2\.", ".mlp.2."),
+    (r"^time_embed\.", "time_in."), (r"^x_embedder\.", "img_in."), (r"^cond_type_embed\.", "cond_type_embedding."),
+    (r"^context_embedder\.time_text_embed\.mlp\.", "txt_in.t_embedder.mlp."),
+    (r"^context_embedder\.time_text_embed\.text_embedder\.", "txt_in.c_embedder."),
+    (r"^context_embedder\.proj_in\.", "txt_in.input_embedder."),
+    (r"^context_embedder\.token_refiner\.refiner_blocks\.", "txt_in.individual_token_refiner.blocks."),
+    (r"^(txt_in\..*)\.attn\.to_out\.0\.", r"\1.self_attn_proj."),
+    (r"^(txt_in\..*)\.attn\.to_([qkv])\.", r"\1.self_attn_\2."), (r"^(txt_in\..*)\.ff\.", r"\1.mlp."),
+    (r"^(txt_in\..*)\.norm_out\.linear\.", r"\1.adaLN_modulation.1."),
+    (r"^context_embedder_2\.norm\.", "byt5_in.layernorm."), (r"^context_embedder_2\.linear_", "byt5_in.fc"),
+    (r"^image_embedder\.norm_in\.", "vision_in.proj.0."), (r"^image_embedder\.linear_1\.", "vision_in.proj.1."),
+    (r"^image_embedder\.linear_2\.", "vision_in.proj.3."), (r"^image_embedder\.norm_out\.", "vision_in.proj.4."),
+    (r"^norm_out\.linear\.", "final_layer.adaLN_modulation.1."), (r"^proj_out\.", "final_layer.linear."),
+    (r"^transformer_blocks\.", "double_blocks."), (r"\.norm1\.linear\.", ".img_mod.linear."),
+    (r"\.norm1_context\.", ".txt_mod."), (r"\.attn\.to_([qkv])\.", r".img_attn_\1."),
+    (r"\.attn\.add_([qkv])_proj\.", r".txt_attn_\1."), (r"\.attn\.norm_([qk])\.", r".img_attn_\1_norm."),
+    (r"\.attn\.norm_added_([qk])\.", r".txt_attn_\1_norm."), (r"\.attn\.to_out\.0\.", ".img_attn_proj."),
+    (r"\.attn\.to_add_out\.", ".txt_attn_proj."), (r"\.ff\.", ".img_mlp."), (r"\.ff_context\.", ".txt_mlp."),
+    (r"\.net\.0\.proj\.", ".fc1."), (r"\.net\.2\.", ".fc2."),
+)
+DIFFUSERS_HY_VAE = (
+    (r"\.mid_block\.resnets\.0\.", ".mid.block_1."), (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
+    (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."), (r"\.to_([qkv])\.", r".\1."), (r"\.resnets\.", ".block."),
+    (r"\.(down|up)_blocks\.", r".\1."), (r"\.(down|up)samplers\.0\.", r".\1sample."),
+)
 
 
 def renamed(weights: dict[str, Tensor], table: tuple) -> dict[str, Tensor]:
@@ -1458,7 +1512,18 @@ def renamed(weights: dict[str, Tensor], table: tuple) -> dict[str, Tensor]:
 
 
 def from_diffusers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """WanTransformer3DModel's or AutoencoderKLWan's names -> Wan's. Any other name stays as it is."""
+    """diffusers' names of Wan's or HunyuanVideo-1.5's transformer or VAE -> their own. Other names stay as they are."""
+    if "encoder.conv_in.conv.weight" in weights:
+        return renamed(weights, DIFFUSERS_HY_VAE)
+    if "x_embedder.proj.weight" in weights:
+        weights = renamed(weights, DIFFUSERS_HY_DIT)
+        for name in [name for name in weights if ".self_attn_q." in name]:  # its q, k and v are one
+            parts = [name.replace("attn_q.", f"attn_{part}.") for part in "qkv"]
+            if len({weights[part].shape if part in weights else None for part in parts}) == 1:
+                weights[name.replace("attn_q.", "attn_qkv.")] = torch.cat([weights.pop(part) for part in parts])
+        # diffusers has scale, shift where HunyuanVideo-1.5 has shift, scale
+        return {name: torch.cat(w.chunk(2)[::-1]) if name.startswith("final_layer.adaLN") and w.ndim else w
+                for name, w in weights.items()}
     if "encoder.conv_in.weight" not in weights:
         return renamed(weights, DIFFUSERS_DIT)
     blocks = sum(name.startswith("decoder.up_blocks.0.resnets.") and name.endswith("conv1.bias") for name in weights)
@@ -1479,14 +1544,17 @@ def _read_json(path: Path) -> dict:
     return found
 
 
-def _read_safetensors(folder: Path) -> dict[str, Tensor]:
-    """diffusion_pytorch_model*.safetensors: one file, or the shards that an index names."""
-    index = folder / "diffusion_pytorch_model.safetensors.index.json"
-    files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
-    if index.exists():
-        files = [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """A file, or of a folder diffusion_pytorch_model*.safetensors, one file or the shards that an index names. One of
+    HY-WorldPlay's folders has model.safetensors instead."""
+    index = path / "diffusion_pytorch_model.safetensors.index.json"
+    files = sorted(path.glob("diffusion_pytorch_model*.safetensors")) or sorted(path.glob("model.safetensors"))
+    if path.is_file():
+        files = [path]
+    elif index.exists():
+        files = [path / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
     if not files:
-        raise ValueError(f"{folder}: no diffusion_pytorch_model*.safetensors in it")
+        raise ValueError(f"{path}: no diffusion_pytorch_model*.safetensors in it")
     weights = {}
     for file in files:
         if not file.exists():
@@ -1498,88 +1566,123 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _width(weights: dict[str, Tensor], name: str) -> int:
-    return weights[name].shape[0] if name in weights and weights[name].ndim else 0
+def _width(weights: dict[str, Tensor], name: str, axis: int = 0) -> int:
+    return weights[name].shape[axis] if name in weights and weights[name].ndim > axis else 0
 
 
-def _released_meta(path: Path, stage: str | None, weights: dict[str, Tensor], sizes: dict) -> dict:
-    """What a checkpoint of ours would have said of a released network. path: the meta.json that may correct it."""
-    said = _read_json(path) if path.exists() else {}
-    stage = said.pop("stage", stage)
-    if stage not in RELEASED or not said.keys() <= RELEASED[stage].keys():
-        raise ValueError(f"{path}: expected a stage of {', '.join(RELEASED)} and some of {', '.join(_RELEASED)}, "
-                         f"found stage {stage} and {', '.join(said) or 'nothing'}")
-    sizes = sizes or {"dim": _width(weights, "patch_embedding.bias"),
-                      "layers": sum(name.endswith(".cross_attn.o.bias") for name in weights)}
-    known = [name for name, preset in PRESETS.items()
-             if isinstance(preset.dit, DiTConfig) and all(getattr(preset.dit, key) == z for key, z in sizes.items())]
+def _is_hy(weights: dict[str, Tensor]) -> bool:
+    return any(name.startswith("double_blocks.") for name in weights)
+
+
+def _released(path: Path, weights: dict[str, Tensor], sizes: dict, stage: str | None) -> tuple[dict[str, Tensor], dict]:
+    """Weights, and what a checkpoint of ours would have said of them.
+
+    path: where they lie, which tells the stage of minWM's and HY-WorldPlay's. sizes: as config.json has them, or none.
+    stage: what it is if it lies in none of those folders; for Wan, what it is.
+    """
+    hy, meta_path = _is_hy(weights), (path if path.is_dir() else path.parent) / "meta.json"
+    folders = MINWM_FOLDERS | WORLDPLAY_FOLDERS if hy else MINWM_FOLDERS
+    places = (path.absolute(), *path.absolute().parents) if hy or stage is None else ()
+    of = next((place.name for place in places if place.name in folders), None)
+    said = _read_json(meta_path) if meta_path.exists() else {}
+    stage = said.pop("stage", folders.get(of, stage))
+    if stage is None and not meta_path.exists():
+        raise ValueError(f"{path}: these files do not say their stage, expected one in a folder {', '.join(folders)}, "
+                         f"or {{\"stage\": ...}} in {meta_path}")
+    released = RELEASED_HY if hy else RELEASED
+    if stage not in released or not said.keys() <= released[stage].keys():
+        raise ValueError(f"{meta_path}: expected a stage of {', '.join(released)} and some of "
+                         f"{', '.join(released['dmd'])}, found stage {stage} and {', '.join(said) or 'nothing'}")
+    meta = released[stage]
+    if hy:
+        meta = meta | (WORLDPLAY | {"timed_text": stage == "camera"} if of in WORLDPLAY_FOLDERS else {})
+        if not any(".img_attn_prope_proj." in name for name in weights):  # minWM's TI2V models, too, have no camera
+            stage = "base" if stage == "camera" else stage
+            meta = meta | {"camera": False, "released_cache": False}
+    sizes = sizes or {"dim": _width(weights, "img_in.proj.bias" if hy else "patch_embedding.bias"),
+                      "layers": sum(name.endswith((".cross_attn.o.bias", ".img_attn_proj.bias")) for name in weights)}
+    known = [name for name, preset in PRESETS.items() if isinstance(preset.dit, HYConfig if hy else DiTConfig)
+             and all(vars(preset.dit).get(key) == z for key, z in sizes.items())]
     if not known:
-        raise ValueError(f"{path.parent}: a network with {sizes}, known presets are {', '.join(PRESETS)}")
-    return RELEASED[stage] | said | {"stage": stage, "preset": known[0]}
+        raise ValueError(f"{path}: a network with {sizes}, known presets are {', '.join(PRESETS)}")
+    meta = meta | said | {"stage": stage, "preset": known[0]}
+    if hy and meta["camera"] and PRESETS[known[0]].dit.action and not any(z.startswith("action_in.") for z in weights):
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"{path} knows no action labels: 4 tensors of them are added, at zero output", file=sys.stderr)
+        more, _ = with_camera(weights, known[0])
+        weights = weights | {name: w for name, w in more.items() if name.startswith("action_in.")}
+    return weights, meta
 
 
 def _vae_meta(path: Path, weights: dict[str, Tensor], config: dict) -> dict:
-    """config: diffusers' config.json, or nothing. Its released weights are known by name, all others by fingerprint."""
+    """config: of its config.json, or nothing. Released weights are known by name, all others by fingerprint."""
+    hy = "encoder.conv_in.conv.bias" in weights
     dim, z_dim = _width(weights, "encoder.conv1.bias"), _width(weights, "conv2.bias")
-    known = [name for name, preset in PRESETS.items()
-             if isinstance(preset.vae, VAEConfig) and (preset.vae.dim, preset.vae.z_dim) == (dim, z_dim)]
+    if hy:
+        dim = _width(weights, "encoder.conv_in.conv.bias")
+        z_dim = _width(weights, "decoder.conv_in.conv.weight", axis=1)
+    known = [name for name, preset in PRESETS.items() if isinstance(preset.vae, HYVAEConfig if hy else VAEConfig)
+             and (preset.vae.widths[0] if hy else preset.vae.dim, preset.vae.z_dim) == (dim, z_dim)]
     if not known:
         raise ValueError(f"{path}: a VAE of width {dim} with {z_dim} channels, known presets are {', '.join(PRESETS)}")
     cfg = PRESETS[known[0]].vae
     mean, std = tuple(config.get("latents_mean", cfg.mean)), tuple(config.get("latents_std", cfg.std))
-    name = {"fingerprint": "Wan2.1"} if replace(cfg, mean=mean, std=std) == WAN_VAE else {}
+    if config.get("scaling_factor"):  # HunyuanVideo-1.5's: one for all channels
+        mean, std = (config.get("shift_factor") or 0.0,) * z_dim, (1 / config["scaling_factor"],) * z_dim
+    of = {name: vae for name, vae in (("Wan2.1", WAN_VAE), ("HunyuanVideo-1.5", HY_VAE))
+          if replace(cfg, mean=mean, std=std) == vae}
+    name = {"fingerprint": name for name in of}
     return {"stage": "vae", "preset": known[0], "mean": list(mean), "std": list(std)} | name
 
 
 def _read_folder(path: Path, want_vae: bool) -> tuple[dict[str, Tensor], dict]:
-    """A released folder, or the one around it: the transformer, or with want_vae its VAE."""
+    """A released folder, or the one around it: the transformer, or with want_vae its VAE. Or one file of safetensors,
+    its config.json beside it."""
     if want_vae and (path / "Wan2.1_VAE.pth").exists():
         return _read_file(path / "Wan2.1_VAE.pth")
     part = path / ("vae" if want_vae else "transformer")
-    folder = part if part.is_dir() else path
-    config, weights = _read_json(folder / "config.json"), _read_safetensors(folder)
-    kind, keys = config.get("_class_name"), {"ffn_dim": "ffn_dim", "num_layers": "layers", "freq_dim": "freq_dim"}
-    if kind == "AutoencoderKLWan":
+    folder = path.parent if path.is_file() else part if part.is_dir() else path
+    if (folder / "480p_i2v").is_dir():  # HunyuanVideo-1.5 has one for every size and task
+        folder = folder / "480p_i2v"
+    weights = _read_safetensors(path if path.is_file() else folder)
+    # HY-WorldPlay's weights need none: their shapes say it all
+    config = {} if _is_hy(weights) and not (folder / "config.json").exists() else _read_json(folder / "config.json")
+    kind = config.get("_class_name")
+    if kind in VAES:
         weights = from_diffusers(weights)
         return weights, _vae_meta(folder, weights, config)
-    if kind == "WanTransformer3DModel":
+    if kind not in SIZES and not (_is_hy(weights) and kind is None):
+        raise ValueError(f"{folder / 'config.json'}: expected a {', '.join([*SIZES, *VAES])}, found {kind}")
+    for key, value in ("eps", 1e-6), ("rope_theta", 256):
+        if config.get(key, value) != value:
+            raise ValueError(f"{folder / 'config.json'}: expected {key} {value}, found {config[key]}")
+    if "attention_head_dim" in config:  # diffusers'
         weights = from_diffusers(weights)
-        keys |= {"num_attention_heads": "heads", "in_channels": "channels", "text_dim": "text_dim"}
-        config["dim"] = config.get("num_attention_heads", 0) * config.get("attention_head_dim", 0)
-    elif kind != "WanModel":
-        raise ValueError(f"{folder / 'config.json'}: expected a WanModel, WanTransformer3DModel or AutoencoderKLWan, "
-                         f"found {kind}")
-    if config.get("eps", 1e-6) != 1e-6:
-        raise ValueError(f"{folder / 'config.json'}: expected eps 1e-6, found {config['eps']}")
-    keys |= {"dim": "dim", "num_heads": "heads", "in_dim": "channels"}
-    sizes = {ours: config[theirs] for theirs, ours in keys.items() if theirs in config}
-    return weights, _released_meta(path / "meta.json", "base", weights, sizes)
+        config["dim"] = config.get("num_attention_heads", 0) * config["attention_head_dim"]
+    sizes = {ours: tuple(config[theirs]) if isinstance(config[theirs], list) else config[theirs]
+             for theirs, ours in SIZES.get(kind, {}).items() if theirs in config}
+    camera = any(".img_attn_prope_proj." in name for name in weights)
+    return _released(path, weights, sizes, None if camera or kind is None or kind.startswith("AR") else "base")
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Our own checkpoint, minWM's model.pt or Wan2.1_VAE.pth."""
+    """Our own checkpoint, minWM's model.pt, HY-WorldPlay's .pt or Wan2.1_VAE.pth."""
     try:  # without code, and memory-mapped where the format allows it
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         raise ValueError(f"{path}: truncated, or not a checkpoint of ours ({type(error).__name__})") from error
     saved = saved if isinstance(saved, dict) else {}
-    of = next((key for key in ("model", "generator_ema", "generator") if key in saved), None)
+    of = next((key for key in ("model", "generator_ema", "generator", "module") if key in saved), None)
     weights, meta = saved[of] if of else saved, saved.get("meta")
     whole = isinstance(weights, dict) and all(isinstance(w, Tensor) for w in weights.values())
     if whole and of == "model" and isinstance(meta, dict) and "stage" in meta:
         return weights, meta
     if whole and of is None and "encoder.conv1.weight" in weights:
         return weights, _vae_meta(path, weights, {})
-    if whole and of in ("generator_ema", "generator"):
+    if whole and of in ("generator_ema", "generator", "module"):
         # FSDP, torch.compile and activation checkpointing have each put their own into the names
         wrappers = r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\."
-        weights = renamed(weights, ((wrappers, ""), (r"^model\.", "")))
-        folders = [MINWM_FOLDERS[part.name] for part in path.absolute().parents if part.name in MINWM_FOLDERS]
-        meta = path.with_name("meta.json")
-        if not folders and not meta.exists():
-            raise ValueError(f"{path}: minWM's files do not say their stage, expected one in a folder "
-                             f"{', '.join(MINWM_FOLDERS)}, or {{\"stage\": ...}} in {meta}")
-        return weights, _released_meta(meta, folders[0] if folders else None, weights, {})
+        return _released(path, renamed(weights, ((wrappers, ""), (r"^model\.", ""))), {}, None)
     raise ValueError(f"{path}: not a checkpoint of ours, of minWM or Wan's VAE: it holds {[*saved][:3]}")
 
 
@@ -1590,14 +1693,19 @@ def load_checkpoint(path: Path, *stages: str, preset: str | None = None) -> tupl
     are, name for name and shape for shape, those of the network that meta describes.
     """
     if not path.exists():
-        hint = f"; `{MAKERS[path.stem]}` makes it" if path.stem in MAKERS else ""
-        shipped = Path(__file__).parent / "ckpt/tiny" / path.name
+        other = f" --preset {preset}" if preset not in (None, "tiny") else ""
+        hint = f"; `{MAKERS[path.stem]}{other}` makes it" if path.stem in MAKERS else ""
+        shipped = Path(__file__).parent / "ckpt" / (preset or "tiny") / path.name
         stand_in = f", and {os.path.relpath(shipped)} could stand in" if shipped.exists() else ""
         raise ValueError(f"{path}: no such file{hint}{stand_in}")
-    weights, meta = _read_folder(path, "vae" in stages) if path.is_dir() else _read_file(path)
+    released = path.is_dir() or path.suffix == ".safetensors"
+    weights, meta = _read_folder(path, "vae" in stages) if released else _read_file(path)
     stage = meta["stage"]
     if stages and stage not in stages:
         raise ValueError(f"{path}: expected a checkpoint of stage {' or '.join(stages)}, found {stage}")
+    if stages and "base" not in stages and not meta.get("camera", True):
+        raise ValueError(f"{path}: expected a network with a camera, found one of stage {stage} without; "
+                         "stream.py can show it, train_camera.py teaches a base its camera")
     if preset and meta["preset"] != preset:
         raise ValueError(f"{path}: a {meta['preset']} network, but --preset is {preset}")
     if meta["preset"] not in PRESETS:
@@ -1614,11 +1722,20 @@ def load_checkpoint(path: Path, *stages: str, preset: str | None = None) -> tupl
     return weights, meta
 
 
-def load_net(path: Path, device: torch.device, *stages: str) -> tuple[nn.Module, dict]:
-    """A checkpoint's network for inference, unsharded, and its meta; bf16 on a GPU."""
+def load_net(path: Path, device: torch.device, *stages: str, released_cache: bool = False) -> tuple[nn.Module, dict]:
+    """A checkpoint's network for inference, unsharded, and its meta; bf16 on a GPU. released_cache: see HYConfig.
+
+    Released networks keep a habit (HYConfig) that they were trained with; ours have none, whatever they started from.
+    """
     weights, meta = load_checkpoint(path, *stages)
-    with torch.device("meta"):
-        net = build(meta["preset"], meta["camera"])
+    habits = [name for name in ("timed_text", "released_cache") if meta.get(name) and not meta["from"]]
+    if released_cache and "released_cache" not in habits:
+        made = f" made from {meta['from']}" if meta.get("from") else ""
+        raise ValueError(f"{path}: --released-cache is for minWM's DMD of HunyuanVideo-1.5 with a camera, as released, "
+                         f"found stage {meta['stage']} of {meta['preset']}{made}")
+    with torch.device("meta"):  # the cache's is a defect, kept only where that is asked for
+        net = build(meta["preset"], meta["camera"],
+                    **{name: True for name in habits if released_cache or name != "released_cache"})
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     net.load_state_dict({name: w.to(device, dtype) for name, w in weights.items()}, assign=True)
     return net.eval().requires_grad_(False), meta

@@ -48,6 +48,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--guidance", type=float, help="instead of the checkpoint's own")
     p.add_argument("--keys", action="store_true", help="draw the commanded keys on the video")
     p.add_argument("--other-intrinsics", action="store_true", help="let the path's K differ from the one trained with")
+    p.add_argument("--released-cache", action="store_true", help="for minWM's released DMD of HunyuanVideo-1.5: let "
+                   "PRoPE's queries read RoPE's old keys, as in the rollouts that it was distilled on")
     p.add_argument("--bench", action="store_true", help="print frames/s and time to the first frame, after a warm-up")
     p.add_argument("--score", action="store_true", help="measure on held-out rooms and paths of the toy world")
     p.add_argument("--scenes", type=int, default=64, help="with --score: how many")
@@ -351,7 +353,8 @@ def beside(ckpt: Path, *names: str) -> Path | None:
 def main(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ckpt = args.ckpt or (Path("ckpt/dmd.pt") if Path("ckpt/dmd.pt").exists() else SHIPPED / "dmd.pt")
-    net, meta = load_net(ckpt, device, "base", "camera", "ar", "ode", "cd", "dmd")
+    stages = "base", "camera", "ar", "ode", "cd", "dmd"
+    net, meta = load_net(ckpt, device, *stages, released_cache=args.released_cache)
     vae = args.vae or beside(ckpt, "vae.pt", "Wan2.1_VAE.pth", "vae") or SHIPPED / "vae.pt"
     vae = load_vae(vae, device, meta["vae_fingerprint"])
     text_encoder = args.text_encoder or beside(ckpt, "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")

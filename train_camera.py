@@ -102,9 +102,9 @@ def main(args: argparse.Namespace) -> None:
         weights, source = fresh_weights(args.preset, camera=False, seed=args.seed), None
     else:
         weights, source = load_checkpoint(args.init, "base", "camera", preset=args.preset)
-        weights, added = with_camera(weights)
+        weights, added = with_camera(weights, args.preset)
         if rank == 0 and added:
-            print(f"{args.init} has no camera: {added} PRoPE tensors start at zero")
+            print(f"{args.init} has no camera: {added} tensors of it are added, at zero output")
     with torch.device("meta"):
         net, ema = (build(args.preset, camera=not args.no_camera) for _ in range(2))
     net, ema = shard(net, weights, device, train=True), shard(ema, weights, device)

@@ -157,7 +157,9 @@ def main(args: argparse.Namespace) -> None:
 
     weights, source = load_checkpoint(args.init, "ode", "cd", "dmd", preset=args.preset)
     score_weights, scores = load_checkpoint(args.scores, "camera", preset=args.preset)
-    if (scores["shift"], scores["K"]) != (source["shift"], source["K"]):
+    if source["from"] is None:  # a released student learns to make the videos that the scores know
+        source = source | {name: scores[name] for name in ("K", "size", "fps", "frames")}
+    elif (scores["shift"], scores["K"]) != (source["shift"], source["K"]):
         raise ValueError(f"{args.init} and {args.scores} differ in noise schedule or camera: shift {source['shift']} "
                          f"and {scores['shift']}, K {source['K']} and {scores['K']}")
     check_data(data, source)

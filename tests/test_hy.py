@@ -14,8 +14,8 @@ from einops import rearrange, repeat
 from safetensors import safe_open
 
 from model import (
-    HY_VAE, PRESETS, ChannelNorm, HYConfig, HYDiT, HYPrompt, HYVAE, HYVAEConfig, Past, RMSNorm, build, build_vae,
-    choose, commit, denoise, leafwise, noise_levels, projections, rollout, rope_table, shard, sinusoid,
+    HY_VAE, PRESETS, ChannelNorm, HYConfig, HYDiT, HYPrompt, HYVAE, HYVAEConfig, Past, Preset, RMSNorm, build,
+    build_vae, choose, commit, denoise, leafwise, noise_levels, projections, rollout, rope_table, shard, sinusoid,
     start_process_group, teacher_forcing_spans, with_camera,
 )
 from test_model import change_per_chunk, cut, rigid
@@ -359,10 +359,11 @@ def test_the_released_cache_differs_once_there_is_a_past():
     assert torch.equal(first, first_too) and (later - other).abs().max() > 1e-3
 
 
-def test_a_new_camera_branch_and_a_new_action_leave_the_base_output_unchanged():
+def test_a_new_camera_branch_and_a_new_action_leave_the_base_output_unchanged(monkeypatch):
+    monkeypatch.setitem(PRESETS, "small", Preset(SMALL, None))
     base, net, (x_t, sigma, prompt, camera, _) = random_net(camera=False), random_net(), inputs(4)
-    weights, added = with_camera(base.state_dict(), action=True)
-    assert added == 2 * SMALL.layers + 4 and with_camera(weights, action=True)[1] == 0
+    weights, added = with_camera(base.state_dict(), "small")
+    assert added == 2 * SMALL.layers + 4 and with_camera(weights, "small")[1] == 0
     net.load_state_dict(weights)
     assert torch.equal(net(x_t, sigma, prompt, camera), base(x_t, sigma, prompt))
     assert net.action_in.mlp[0].weight.std() > 0.01  # two zeros in a row would never learn

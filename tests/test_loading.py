@@ -191,7 +191,7 @@ class Evil:
     (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
     (lambda f: edit_json(f / "config.json", _class_name="HunyuanVideo"), "found HunyuanVideo"),
     (lambda f: edit_json(f / "config.json", num_heads=6), "'heads': 6"),
-    (lambda f: edit_json(f / "config.json", eps=1e-5), "eps 1e-6, found 1e-05"),
+    (lambda f: edit_json(f / "config.json", eps=1e-5), "eps 1e-06, found 1e-05"),
     (lambda f: (f / "meta.json").write_text('{"frames": 8, "colour": 3}'), "colour"),
     (lambda f: (f / "meta.json").write_text('{"stage": "vae"}'), "found stage vae"),
     (lambda f: [path.unlink() for path in f.glob("diffusion*")], "no diffusion_pytorch_model*.safetensors"),
@@ -372,7 +372,7 @@ def test_a_released_base_trains_and_streams(chain, tmp_path, toy_meta, kind, cap
     out, other = tmp_path / "out/camera.pt", tmp_path / "other/camera.pt"
     short = (*MINIATURE, "--warmup", "0", "--sampling-steps", "2", "--steps", "1")
     call("train_camera.py", "--init", folder, "--out", out, *short, cwd=chain)
-    assert f"{folder} has no camera: 8 PRoPE tensors start at zero" in capsys.readouterr().out
+    assert f"{folder} has no camera: 8 tensors of it are added, at zero output" in capsys.readouterr().out
     call("train_camera.py", "--init", chain / "ckpt/base.pt", "--out", other, *short, cwd=chain)
     (trained, meta), (expected, _) = load_checkpoint(out), load_checkpoint(other)
     assert all(torch.equal(trained[name], w) for name, w in expected.items()) and meta["from"] == "base at step 0"

@@ -15,7 +15,7 @@ from einops import rearrange
 
 import model
 from model import (
-    PRESETS, DiTConfig, VAEConfig, WanDiT, WanVAE, add_noise, attend, build, denoise, fingerprint, guide, keep,
+    PRESETS, DiTConfig, Preset, VAEConfig, WanDiT, WanVAE, add_noise, attend, build, denoise, fingerprint, guide, keep,
     load_checkpoint, load_net, load_vae, noise_levels, projections, rollout, save_checkpoint, shift_sigma,
     teacher_forcing_spans, unipc, velocity_to_x0, with_camera,
 )
@@ -189,18 +189,20 @@ def test_a_noisy_chunk_is_seen_by_itself_only():
     assert change[1] > 1e-3 and change[[0, 2, 3]].max() < 1e-6
 
 
-def test_a_new_camera_branch_leaves_the_base_output_unchanged():
+def test_a_new_camera_branch_leaves_the_base_output_unchanged(monkeypatch):
+    monkeypatch.setitem(PRESETS, "small", Preset(SMALL, None))
     base, (x_t, sigma, prompt, camera, _) = random_net(camera=False), inputs(4)
-    weights, added = with_camera(base.state_dict())
+    weights, added = with_camera(base.state_dict(), "small")
     net = WanDiT(SMALL)
     net.load_state_dict(weights)
     assert added == 2 * SMALL.layers == len(weights) - len(base.state_dict())
     assert torch.equal(net(x_t, sigma, prompt, camera), base(x_t, sigma, prompt))
 
 
-def test_with_camera_keeps_a_camera_that_is_there():
+def test_with_camera_keeps_a_camera_that_is_there(monkeypatch):
+    monkeypatch.setitem(PRESETS, "small", Preset(SMALL, None))
     weights = random_net().state_dict()
-    again, added = with_camera(weights)
+    again, added = with_camera(weights, "small")
     assert added == 0 and all(torch.equal(again[name], w) for name, w in weights.items())
 
 
