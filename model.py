@@ -19,7 +19,7 @@ One call for every backbone, so that a stage does not know which network it trai
     past = net(x0, zero, prompt, camera, past=past, commit=True)   ... and a finished chunk joins them
 
     x_t [b f c h w]   sigma [b f] fp32, 1 is pure noise   prompt [b l d], for HY a tuple of such tensors (HYPrompt)
-    camera = (viewmats [b f 4 4], Ks [b f 3 3], action [b f]): HY-WorldPlay's labels of the same motion come last and may
+    camera = (viewmats [b f 4 4], Ks [b f 3 3], action [b f]): HY-WorldPlay's labels of that motion come last and may
              be left out; only networks that were built with them read them
 
 A commit of no frames starts a stream with the prompt alone. Wan can do without it. HY cannot: in its bidirectional pass
