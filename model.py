@@ -9,7 +9,8 @@ The networks, what their output means, and how their weights travel.
     6. HY VAE           16 times smaller in space; what was a stride is channels folded out of the grid
     7. Presets          tiny and tiny-hy (trained on a laptop), wan-1.3b, wan-14b, hy-8b
     8. Sampling         the three samplers and the chunked rollout
-    9. Weights          shard, average, save, load (ours and released ones), resume
+    9. Weights          shard, average, save, load, resume
+    10. Released files  Wan2.1's, HunyuanVideo-1.5's, HY-WorldPlay's and minWM's, each in their own format
 
 One call for every backbone, so that a stage does not know which network it trains:
 
@@ -1407,9 +1408,122 @@ MAKERS = {  # stage: the command that makes its checkpoint
 }
 
 
-# Released files say little about themselves. What follows reads them as they are: public Wan2.1 and HunyuanVideo-1.5
-# (a folder in its own or in diffusers' names, and the VAE), HY-WorldPlay and minWM. What they leave unsaid is written
-# out here; a meta.json beside the weights has the last word, {"size": [480, 832]} say.
+def load_checkpoint(path: Path, *stages: str, preset: str | None = None) -> tuple[dict[str, Tensor], dict]:
+    """weights, meta of our own checkpoint (memory-mapped) or a released one, file or folder.
+
+    Raises ValueError for a missing, broken or foreign file, or the wrong stage's. Weights are returned only if they
+    are, name for name and shape for shape, those of the network that meta describes.
+    """
+    if not path.exists():
+        other = f" --preset {preset}" if preset not in (None, "tiny") else ""
+        hint = f"; `{MAKERS[path.stem]}{other}` makes it" if path.stem in MAKERS else ""
+        shipped = Path(__file__).parent / "ckpt" / (preset or "tiny") / path.name
+        stand_in = f", and {os.path.relpath(shipped)} could stand in" if shipped.exists() else ""
+        raise ValueError(f"{path}: no such file{hint}{stand_in}")
+    released = path.is_dir() or path.suffix == ".safetensors"
+    weights, meta = _read_folder(path, "vae" in stages) if released else _read_file(path)
+    stage = meta["stage"]
+    if stages and stage not in stages:
+        raise ValueError(f"{path}: expected a checkpoint of stage {' or '.join(stages)}, found {stage}")
+    if stages and "base" not in stages and not meta.get("camera", True):
+        raise ValueError(f"{path}: expected a network with a camera, found one of stage {stage} without; "
+                         "stream.py can show it, train_camera.py teaches a base its camera")
+    if preset and meta["preset"] != preset:
+        raise ValueError(f"{path}: a {meta['preset']} network, but --preset is {preset}")
+    if meta["preset"] not in PRESETS:
+        raise ValueError(f"{path}: a network of preset {meta['preset']!r}, known are {', '.join(PRESETS)}")
+    with torch.device("meta"):
+        net = build_vae(PRESETS[meta["preset"]].vae) if stage == "vae" else build(meta["preset"], meta["camera"])
+    expected, found = ({name: tuple(w.shape) for name, w in z.items()} for z in (net.state_dict(), weights))
+    if wrong := [name for name in expected | found if expected.get(name) != found.get(name)]:
+        raise ValueError(f"{path}: {len(wrong)} of its tensors are not those of {meta['preset']}, first {wrong[0]}: "
+                         f"expected shape {expected.get(wrong[0], 'none')}, found {found.get(wrong[0], 'none')}")
+    weights = {name: weights[name] for name in expected}  # in our order, which a fingerprint depends on
+    if stage == "vae" and "fingerprint" not in meta:
+        meta["fingerprint"] = fingerprint(weights)
+    return weights, meta
+
+
+def load_net(path: Path, device: torch.device, *stages: str, released_cache: bool = False) -> tuple[nn.Module, dict]:
+    """A checkpoint's network for inference, unsharded, and its meta; bf16 on a GPU. released_cache: see HYConfig.
+
+    Released networks keep a habit (HYConfig) that they were trained with; ours have none, whatever they started from.
+    """
+    weights, meta = load_checkpoint(path, *stages)
+    habits = [name for name in ("timed_text", "released_cache") if meta.get(name) and not meta["from"]]
+    if released_cache and "released_cache" not in habits:
+        made = f" made from {meta['from']}" if meta.get("from") else ""
+        raise ValueError(f"{path}: --released-cache is for minWM's DMD of HunyuanVideo-1.5 with a camera, as released, "
+                         f"found stage {meta['stage']} of {meta['preset']}{made}")
+    with torch.device("meta"):  # the cache's is a defect, kept only where that is asked for
+        net = build(meta["preset"], meta["camera"],
+                    **{name: True for name in habits if released_cache or name != "released_cache"})
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    net.load_state_dict({name: w.to(device, dtype) for name, w in weights.items()}, assign=True)
+    return net.eval().requires_grad_(False), meta
+
+
+def load_vae(path: Path, device: torch.device, known_as: str) -> WanVAE | HYVAE:
+    """Raises ValueError if it is not the very VAE that made the latents: `known_as`, its fingerprint."""
+    weights, meta = load_checkpoint(path, "vae")
+    if meta["fingerprint"] != known_as:
+        raise ValueError(f"{path}: another VAE than the latents', expected fingerprint {known_as}, "
+                         f"found {meta['fingerprint']}")
+    vae = build_vae(replace(PRESETS[meta["preset"]].vae, mean=tuple(meta["mean"]), std=tuple(meta["std"])))
+    vae.load_state_dict({name: w.float() for name, w in weights.items()})
+    return vae.to(device).eval().requires_grad_(False)
+
+
+Nets, Optimizers = dict[str, nn.Module], dict[str, torch.optim.Optimizer]
+
+
+def _training_state(nets: Nets, optimizers: Optimizers) -> dict:
+    state = {name: get_model_state_dict(net) for name, net in nets.items()}
+    return state | {f"{name}.optimizer": get_optimizer_state_dict(nets[name], opt) for name, opt in optimizers.items()}
+
+
+def _reason(error: CheckpointException) -> str:
+    """One line of an exception that carries every rank's traceback."""
+    return "; ".join(f"rank {rank}: {failure!r}" for rank, (failure, _) in error.failures.items()).replace("\n", " ")
+
+
+def save_state(folder: Path, step: int, nets: Nets, optimizers: Optimizers) -> None:
+    """Everything --resume needs, still sharded, in folder/state-STEP; all others go when this one is complete."""
+    path, state = folder / f"state-{step:06d}", _training_state(nets, optimizers) | {"step": torch.tensor(step)}
+    if dist.get_rank() == 0 and path.exists():  # of an earlier run: half of it must not pass for this one's
+        shutil.rmtree(path)
+    dist.barrier()
+    try:
+        dcp.save(state, checkpoint_id=path)
+    except CheckpointException as error:
+        raise ValueError(f"{path}: could not be written ({_reason(error)}); the state before it is untouched") from None
+    if dist.get_rank() == 0:
+        for old in folder.glob("state-*"):
+            if old != path:
+                shutil.rmtree(old)
+
+
+def load_state(folder: Path, nets: Nets, optimizers: Optimizers) -> int:
+    """Restore in place, on any number of ranks, and return the step to continue from."""
+    complete = sorted(path for path in folder.glob("state-*") if (path / ".metadata").exists())  # written last
+    if not complete:
+        raise ValueError(f"--resume: {folder} holds no saved state")
+    state = _training_state(nets, optimizers) | {"step": torch.tensor(0)}
+    try:
+        dcp.load(state, checkpoint_id=complete[-1])
+    except CheckpointException as error:
+        raise ValueError(f"{complete[-1]}: truncated, or a state of another network ({_reason(error)})") from None
+    for name, net in nets.items():
+        set_model_state_dict(net, state[name])
+    for name, opt in optimizers.items():
+        set_optimizer_state_dict(nets[name], opt, state[f"{name}.optimizer"])
+    return int(state["step"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. Released files. They say little about themselves. What follows reads them as they are: public Wan2.1 and
+# HunyuanVideo-1.5 (a folder in its own or in diffusers' names, and the VAE), HY-WorldPlay and minWM. What they leave
+# unsaid is written out here; a meta.json beside the weights has the last word, {"size": [480, 832]} say.
 
 _RELEASED = {  # Wan2.1's and minWM's settings
     "K": [0.5050505, 0.89786756, 0.5, 0.5], "size": [480, 832], "fps": 16, "frames": 20, "vae_fingerprint": "Wan2.1",
@@ -1686,116 +1800,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
     raise ValueError(f"{path}: not a checkpoint of ours, of minWM or Wan's VAE: it holds {[*saved][:3]}")
 
 
-def load_checkpoint(path: Path, *stages: str, preset: str | None = None) -> tuple[dict[str, Tensor], dict]:
-    """weights, meta of our own checkpoint (memory-mapped) or a released one, file or folder.
-
-    Raises ValueError for a missing, broken or foreign file, or the wrong stage's. Weights are returned only if they
-    are, name for name and shape for shape, those of the network that meta describes.
-    """
-    if not path.exists():
-        other = f" --preset {preset}" if preset not in (None, "tiny") else ""
-        hint = f"; `{MAKERS[path.stem]}{other}` makes it" if path.stem in MAKERS else ""
-        shipped = Path(__file__).parent / "ckpt" / (preset or "tiny") / path.name
-        stand_in = f", and {os.path.relpath(shipped)} could stand in" if shipped.exists() else ""
-        raise ValueError(f"{path}: no such file{hint}{stand_in}")
-    released = path.is_dir() or path.suffix == ".safetensors"
-    weights, meta = _read_folder(path, "vae" in stages) if released else _read_file(path)
-    stage = meta["stage"]
-    if stages and stage not in stages:
-        raise ValueError(f"{path}: expected a checkpoint of stage {' or '.join(stages)}, found {stage}")
-    if stages and "base" not in stages and not meta.get("camera", True):
-        raise ValueError(f"{path}: expected a network with a camera, found one of stage {stage} without; "
-                         "stream.py can show it, train_camera.py teaches a base its camera")
-    if preset and meta["preset"] != preset:
-        raise ValueError(f"{path}: a {meta['preset']} network, but --preset is {preset}")
-    if meta["preset"] not in PRESETS:
-        raise ValueError(f"{path}: a network of preset {meta['preset']!r}, known are {', '.join(PRESETS)}")
-    with torch.device("meta"):
-        net = build_vae(PRESETS[meta["preset"]].vae) if stage == "vae" else build(meta["preset"], meta["camera"])
-    expected, found = ({name: tuple(w.shape) for name, w in z.items()} for z in (net.state_dict(), weights))
-    if wrong := [name for name in expected | found if expected.get(name) != found.get(name)]:
-        raise ValueError(f"{path}: {len(wrong)} of its tensors are not those of {meta['preset']}, first {wrong[0]}: "
-                         f"expected shape {expected.get(wrong[0], 'none')}, found {found.get(wrong[0], 'none')}")
-    weights = {name: weights[name] for name in expected}  # in our order, which a fingerprint depends on
-    if stage == "vae" and "fingerprint" not in meta:
-        meta["fingerprint"] = fingerprint(weights)
-    return weights, meta
-
-
-def load_net(path: Path, device: torch.device, *stages: str, released_cache: bool = False) -> tuple[nn.Module, dict]:
-    """A checkpoint's network for inference, unsharded, and its meta; bf16 on a GPU. released_cache: see HYConfig.
-
-    Released networks keep a habit (HYConfig) that they were trained with; ours have none, whatever they started from.
-    """
-    weights, meta = load_checkpoint(path, *stages)
-    habits = [name for name in ("timed_text", "released_cache") if meta.get(name) and not meta["from"]]
-    if released_cache and "released_cache" not in habits:
-        made = f" made from {meta['from']}" if meta.get("from") else ""
-        raise ValueError(f"{path}: --released-cache is for minWM's DMD of HunyuanVideo-1.5 with a camera, as released, "
-                         f"found stage {meta['stage']} of {meta['preset']}{made}")
-    with torch.device("meta"):  # the cache's is a defect, kept only where that is asked for
-        net = build(meta["preset"], meta["camera"],
-                    **{name: True for name in habits if released_cache or name != "released_cache"})
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    net.load_state_dict({name: w.to(device, dtype) for name, w in weights.items()}, assign=True)
-    return net.eval().requires_grad_(False), meta
-
-
-def load_vae(path: Path, device: torch.device, known_as: str) -> WanVAE | HYVAE:
-    """Raises ValueError if it is not the very VAE that made the latents: `known_as`, its fingerprint."""
-    weights, meta = load_checkpoint(path, "vae")
-    if meta["fingerprint"] != known_as:
-        raise ValueError(f"{path}: another VAE than the latents', expected fingerprint {known_as}, "
-                         f"found {meta['fingerprint']}")
-    vae = build_vae(replace(PRESETS[meta["preset"]].vae, mean=tuple(meta["mean"]), std=tuple(meta["std"])))
-    vae.load_state_dict({name: w.float() for name, w in weights.items()})
-    return vae.to(device).eval().requires_grad_(False)
-
-
-Nets, Optimizers = dict[str, nn.Module], dict[str, torch.optim.Optimizer]
-
-
-def _training_state(nets: Nets, optimizers: Optimizers) -> dict:
-    state = {name: get_model_state_dict(net) for name, net in nets.items()}
-    return state | {f"{name}.optimizer": get_optimizer_state_dict(nets[name], opt) for name, opt in optimizers.items()}
-
-
-def _reason(error: CheckpointException) -> str:
-    """One line of an exception that carries every rank's traceback."""
-    return "; ".join(f"rank {rank}: {failure!r}" for rank, (failure, _) in error.failures.items()).replace("\n", " ")
-
-
-def save_state(folder: Path, step: int, nets: Nets, optimizers: Optimizers) -> None:
-    """Everything --resume needs, still sharded, in folder/state-STEP; all others go when this one is complete."""
-    path, state = folder / f"state-{step:06d}", _training_state(nets, optimizers) | {"step": torch.tensor(step)}
-    if dist.get_rank() == 0 and path.exists():  # of an earlier run: half of it must not pass for this one's
-        shutil.rmtree(path)
-    dist.barrier()
-    try:
-        dcp.save(state, checkpoint_id=path)
-    except CheckpointException as error:
-        raise ValueError(f"{path}: could not be written ({_reason(error)}); the state before it is untouched") from None
-    if dist.get_rank() == 0:
-        for old in folder.glob("state-*"):
-            if old != path:
-                shutil.rmtree(old)
-
-
-def load_state(folder: Path, nets: Nets, optimizers: Optimizers) -> int:
-    """Restore in place, on any number of ranks, and return the step to continue from."""
-    complete = sorted(path for path in folder.glob("state-*") if (path / ".metadata").exists())  # written last
-    if not complete:
-        raise ValueError(f"--resume: {folder} holds no saved state")
-    state = _training_state(nets, optimizers) | {"step": torch.tensor(0)}
-    try:
-        dcp.load(state, checkpoint_id=complete[-1])
-    except CheckpointException as error:
-        raise ValueError(f"{complete[-1]}: truncated, or a state of another network ({_reason(error)})") from None
-    for name, net in nets.items():
-        set_model_state_dict(net, state[name])
-    for name, opt in optimizers.items():
-        set_optimizer_state_dict(nets[name], opt, state[f"{name}.optimizer"])
-    return int(state["step"])
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
