@@ -3,7 +3,7 @@ Everything frozen, and everything that becomes a batch.
 
     1. Cameras      one type, one trajectory grammar, path.json
     2. Toy world    rooms ray-cast in torch: the data set, the base model and the ground truth of a laptop
-    3. Words        umT5, and a deterministic stand-in for it
+    3. Prompts      what reads them, and for HY first frames: deterministic stand-ins, umT5, Qwen2.5-VL, byT5, SigLIP
     4. Latents      the folder a training run reads, and get_batch, a pure function of (seed, step, part)
     5. Videos       real ones with captions and cameras: look, judge, report; pictures of what came out
     6. main         $ python data.py                        render the toy world, train its VAE, write its latents
@@ -253,20 +253,20 @@ ACTIONS = torch.tensor([[8, 2, 7], [4, 0, 3], [6, 1, 5]])  # back, none, forward
 
 
 def action_labels(viewmats: Tensor) -> Tensor:
-    """HY-WorldPlay's label of each step of a path [f 4 4] -> [f] int64: 9 * translation + rotation, the first frame 0.
+    """HY-WorldPlay's label of each step of a path [... f 4 4] -> [... f] int64: 9 * translation + rotation, first 0.
 
     Class 0 is none, 1 forward (a turn right), 2 backward (left), 3 right (up), 4 left (down), 5 to 8 are pairs of them.
     None is less than 0.01 units or 0.05 degrees, and any motion along y. The poses alone decide: minWM's table of keys
     exchanges left and right, its training data and WorldPlay do not.
     """
     w2c = viewmats.double()
-    step = w2c[:-1] @ invert_se3(w2c[1:])  # each camera in the axes of the one before
-    R, move, classes = step[:, :3, :3], step[:, :3, 3], ACTIONS.to(w2c.device)
+    step = w2c[..., :-1, :, :] @ invert_se3(w2c[..., 1:, :, :])  # each camera in the axes of the one before
+    R, move, classes = step[..., :3, :3], step[..., :3, 3], ACTIONS.to(w2c.device)
     distance = move.norm(dim=-1, keepdim=True)
     cosines = torch.where(distance > 0.01, move / distance.clamp_min(1e-12), 0)  # 0.5: within 60 degrees of an axis
-    yaw, pitch = -torch.asin(R[:, 2, 0].clamp(-1, 1)).rad2deg(), torch.atan2(R[:, 2, 1], R[:, 2, 2]).rad2deg()
+    yaw, pitch = -torch.asin(R[..., 2, 0].clamp(-1, 1)).rad2deg(), torch.atan2(R[..., 2, 1], R[..., 2, 2]).rad2deg()
     side = lambda amount, least: (amount > least).long() - (amount < -least).long() + 1
-    translation = classes[side(cosines[:, 2], 0.5), side(cosines[:, 0], 0.5)]
+    translation = classes[side(cosines[..., 2], 0.5), side(cosines[..., 0], 0.5)]
     return F.pad(9 * translation + classes[side(yaw, 0.05), side(pitch, 0.05)], (1, 0))
 
 
@@ -454,12 +454,18 @@ class Encoder(NamedTuple):
 
 
 def load_encoder(preset: str, path: Path | None, device: torch.device) -> Encoder:
-    """path: umT5 for a Wan preset; without it, the stand-ins. Networks are loaded when they are first asked."""
+    """path: umT5 for a Wan preset, HunyuanVideo-1.5's folder for a HY one; without it, the stand-ins. Networks are
+    loaded when they are first asked."""
     from model import PRESETS, HYConfig
-    if isinstance(PRESETS[preset].dit, HYConfig):
-        return Encoder("words", read_hy_words, see_places, "")
+    hy = isinstance(PRESETS[preset].dit, HYConfig)
     if path is None:
-        return Encoder("words", lambda prompt: {"embeds": encode_words(prompt)}, None, "")
+        words = lambda prompt: {"embeds": encode_words(prompt)}
+        return Encoder("words", read_hy_words, see_places, "") if hy else Encoder("words", words, None, "")
+    if hy:
+        path = path.parent if path.name == "text_encoder" else path  # SigLIP lies beside it
+        readers = lru_cache(lambda: load_hy_encoders(path, device, "llm", "tokenizer", "byt5", "byt5_tokenizer"))
+        eyes = lru_cache(lambda: load_hy_encoders(path, device, "siglip", "pixels"))
+        return Encoder("hy", lambda prompt: read_hy(prompt, readers()), lambda image: see(image, eyes()), "")
     umt5 = lru_cache(lambda: load_text_encoder(path, device))
     return Encoder("umt5", lambda prompt: {"embeds": encode_prompts([prompt], umt5())[0]}, None, NULL_PROMPT)
 
@@ -642,12 +648,13 @@ HY_FOLDERS = {  # what: where HunyuanVideo-1.5 has it, where diffusers has it
 
 
 class HYEncoders(NamedTuple):
-    llm: nn.Module  # without its last two layers and norm: HY reads what goes into them
-    tokenizer: object
-    byt5: nn.Module
-    byt5_tokenizer: object
-    siglip: nn.Module
-    pixels: dict  # how SigLIP wants an image: size (height, width), mode of interpolation, mean and std
+    """Those that were asked for."""
+    llm: nn.Module | None = None  # without its last two layers and norm: HY reads what goes into them
+    tokenizer: object = None
+    byt5: nn.Module | None = None
+    byt5_tokenizer: object = None
+    siglip: nn.Module | None = None
+    pixels: dict | None = None  # how SigLIP wants an image: size (height, width), mode of interpolation, mean and std
 
 
 def load_whole(kind: type, folder: Path | None, dtype: torch.dtype, **source) -> nn.Module:
@@ -704,9 +711,11 @@ def load_pixels(folder: Path) -> dict:
     raise ValueError("preprocessor_config.json: expected size, resample 2 or 3, image_mean and image_std")
 
 
-def load_hy_encoders(path: Path, device: torch.device) -> HYEncoders:
-    """HunyuanVideo-1.5's encoders, from its folder as released or as diffusers has it. Raises ValueError naming what is
-    missing, broken or something else. fp16 on a GPU, as HY's own pipeline, else fp32; byT5 always: T5s overflow fp16.
+def load_hy_encoders(path: Path, device: torch.device, *parts: str) -> HYEncoders:
+    """HunyuanVideo-1.5's encoders, or some of them, from its folder as released or as diffusers has it. Raises
+    ValueError naming what is missing, broken or something else.
+
+    fp16 on a GPU, as HY's own pipeline, else fp32; byT5 always: T5s overflow fp16.
     """
     from transformers import ByT5Tokenizer, SiglipVisionModel, T5EncoderModel
     released = not (path / "text_encoder/config.json").exists()
@@ -719,6 +728,8 @@ def load_hy_encoders(path: Path, device: torch.device) -> HYEncoders:
         load_glyph_byt5(folder, path / HY_FOLDERS["byt5_tokenizer"][0], found["byt5_tokenizer"]),
     }
     for part, places in HY_FOLDERS.items():
+        if parts and part not in parts:
+            continue
         folder = path / places[not released]
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; expected HunyuanVideo-1.5 with its encoders, or diffusers'")
@@ -756,6 +767,13 @@ def encode_hy(prompts: list[str], encoders: HYEncoders) -> dict[str, Tensor]:
             "byt5_mask": byt5_mask * any_glyphs}
 
 
+def read_hy(prompt: str, encoders: HYEncoders) -> dict[str, Tensor]:
+    """One prompt's row of a prompt table, without the padding that only a batch needs."""
+    row = {name: z[0] for name, z in encode_hy([prompt], encoders).items()}
+    ends = {name: max(1, int(row[f"{name}_mask"].sum())) for name in ("text", "byt5")}
+    return {name: z[: ends[name.removesuffix("_mask")]] for name, z in row.items()}
+
+
 @torch.no_grad()
 def see(image: Tensor, encoders: HYEncoders) -> Tensor:
     """The first frame of a video [b 3 H W] in [-1, 1] -> SigLIP's tokens [b 729 1152], in training and in use alike.
@@ -782,7 +800,7 @@ class Batch(NamedTuple):
     x0: Tensor  # [b f c h w] fp32
     prompt: Tensor  # [b l d], or HY's HYPrompt
     null: Tensor  # alike, the prompt that guidance steers away from; HY's keeps the image
-    camera: tuple[Tensor, Tensor]  # viewmats [b f 4 4], Ks [b f 3 3]
+    camera: tuple[Tensor, Tensor, Tensor]  # viewmats [b f 4 4], Ks [b f 3 3], action labels [b f]
     rng: list[torch.Generator]
     ids: list[int]  # rows of the data set
     held: dict[str, Tensor]  # all else that the folder says of these rows
@@ -880,7 +898,7 @@ def get_batch(data: Latents, seed: int, step: int, part: int, parts: int, size: 
         texts[name] = on(torch.stack([z[i] for i in held["prompt_ids"].tolist()]))
         nulls[name] = on(z[z.get_shape()[0] - 1]).expand_as(texts[name])
     prompt, null = (as_prompt(rows, vision, x0[:, :1]) for rows in (texts, nulls))
-    camera = on(held["viewmats"]), on(held["Ks"])
+    camera = on(held["viewmats"]), on(held["Ks"]), on(action_labels(held["viewmats"]))
     return Batch(x0, prompt, null, camera, rng, ids, held, None if states is None else on(states))
 
 
@@ -1392,7 +1410,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     own.add_argument("--scale", type=translation_scale, default=1.0, help=f"factor on all translations (1 for pose "
                      f"strings); or 'set': the one that makes the median step of the whole folder {STEP} units, for "
                      "metric poses; or 'clip': one for each clip, for poses whose scale is arbitrary (COLMAP's)")
-    own.add_argument("--text-encoder", type=Path, help="umT5; without it prompts are read word by word, as the toy's")
+    own.add_argument("--text-encoder", type=Path, help="umT5, or for HY the folder of HunyuanVideo-1.5; without it "
+                     "prompts are read word by word, as the toy's")
     own.add_argument("--negative", help="the prompt that guidance steers away from; default: empty, or Wan's for umT5")
     own.add_argument("--keep", nargs="+", default=[], choices=DOUBTFUL, metavar="REASON",
                      help="do not drop clips for: " + ", ".join(DOUBTFUL))
@@ -1668,7 +1687,7 @@ def make_from_videos(args: argparse.Namespace) -> None:
                 raise ValueError(f"{path}: its latents hold NaN or inf")
             if encoder.see:  # by the clip, not by its place among those kept
                 pictured = zlib.crc32(f"{clips[n].file} {clips[n].start}".encode()) < args.image_share * 2**32
-                vision.append(encoder.see(video[None, :, 0].to(device))[0].half().cpu() * pictured)
+                vision.append(encoder.see(video[:1].to(device).float() / 127.5 - 1)[0].half().cpu() * pictured)
             bar.update()
         tensors = {"latents": torch.stack(latents), "viewmats": viewmats, "Ks": Ks,
                    "prompt_ids": torch.tensor([prompts[clips[n].caption] for n in rows]),

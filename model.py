@@ -19,7 +19,8 @@ One call for every backbone, so that a stage does not know which network it trai
     past = net(x0, zero, prompt, camera, past=past, commit=True)   ... and a finished chunk joins them
 
     x_t [b f c h w]   sigma [b f] fp32, 1 is pure noise   prompt [b l d], for HY a tuple of such tensors (HYPrompt)
-    camera = (viewmats [b f 4 4], Ks [b f 3 3]), for HY also (viewmats, Ks, action [b f])
+    camera = (viewmats [b f 4 4], Ks [b f 3 3], action [b f]): HY-WorldPlay's labels of that motion come last and may
+             be left out; only networks that were built with them read them
 
 A commit of no frames starts a stream with the prompt alone. Wan can do without it. HY cannot: in its bidirectional pass
 the text reads the video too, in a stream it must not, and that the stream has begun is all that tells the two apart.
@@ -360,7 +361,7 @@ class WanDiT(nn.Module):
         e = self.time_embedding(angles.to(self.head.modulation.dtype))
         return e, rearrange(self.time_projection(e), "b f (six d) -> b f six d", six=6)
 
-    def forward(self, x_t: Tensor, sigma: Tensor, prompt: Tensor, camera: tuple[Tensor, Tensor] | None = None, *,
+    def forward(self, x_t: Tensor, sigma: Tensor, prompt: Tensor, camera: tuple[Tensor, ...] | None = None, *,
                 clean: Tensor | None = None, chunk: int = 0, past: Past | None = None, commit: bool = False):
         """x_t [b f c h w], sigma [b f], prompt [b l text_dim], camera ([b f 4 4], [b f 3 3]) -> v [b f c h w], fp32.
 
@@ -375,7 +376,7 @@ class WanDiT(nn.Module):
         start = past.frames if past else 0
         frames = torch.arange(start, start + f, device=x_t.device)
         rope = rope_table(frames, h // 2, w // 2, self.cfg.rope_bands, theta=10000)
-        cameras = None if camera is None else projections(*camera)
+        cameras = None if camera is None else projections(*camera[:2])
         spans = None
         if clean is not None:  # [clean | noisy] along the frames, the clean half at noise level zero
             x_t, sigma = torch.cat([clean, x_t], dim=1), torch.cat([torch.zeros_like(sigma), sigma], dim=1)
@@ -862,17 +863,18 @@ class HYDiT(nn.Module):
                 clean: Tensor | None = None, chunk: int = 0, past: Past | None = None, commit: bool = False):
         """x_t [b f c h w], sigma [b f], prompt, camera ([b f 4 4], [b f 3 3]) -> v [b f c h w], fp32. As WanDiT, but:
 
-        camera may have a third part, action labels [b f] (9 * translation + rotation; HY-WorldPlay).
+        camera may have a third part, action labels [b f] (9 * translation + rotation; HY-WorldPlay), which is read if
+        cfg has them.
         past=None is a bidirectional pass, in which text sees the video. A stream starts with a commit of no frames.
         """
         b, f, c, h, w = x_t.shape
         viewmats, Ks, action = (*camera, None)[:3] if camera else (None, None, None)
+        action = None if self.action_in is None else action
         if sigma.shape != (b, f) or (camera and viewmats.shape != (b, f, 4, 4)):
             raise ValueError(f"x_t {list(x_t.shape)} needs sigma [{b} {f}] and viewmats [{b} {f} 4 4], found "
                              f"{list(sigma.shape)} and {camera and list(viewmats.shape)}")
-        if action is not None and (self.action_in is None or action.shape != (b, f)):
-            raise ValueError(f"x_t {list(x_t.shape)} needs {'no' if self.action_in is None else f'[{b} {f}]'} action "
-                             f"labels, found {list(action.shape)}")
+        if action is not None and action.shape != (b, f):
+            raise ValueError(f"x_t {list(x_t.shape)} needs [{b} {f}] action labels, found {list(action.shape)}")
         start = past.frames if past else 0
         frames = torch.arange(start, start + f, device=x_t.device)
         p, joint = self.cfg.patch, clean is None and past is None and not commit

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    GRAMMAR, LOOKS, NAMED, N_PANELS, PALETTE, SURFACE_OF_PANEL, VIDEOS, Encoder, Scene, as_prompt, cast, fit,
-    intrinsics, invert_se3, load_encoder, look_errors, mix, paint, panels_seen, parse_trajectory, pixel_cameras,
+    GRAMMAR, LOOKS, NAMED, N_PANELS, PALETTE, SURFACE_OF_PANEL, VIDEOS, Encoder, Scene, action_labels, as_prompt, cast,
+    fit, intrinsics, invert_se3, load_encoder, look_errors, mix, paint, panels_seen, parse_trajectory, pixel_cameras,
     pressed, read_camera, read_prompt, render, rotation, sample_toy, table, write_sheet,
 )
 from model import HYVAE, WanVAE, load_net, load_vae, rollout, timed
@@ -74,6 +74,7 @@ def stream(net: nn.Module, vae: WanVAE | HYVAE, meta: dict, encoder: Encoder, pr
     device, (b, f), chunk = next(net.parameters()).device, viewmats.shape[:2], meta["chunk"]
     held = -f % chunk if chunk else 0
     camera = tuple(torch.cat([z, z[:, -1:].expand(b, held, *z.shape[2:])], dim=1).to(device) for z in (viewmats, Ks))
+    camera = (*camera, action_labels(camera[0]))
     shape = (f + held, vae.cfg.z_dim, *(pixels // vae.cfg.stride for pixels in meta["size"]))
     prefix = first = vision = None
     with timed(seconds, "prompt"):

@@ -348,7 +348,7 @@ def test_panels_seen_counts_pixels_of_the_best_frame():
         assert torch.equal(panels_seen(hits, least), rays >= 4 * least)  # 2x2 rays a pixel
 
 
-# ------------------------------------------------------------------------------------------------------------ 3. Prompts
+# ---------------------------------------------------------------------------------------------------------- 3. Prompts
 
 
 def test_words_carry_their_order():

@@ -5,17 +5,23 @@ cropped and padded, what SigLIP is shown; each beside diffusers' own functions, 
 The toy tokenizer splits text by Qwen's rule and knows every word of the chat that surrounds a prompt, so that it counts
 them as the real one does.
 """
+import contextlib
 import json
 import os
 import shutil
 
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data import HY_AFTER, HY_BEFORE, HY_SYSTEM, encode_hy, load_hy_encoders, quoted, see
+from conftest import call
+from data import (
+    DOUBTFUL, HY_AFTER, HY_BEFORE, HY_SYSTEM, K_SQUARE, encode_hy, get_batch, load_encoder, load_hy_encoders,
+    open_latents, quoted, see,
+)
 
 CPU = torch.device("cpu")
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
@@ -306,3 +312,49 @@ def test_damage_is_named(toys, tmp_path, place, damage, found):
 def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}/text_encoder/llm: no such folder"):
         load_hy_encoders(tmp_path, CPU)
+
+
+# ------------------------------------------------------------------------------------------------- The way into a batch
+
+
+def test_one_prompt_is_read_without_padding_and_only_when_asked(toys, encoders, tmp_path):
+    shutil.copytree(toys["home"] / "released", tmp_path / "hy")
+    shutil.rmtree(tmp_path / "hy/vision_encoder")  # whoever reads prompts need not see
+    encoder, batch = load_encoder("hy-8b", tmp_path / "hy", CPU), encode_hy(PROMPTS, encoders)
+    for n, prompt in enumerate(PROMPTS):
+        row = encoder.read(prompt)
+        for name in "text", "byt5":
+            valid = batch[f"{name}_mask"][n].bool()
+            torch.testing.assert_close(row[name][row[f"{name}_mask"].bool()], batch[name][n, valid])
+            assert len(row[name]) == len(row[f"{name}_mask"]) == max(1, valid.sum())
+    with pytest.raises(ValueError, match="vision_encoder"):
+        encoder.see(torch.zeros(1, 3, 32, 32))
+
+
+def test_videos_become_hy_latents(toys, encoders, tmp_path):
+    """Two clips with one caption, the first frame of each seen, none with --image-share 0; then a batch of them."""
+    call("data.py", "--preset", "tiny-hy", "--count", "1", "--frames", "2", "--vae-steps", "1", cwd=tmp_path)
+    (tmp_path / "clips").mkdir()
+    clips = np.random.default_rng(0).integers(0, 255, (2, 5, 32, 32, 3), dtype=np.uint8)
+    for n, clip in enumerate(clips):
+        imageio.imwrite(tmp_path / f"clips/{n}.mp4", clip, fps=16, macro_block_size=2, output_params=["-crf", "1"])
+    rows = [{"file": f"{n}.mp4", "caption": PROMPTS[0], "poses": "w", "K": K_SQUARE} for n in range(2)]
+    (tmp_path / "clips/table.json").write_text(json.dumps(rows))
+    flags = ("--videos", "clips", "--frames", "2", "--text-encoder", toys["home"] / "released", "--keep", *DOUBTFUL)
+    for share in "1", "0":
+        call("data.py", *flags, "--image-share", share, "--out", f"data/{share}", cwd=tmp_path)
+        with contextlib.chdir(tmp_path):
+            batch = get_batch(open_latents(f"data/{share}"), 0, 0, 0, 1, 2, CPU)
+        expected = encode_hy([PROMPTS[0], ""], encoders)
+        n, nulls = (int(mask.sum()) for mask in expected["text_mask"])
+        torch.testing.assert_close(batch.prompt.text[0], expected["text"][0, :n], atol=1e-2, rtol=1e-2)  # fp16 on disk
+        assert batch.prompt.text_mask.sum(1).tolist() == [n, n] and batch.null.text_mask.sum(1).tolist() == [nulls] * 2
+        assert batch.prompt.byt5_mask.any() and not batch.null.byt5_mask.any()
+        assert batch.prompt.vision.shape == (2, 9, 16) and batch.prompt.vision.any() == (share == "1")
+        assert torch.equal(batch.prompt.image[:, 0, :8], batch.x0[:, 0] * int(share))
+        assert batch.camera[2].tolist() == [[0, 9], [0, 9]]  # forward
+    frame = torch.from_numpy(imageio.imread(tmp_path / "clips/0.mp4", index=0)).permute(2, 0, 1)[None] / 127.5 - 1
+    with contextlib.chdir(tmp_path):
+        data = open_latents("data/1")
+    seen = data.shards[0].get_tensor("vision")[0].float()
+    torch.testing.assert_close(seen, see(frame, encoders)[0], atol=0.05, rtol=0.05)

@@ -391,12 +391,19 @@ def test_training_reaches_every_parameter_but_the_last_text_output():
 
 
 def test_what_a_frame_lacks_is_named():
-    net, plain, (x_t, sigma, prompt, camera, _) = random_net(), random_net(action=False), inputs(4)
-    for match, refuses, *bad in (("sigma", net, sigma[:, 0], None), ("viewmats", net, sigma, cut(slice(3), *camera)),
-                                 (r"\[3 4\] action", net, sigma, (*camera[:2], camera[2][:, :3])),
-                                 ("no action", plain, sigma, camera)):
+    net, (x_t, sigma, prompt, camera, _) = random_net(), inputs(4)
+    for match, *bad in (("sigma", sigma[:, 0], None), ("viewmats", sigma, cut(slice(3), *camera)),
+                        (r"\[3 4\] action", sigma, (*camera[:2], camera[2][:, :3]))):
         with pytest.raises(ValueError, match=match):
-            refuses(x_t, bad[0], prompt, bad[1])
+            net(x_t, bad[0], prompt, bad[1])
+
+
+def test_labels_are_for_networks_that_were_built_with_them():
+    x_t, sigma, prompt, camera, _ = inputs(4)
+    for action in (True, False):
+        net = random_net(action=action)
+        same = torch.equal(net(x_t, sigma, prompt, camera), net(x_t, sigma, prompt, camera[:2]))
+        assert same is not action
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
