@@ -836,14 +836,14 @@ def open_latents(folder: str | Path) -> Latents:
     return Latents(folder, shards, starts, prompts, json.loads(shards[0].metadata()["meta"]))
 
 
-def check_data(data: Latents, source: dict) -> None:
-    """Raises ValueError when latents are not of the kind that the checkpoint described by `source` knows."""
-    for name in ("K", "size", "fps", "frames", "vae_fingerprint"):
-        differ = data.meta[name] != source[name]
-        if name == "K":  # of videos, a median; of a released network, however many digits were printed
-            differ = max(abs(a - b) for a, b in zip(data.meta[name], source[name])) > 1e-3
-        if differ:
-            raise ValueError(f"{data.folder}: its {name} is {data.meta[name]}, the checkpoint's {source[name]}")
+def check_data(data: Latents, source: dict, path: Path) -> dict:
+    """Raises ValueError when latents are not of the kind that the checkpoint at path, described by `source`, knows, else
+    returns `source`. A released checkpoint (made "from" None) may be shown any videos, and knows their kind from then on."""
+    kind = {name: data.meta[name] for name in ("K", "size", "fps", "frames")}
+    for name in ("vae_fingerprint", *(kind if source["from"] else ())):
+        if data.meta[name] != source[name]:
+            raise ValueError(f"{data.folder}: its {name} is {data.meta[name]}, that of {path} {source[name]}")
+    return source | kind
 
 
 @lru_cache(maxsize=8)

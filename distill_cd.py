@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     # -- end ---------------------------------------------------------------------------------------------------------
 
     weights, source = load_checkpoint(args.init, "ar", preset=args.preset)
-    check_data(data, source)
+    source = check_data(data, source, args.init)
     with torch.device("meta"):
         net, ema, teacher = (build(args.preset) for _ in range(3))
     net, ema = shard(net, weights, device, train=True), shard(ema, weights, device)

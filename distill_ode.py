@@ -161,7 +161,7 @@ def main(args: argparse.Namespace) -> None:
     # -- end ---------------------------------------------------------------------------------------------------------
 
     weights, source = load_checkpoint(args.init, "ar", preset=args.preset)
-    check_data(data, source)
+    source = check_data(data, source, args.init)
     if args.generate:
         with torch.device("meta"):
             teacher = build(args.preset)

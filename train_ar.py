@@ -1,7 +1,7 @@
 """
 Stage 1: from seeing the whole video to making it chunk by chunk.
 
-in:  ckpt/camera.pt, bidirectional
+in:  ckpt/camera.pt, bidirectional (or an autoregressive one, to go on from)
 out: ckpt/ar.pt, autoregressive: a chunk of frames sees itself and the clean chunks before it (same weights, same names)
 
 Teacher forcing. Three changes from train_camera.py, marked in the code:
@@ -93,8 +93,8 @@ def main(args: argparse.Namespace) -> None:
     folder = args.out.with_suffix("")  # beside the checkpoint: state to resume from, metrics, sheets of samples
     # -- end ---------------------------------------------------------------------------------------------------------
 
-    weights, source = load_checkpoint(args.init, "camera", preset=args.preset)
-    check_data(data, source)
+    weights, source = load_checkpoint(args.init, "camera", "ar", preset=args.preset)
+    source = check_data(data, source, args.init)
     with torch.device("meta"):
         net, ema = (build(args.preset) for _ in range(2))
     net, ema = shard(net, weights, device, train=True), shard(ema, weights, device)

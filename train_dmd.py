@@ -157,12 +157,10 @@ def main(args: argparse.Namespace) -> None:
 
     weights, source = load_checkpoint(args.init, "ode", "cd", "dmd", preset=args.preset)
     score_weights, scores = load_checkpoint(args.scores, "camera", preset=args.preset)
-    if source["from"] is None:  # a released student learns to make the videos that the scores know
-        source = source | {name: scores[name] for name in ("K", "size", "fps", "frames")}
-    elif (scores["shift"], scores["K"]) != (source["shift"], source["K"]):
-        raise ValueError(f"{args.init} and {args.scores} differ in noise schedule or camera: shift {source['shift']} "
-                         f"and {scores['shift']}, K {source['K']} and {scores['K']}")
-    check_data(data, source)
+    source, scores = check_data(data, source, args.init), check_data(data, scores, args.scores)
+    if scores["shift"] != source["shift"]:
+        raise ValueError(f"{args.init} and {args.scores} differ in noise schedule: shift {source['shift']} and "
+                         f"{scores['shift']}")
     with torch.device("meta"):
         generator, ema, real_score, fake_score = (build(args.preset) for _ in range(4))
     generator, ema = shard(generator, weights, device, train=True), shard(ema, weights, device)

@@ -335,6 +335,9 @@ def test_a_world_model_by_others_is_adapted(world, tmp_path):
     call("train_ar.py", "--init", tmp_path / "camera.pt", *data, tmp_path / "ar.pt", *sampling, "--chunk", "1",
          cwd=world)
     call("distill_cd.py", "--init", tmp_path / "ar.pt", *data, tmp_path / "cd.pt", *sampling, cwd=world)
+    released = write(tmp_path / "HY-WorldPlay/ar_model", random_weights(seed=2))
+    call("train_ar.py", "--init", released, *data, tmp_path / "more.pt", *sampling, cwd=world)
+    assert load_checkpoint(tmp_path / "more.pt", "ar")[1]["frames"] == 4
     for init, out, chunk, steps in (tmp_path / "cd.pt", "quick.pt", 1, 2), (student, "student.pt", 2, 4):
         call("train_dmd.py", "--init", init, "--scores", tmp_path / "camera.pt", *data, tmp_path / out,
              "--fake-score-updates", "1", cwd=world)
