@@ -837,8 +837,10 @@ def open_latents(folder: str | Path) -> Latents:
 
 
 def check_data(data: Latents, source: dict, path: Path) -> dict:
-    """Raises ValueError when latents are not of the kind that the checkpoint at path, described by `source`, knows, else
-    returns `source`. A released checkpoint (made "from" None) may be shown any videos, and knows their kind from then on."""
+    """Raises ValueError when latents are not of the kind that the checkpoint at path, described by `source`, knows.
+
+    Returns `source`. A released checkpoint (made "from" None) may be shown any videos, and knows their kind from then on.
+    """
     kind = {name: data.meta[name] for name in ("K", "size", "fps", "frames")}
     for name in ("vae_fingerprint", *(kind if source["from"] else ())):
         if data.meta[name] != source[name]:
