@@ -40,7 +40,7 @@ RECIPES = {
     "wan-1.3b": dict(steps=4000, batch_size=1, accum=4, lr=2e-6, warmup=0, betas=(0.0, 0.999), max_grad_norm=10.0,
                      ema_decay=0.99, chunk=4, null_prob=0.0, guidance=3.0, sampling_steps=48),
 }
-RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=3000, lr=2e-3, ema_decay=0.998)
+RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=4000, lr=2e-3, ema_decay=0.998)
 # minWM: as wan-1.3b, but for guidance 6 and Muon at lr 1e-5, whose updates are as large as AdamW's at 2e-6.
 RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(betas=(0.9, 0.999), max_grad_norm=1.0, null_prob=0.1, guidance=6.0)
 

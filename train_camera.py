@@ -41,7 +41,7 @@ RECIPES = {
                      ema_decay=0.99, shift=5.0, null_prob=0.0, prefix_prob=0.0, guidance=8.0, sampling_steps=50),
 }
 # HY's images come with its prompts (data.py --image-share), and need no frames that are given.
-RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=8000, lr=4e-3, ema_decay=0.998, prefix_prob=0.0)
+RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=10000, lr=4e-3, ema_decay=0.998, prefix_prob=0.0)
 # minWM: 8 k steps, 32 videos, guidance 6, and Muon at lr 1e-5, whose updates are as large as AdamW's at 2e-6.
 RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(steps=8000, betas=(0.9, 0.999), max_grad_norm=1.0, null_prob=0.1,
                                               guidance=6.0)
