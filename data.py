@@ -816,8 +816,9 @@ class Latents(NamedTuple):
     meta: dict
 
 
-def open_latents(folder: str | Path) -> Latents:
-    """Raises ValueError when the folder is missing, empty or holds a file that is not safetensors."""
+def open_latents(folder: str | Path, preset: str | None = None) -> Latents:
+    """Raises ValueError when the folder is missing, empty, holds a file that is not safetensors, or has latents or
+    prompts that the preset's network, if one is named, cannot read."""
     folder = Path(folder)
     files = sorted(folder.glob("latents-*.safetensors"))
     if not files or not (folder / "prompts.safetensors").exists():
@@ -833,19 +834,29 @@ def open_latents(folder: str | Path) -> Latents:
         if missing or "meta" not in held:
             raise ValueError(f"{file}: not a shard of latents, it holds {sorted(shard.keys())[:5]}")
         starts.append(starts[-1] + shard.get_slice("prompt_ids").get_shape()[0])
+    if preset:
+        from model import PRESETS, HYConfig
+        dit = PRESETS[preset].dit
+        name = "text" if isinstance(dit, HYConfig) else "embeds"
+        channels = shards[0].get_slice("latents").get_shape()[2]
+        text_dim = prompts.get_slice(name).get_shape()[2] if name in prompts.keys() else 0
+        if (channels, text_dim) != (dit.channels, dit.text_dim):
+            raise ValueError(f"{folder}: made by the VAE or text encoder of another network than {preset}: {channels} "
+                             f"channels, prompts with {text_dim} of {name}, expected {dit.channels} and {dit.text_dim}")
     return Latents(folder, shards, starts, prompts, json.loads(shards[0].metadata()["meta"]))
 
 
 def check_data(data: Latents, source: dict, path: Path) -> dict:
     """Raises ValueError when latents are not of the kind that the checkpoint at path, described by `source`, knows.
 
-    Returns `source`. A released checkpoint (made "from" None) may be shown any videos, and knows their kind from then on.
+    Returns `source`. A released checkpoint (made "from" None) may be shown any videos, and knows their kind from then
+    on; what is made of it has none of its habits.
     """
     kind = {name: data.meta[name] for name in ("K", "size", "fps", "frames")}
     for name in ("vae_fingerprint", *(kind if source["from"] else ())):
         if data.meta[name] != source[name]:
             raise ValueError(f"{data.folder}: its {name} is {data.meta[name]}, that of {path} {source[name]}")
-    return source | kind
+    return source | kind | {habit: False for habit in ("timed_text", "released_cache") if habit in source}
 
 
 @lru_cache(maxsize=8)
@@ -1470,6 +1481,9 @@ def make_toy(args: argparse.Namespace) -> None:
 
     from model import PRESETS, build_vae, fingerprint, load_checkpoint, load_vae, save_checkpoint
 
+    about = load_checkpoint(args.vae, "vae")[1] if args.vae.exists() else None
+    if about and about["preset"] != args.preset:
+        raise ValueError(f"{args.vae}: a VAE of preset {about['preset']}, but --preset is {args.preset}")
     size = args.size[0]
     prompts, paths, scene = sample_toy(args.count, args.seed, args.frames - 1, held=False)
     viewmats, K = torch.stack([parse_trajectory(path) for path in paths]), intrinsics(K_SQUARE)
@@ -1478,7 +1492,7 @@ def make_toy(args: argparse.Namespace) -> None:
         part = Scene(*(z[i : i + 16] for z in scene))
         video[i : i + 16] = ((render(part, viewmats[i : i + 16], K, size) + 1) * 127.5).round().byte()
 
-    if not args.vae.exists():
+    if about is None:
         torch.manual_seed(args.seed)
         vae = build_vae(PRESETS[args.preset].vae)
         vae.init_weights()
@@ -1489,9 +1503,8 @@ def make_toy(args: argparse.Namespace) -> None:
         vae.cfg = replace(vae.cfg, mean=tuple(mean), std=tuple(std))
         save_checkpoint(args.vae, vae.state_dict(), {"stage": "vae", "preset": args.preset, "mean": mean, "std": std,
                                                      "fingerprint": fingerprint(vae.state_dict())})
-    about, encoder = load_checkpoint(args.vae, "vae")[1], load_encoder(args.preset, None, torch.device("cpu"))
-    if about["preset"] != args.preset:
-        raise ValueError(f"{args.vae}: a VAE of preset {about['preset']}, but --preset is {args.preset}")
+        about = load_checkpoint(args.vae, "vae")[1]
+    encoder = load_encoder(args.preset, None, torch.device("cpu"))
     vae = load_vae(args.vae, torch.device("cpu"), about["fingerprint"])
 
     args.out.mkdir(parents=True, exist_ok=True)
@@ -1596,7 +1609,7 @@ def print_report(report: list[dict], keep: list[str]) -> None:
 
 
 def make_from_videos(args: argparse.Namespace) -> None:
-    from model import load_checkpoint, load_vae, start_process_group
+    from model import PRESETS, load_checkpoint, load_vae, start_process_group
 
     if args.table is None:
         there = [path for name in ("jsonl", "json", "csv") if (path := args.videos / f"table.{name}").exists()]
@@ -1610,9 +1623,12 @@ def make_from_videos(args: argparse.Namespace) -> None:
     vae = load_vae(args.vae, device, about_vae["fingerprint"])
     encoder = load_encoder(about_vae["preset"], args.text_encoder, device)
     negative = encoder.null if args.negative is None else args.negative
-    if any(side % (2 * vae.cfg.stride) for side in args.size):
-        raise ValueError(f"--size {args.size[0]}x{args.size[1]}: expected multiples of {2 * vae.cfg.stride} pixels, "
-                         "this VAE's times patches of 2")
+    dit = PRESETS[about_vae["preset"]].dit
+    if any(side % (dit.patch * vae.cfg.stride) for side in args.size):
+        raise ValueError(f"--size {args.size[0]}x{args.size[1]}: expected multiples of {dit.patch * vae.cfg.stride} "
+                         f"pixels, this VAE's times patches of {dit.patch}")
+    if args.text_encoder is None and dit.text_dim != TEXT_DIM:
+        raise ValueError(f"--text-encoder: expected the one of {about_vae['preset']}, whose VAE {args.vae} is")
     args.out.mkdir(parents=True, exist_ok=True)
 
     def gather(mine) -> list:

@@ -44,7 +44,7 @@ RECIPES = {
                      ema_decay=0.99, teacher_steps=48, sampling_steps=4),
 }
 RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=600, lr=6e-4)
-# minWM: 1.5 k steps, EMA 0.999, with Muon at lr 1e-5, whose updates are as large as AdamW's at 2e-6.
+# minWM: 1.5 k steps, EMA 0.999, Muon at lr 1e-5, whose updates are as large as AdamW's at 2e-6; teacher's guidance 5.
 RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(steps=1500, betas=(0.9, 0.999), max_grad_norm=1.0, ema_decay=0.999)
 
 
@@ -98,7 +98,7 @@ def consistency_loss(student: nn.Module, ema: nn.Module, teacher: nn.Module, bat
 def main(args: argparse.Namespace) -> None:
     # -- setup (same in every stage) ---------------------------------------------------------------------------------
     rank, world_size, device = start_process_group()
-    data = open_latents(args.data)
+    data = open_latents(args.data, args.preset)
     vae = load_vae(Path(data.meta["vae"]), device, data.meta["vae_fingerprint"])
     folder = args.out.with_suffix("")  # beside the checkpoint: state to resume from, metrics, sheets of samples
     # -- end ---------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def main(args: argparse.Namespace) -> None:
             if rank == 0:
                 save_checkpoint(args.out, weights, meta | {"step": step})
             save_state(folder, step, nets, optimizers)  # after it: a state to resume from implies its checkpoint
-            shown = get_batch(data, args.seed, -1, 0, 1, 4, device)
+            shown = get_batch(data, args.seed, -1, 0, 1, min(4, args.batch_size), device)
             chunks = rollout(ema, meta, shown.rng, shown.x0.shape[1:], shown.prompt, shown.null, shown.camera)
             x0 = torch.cat(list(chunks), dim=1)
             if rank == 0:

@@ -48,7 +48,7 @@ RECIPES = {
                      ema_decay=0.99, pairs_count=3000, teacher_steps=48, sampling_steps=4),
 }
 RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=800, lr=6e-4)
-# minWM: 1.5 k steps, with Muon at lr 1e-5, whose updates are as large as AdamW's at 2e-6.
+# minWM: 1.5 k steps, with Muon at lr 1e-5, whose updates are as large as AdamW's at 2e-6; its teacher has guidance 5.
 RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(steps=1500, max_grad_norm=1.0)
 
 
@@ -155,7 +155,7 @@ def ode_loss(net: nn.Module, batch: Batch, levels: list[float], chunk: int) -> T
 def main(args: argparse.Namespace) -> None:
     # -- setup (same in every stage) ---------------------------------------------------------------------------------
     rank, world_size, device = start_process_group()
-    data = open_latents(args.data)
+    data = open_latents(args.data, args.preset)
     vae = load_vae(Path(data.meta["vae"]), device, data.meta["vae_fingerprint"])
     folder = args.out.with_suffix("")  # beside the checkpoint: state to resume from, metrics, sheets of samples
     # -- end ---------------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def main(args: argparse.Namespace) -> None:
             teacher = build(args.preset)
         return generate(args, shard(teacher, weights, device), data, source, rank, world_size, device)
     terms = pair_terms(args, source)
-    levels, data = terms["levels"], open_latents(args.pairs)
+    levels, data = terms["levels"], open_latents(args.pairs, args.preset)
     if (found := {name: data.meta.get(name) for name in terms}) != terms:
         raise ValueError(f"{args.pairs}: expected pairs with {terms}, found {found}; --generate makes them")
     with torch.device("meta"):
@@ -212,7 +212,7 @@ def main(args: argparse.Namespace) -> None:
             if rank == 0:
                 save_checkpoint(args.out, weights, meta | {"step": step})
             save_state(folder, step, nets, optimizers)  # after it: a state to resume from implies its checkpoint
-            shown = get_batch(data, args.seed, -1, 0, 1, 4, device)
+            shown = get_batch(data, args.seed, -1, 0, 1, min(4, args.batch_size), device)
             chunks = rollout(ema, meta, shown.rng, shown.x0.shape[1:], shown.prompt, shown.null, shown.camera)
             x0 = torch.cat(list(chunks), dim=1)
             if rank == 0:

@@ -20,8 +20,8 @@ One call for every backbone, so that a stage does not know which network it trai
     past = net(x0, zero, prompt, camera, past=past, commit=True)   ... and a finished chunk joins them
 
     x_t [b f c h w]   sigma [b f] fp32, 1 is pure noise   prompt [b l d], for HY a tuple of such tensors (HYPrompt)
-    camera = (viewmats [b f 4 4], Ks [b f 3 3], action [b f]): HY-WorldPlay's labels of that motion come last and may
-             be left out; only networks that were built with them read them
+    camera = (viewmats [b f 4 4], Ks [b f 3 3], action [b f]): HY-WorldPlay's labels of that motion come last;
+             networks that were not built with them do not read them, and do without
 
 A commit of no frames starts a stream with the prompt alone. Wan can do without it. HY cannot: in its bidirectional pass
 the text reads the video too, in a stream it must not, and that the stream has begun is all that tells the two apart.
@@ -137,6 +137,7 @@ class DiTConfig:
     channels: int  # of the latents
     text_dim: int
     freq_dim: int = 256
+    patch: int = 2
 
     @property
     def rope_bands(self) -> tuple[int, int, int]:
@@ -609,7 +610,8 @@ class WanVAE(nn.Module):
         memory = dict(memory or {})
         mean, std = (latents.new_tensor(s).view(-1, 1, 1, 1) for s in (self.cfg.mean, self.cfg.std))
         z = rearrange(latents, "b f c h w -> b c f h w") * std + mean
-        return self.image(z, memory), memory
+        # four at a time: the same video, in the memory of a chunk
+        return torch.cat([self.image(piece, memory) for piece in z.split(4, dim=2)], dim=2), memory
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -794,6 +796,8 @@ class DoubleBlock(nn.ModuleDict):
         x = self.mlp("img", x + m[2] * y, *m[3:])
 
         if text_q is not None:
+            # an empty prompt, whose output nobody reads, sees its own padding: to see nothing is NaN in some kernels
+            mask = mask if mask is None else mask | ~mask.any(1, keepdim=True)
             y = rearrange(look(text_q, seen_by_text, mask), "b nh l hd -> b 1 l (nh hd)")
             text = self.mlp("txt", text + m_text[2] * self["txt_attn_proj"](y), *m_text[3:])
         return x, text, kv if commit else None, tuple(text_kv) if commit else None
@@ -864,16 +868,16 @@ class HYDiT(nn.Module):
                 clean: Tensor | None = None, chunk: int = 0, past: Past | None = None, commit: bool = False):
         """x_t [b f c h w], sigma [b f], prompt, camera ([b f 4 4], [b f 3 3]) -> v [b f c h w], fp32. As WanDiT, but:
 
-        camera may have a third part, action labels [b f] (9 * translation + rotation; HY-WorldPlay), which is read if
-        cfg has them.
+        if cfg has actions, camera's third part is read if there is one: HY-WorldPlay's labels [b f], 9 * translation +
+        rotation.
         past=None is a bidirectional pass, in which text sees the video. A stream starts with a commit of no frames.
         """
         b, f, c, h, w = x_t.shape
         viewmats, Ks, action = (*camera, None)[:3] if camera else (None, None, None)
-        action = None if self.action_in is None else action
         if sigma.shape != (b, f) or (camera and viewmats.shape != (b, f, 4, 4)):
             raise ValueError(f"x_t {list(x_t.shape)} needs sigma [{b} {f}] and viewmats [{b} {f} 4 4], found "
                              f"{list(sigma.shape)} and {camera and list(viewmats.shape)}")
+        action = None if self.action_in is None else action
         if action is not None and action.shape != (b, f):
             raise ValueError(f"x_t {list(x_t.shape)} needs [{b} {f}] action labels, found {list(action.shape)}")
         start = past.frames if past else 0
@@ -1444,20 +1448,22 @@ def load_checkpoint(path: Path, *stages: str, preset: str | None = None) -> tupl
     return weights, meta
 
 
-def load_net(path: Path, device: torch.device, *stages: str, released_cache: bool = False) -> tuple[nn.Module, dict]:
-    """A checkpoint's network for inference, unsharded, and its meta; bf16 on a GPU. released_cache: see HYConfig.
+def habits(meta: dict, released_cache: bool = False) -> dict[str, bool]:
+    """For `build`: what a released network was trained with and ours are not (HYConfig). The cache's is a defect, kept
+    only where that is asked for."""
+    kept = {"timed_text": meta.get("timed_text"), "released_cache": released_cache}
+    return {name: True for name in kept if kept[name]}
 
-    Released networks keep a habit (HYConfig) that they were trained with; ours have none, whatever they started from.
-    """
+
+def load_net(path: Path, device: torch.device, *stages: str, released_cache: bool = False) -> tuple[nn.Module, dict]:
+    """A checkpoint's network for inference, unsharded, and its meta; bf16 on a GPU. released_cache: see HYConfig."""
     weights, meta = load_checkpoint(path, *stages)
-    habits = [name for name in ("timed_text", "released_cache") if meta.get(name) and not meta["from"]]
-    if released_cache and "released_cache" not in habits:
+    if released_cache and not meta.get("released_cache"):
         made = f" made from {meta['from']}" if meta.get("from") else ""
         raise ValueError(f"{path}: --released-cache is for minWM's DMD of HunyuanVideo-1.5 with a camera, as released, "
                          f"found stage {meta['stage']} of {meta['preset']}{made}")
-    with torch.device("meta"):  # the cache's is a defect, kept only where that is asked for
-        net = build(meta["preset"], meta["camera"],
-                    **{name: True for name in habits if released_cache or name != "released_cache"})
+    with torch.device("meta"):
+        net = build(meta["preset"], meta["camera"], **habits(meta, released_cache))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     net.load_state_dict({name: w.to(device, dtype) for name, w in weights.items()}, assign=True)
     return net.eval().requires_grad_(False), meta
@@ -1508,15 +1514,23 @@ def load_state(folder: Path, nets: Nets, optimizers: Optimizers) -> int:
     complete = sorted(path for path in folder.glob("state-*") if (path / ".metadata").exists())  # written last
     if not complete:
         raise ValueError(f"--resume: {folder} holds no saved state")
-    state = _training_state(nets, optimizers) | {"step": torch.tensor(0)}
+    state, path = _training_state(nets, optimizers) | {"step": torch.tensor(0)}, complete[-1]
     try:
-        dcp.load(state, checkpoint_id=complete[-1])
+        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    except Exception as error:  # a damaged pickle has many
+        raise ValueError(f"{path}: its .metadata is truncated ({type(error).__name__})") from None
+    for name in optimizers:  # what no gradient has reached, HY's last text outputs for one, has no moments to restore
+        moments = state[f"{name}.optimizer"]["state"]
+        for parameter in [p for p in moments if f"{name}.optimizer.state.{p}.step" not in saved]:
+            del moments[parameter]
+    try:
+        dcp.load(state, checkpoint_id=path)
     except CheckpointException as error:
-        raise ValueError(f"{complete[-1]}: truncated, or a state of another network ({_reason(error)})") from None
+        raise ValueError(f"{path}: truncated, or a state of another network ({_reason(error)})") from None
     for name, net in nets.items():
         set_model_state_dict(net, state[name])
     for name, opt in optimizers.items():
-        set_optimizer_state_dict(nets[name], opt, state[f"{name}.optimizer"])
+        set_optimizer_state_dict(nets[name], opt, state[f"{name}.optimizer"], options=StateDictOptions(strict=False))
     return int(state["step"])
 
 
@@ -1688,15 +1702,22 @@ def _is_hy(weights: dict[str, Tensor]) -> bool:
     return any(name.startswith("double_blocks.") for name in weights)
 
 
-def _released(path: Path, weights: dict[str, Tensor], sizes: dict, stage: str | None) -> tuple[dict[str, Tensor], dict]:
+def _released(path: Path, folder: Path, weights: dict[str, Tensor], stage: str | None, config: dict, sizes: dict):
     """Weights, and what a checkpoint of ours would have said of them.
 
-    path: where they lie, which tells the stage of minWM's and HY-WorldPlay's. sizes: as config.json has them, or none.
-    stage: what it is if it lies in none of those folders; for Wan, what it is.
+    path: what the user named, folder: where in it the weights lie; any folder between the two may have the meta.json.
+    stage: None if only the name of a folder tells, as with minWM and HY-WorldPlay.
+    config, sizes: of config.json, as it is and in our words; both may be empty.
     """
-    hy, meta_path = _is_hy(weights), (path if path.is_dir() else path.parent) / "meta.json"
+    hy, root = _is_hy(weights), path if path.is_dir() else path.parent
+    homes = [home for home in (folder, *folder.parents) if home.is_relative_to(root)]
+    meta_path = next((home / "meta.json" for home in homes if (home / "meta.json").exists()), folder / "meta.json")
+    usual = (config.get("ideal_resolution", "480p"), config.get("target_size", 640)) == ("480p", 640)
+    if hy and stage and not meta_path.exists() and ("distilled" in folder.name or not usual):
+        raise ValueError(f"{folder}: not at 480p, or distilled, so it wants other settings than those that we know: "
+                         f"expected its size, shift, steps and guidance in {meta_path}")
     folders = MINWM_FOLDERS | WORLDPLAY_FOLDERS if hy else MINWM_FOLDERS
-    places = (path.absolute(), *path.absolute().parents) if hy or stage is None else ()
+    places = (path.absolute(), *path.absolute().parents) if stage is None else ()
     of = next((place.name for place in places if place.name in folders), None)
     said = _read_json(meta_path) if meta_path.exists() else {}
     stage = said.pop("stage", folders.get(of, stage))
@@ -1709,7 +1730,8 @@ def _released(path: Path, weights: dict[str, Tensor], sizes: dict, stage: str | 
                          f"{', '.join(released['dmd'])}, found stage {stage} and {', '.join(said) or 'nothing'}")
     meta = released[stage]
     if hy:
-        meta = meta | (WORLDPLAY | {"timed_text": stage == "camera"} if of in WORLDPLAY_FOLDERS else {})
+        if of in WORLDPLAY_FOLDERS:
+            meta = meta | WORLDPLAY | {"timed_text": stage == "camera", "sampler": "euler"}
         if not any(".img_attn_prope_proj." in name for name in weights):  # minWM's TI2V models, too, have no camera
             stage = "base" if stage == "camera" else stage
             meta = meta | {"camera": False, "released_cache": False}
@@ -1776,7 +1798,8 @@ def _read_folder(path: Path, want_vae: bool) -> tuple[dict[str, Tensor], dict]:
     sizes = {ours: tuple(config[theirs]) if isinstance(config[theirs], list) else config[theirs]
              for theirs, ours in SIZES.get(kind, {}).items() if theirs in config}
     camera = any(".img_attn_prope_proj." in name for name in weights)
-    return _released(path, weights, sizes, None if camera or kind is None or kind.startswith("AR") else "base")
+    stage = None if camera or kind is None or kind.startswith("AR") else "base"
+    return _released(path, folder, weights, stage, config, sizes)
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -1796,7 +1819,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
     if whole and of in ("generator_ema", "generator", "module"):
         # FSDP, torch.compile and activation checkpointing have each put their own into the names
         wrappers = r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\."
-        return _released(path, renamed(weights, ((wrappers, ""), (r"^model\.", ""))), {}, None)
+        return _released(path, path.parent, renamed(weights, ((wrappers, ""), (r"^model\.", ""))), None, {}, {})
     raise ValueError(f"{path}: not a checkpoint of ours, of minWM or Wan's VAE: it holds {[*saved][:3]}")
 
 

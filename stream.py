@@ -39,7 +39,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--camera", default="w*3,w+l*4", help="a pose string or a .json file")
     p.add_argument("--ckpt", type=Path, help="default ckpt/dmd.pt if there is one, else the shipped four-step model")
     p.add_argument("--vae", type=Path, help="default what lies beside the checkpoint, else the shipped one")
-    p.add_argument("--text-encoder", type=Path, help="umT5, for released networks; default what lies beside them")
+    p.add_argument("--text-encoder", type=Path, help="for released networks: umT5, or for HY the "
+                   "folder of HunyuanVideo-1.5; default what lies beside them")
     p.add_argument("--prompt", help="default: the path's own, else a room of the toy world")
     p.add_argument("--image", type=Path, help="an image, or a video of 1 + 4k frames, that the world goes on from")
     p.add_argument("--out", type=Path, default=Path("walk.mp4"), help=".mp4 or .gif; the contact sheet goes beside it")
@@ -355,7 +356,9 @@ def main(args: argparse.Namespace) -> None:
     ckpt = args.ckpt or (Path("ckpt/dmd.pt") if Path("ckpt/dmd.pt").exists() else SHIPPED / "dmd.pt")
     stages = "base", "camera", "ar", "ode", "cd", "dmd"
     net, meta = load_net(ckpt, device, *stages, released_cache=args.released_cache)
-    vae = args.vae or beside(ckpt, "vae.pt", "Wan2.1_VAE.pth", "vae") or SHIPPED / "vae.pt"
+    vae = args.vae or beside(ckpt, "vae.pt", "Wan2.1_VAE.pth", "vae") or SHIPPED.with_name(meta["preset"]) / "vae.pt"
+    if not (args.vae or vae.exists()):
+        raise ValueError(f"{ckpt}: no VAE lies beside it; --vae names one")
     vae = load_vae(vae, device, meta["vae_fingerprint"])
     text_encoder = args.text_encoder or beside(ckpt, "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")
     encoder = load_encoder(meta["preset"], text_encoder, device)
@@ -376,6 +379,10 @@ def main(args: argparse.Namespace) -> None:
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty: expected a description of the world")
     paths = read_camera(args.camera)
+    if text_encoder and not args.prompt and not all(path.prompt for path in paths):
+        raise ValueError(f"--prompt: expected a description of the world, which {ckpt} reads through {text_encoder}")
+    if text_encoder and encoder.see and not args.image:
+        print("no --image: those who trained this network have nearly always shown it one", file=sys.stderr)
     for path in paths:  # all of them before the first is walked
         if (intrinsics(path.K or meta["K"]) - intrinsics(meta["K"])).abs().max() > 1e-3 and not args.other_intrinsics:
             raise ValueError(f"{args.camera}: K {path.K}, but {ckpt} was trained with {meta['K']}; "

@@ -41,7 +41,8 @@ RECIPES = {
                      ema_decay=0.99, chunk=4, null_prob=0.0, guidance=3.0, sampling_steps=48),
 }
 RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=4000, lr=2e-3, ema_decay=0.998)
-# minWM: as wan-1.3b, but for guidance 6 and Muon at lr 1e-5, whose updates are as large as AdamW's at 2e-6.
+# minWM: 4 k steps, guidance 6, Muon at lr 1e-5, whose updates are as large as AdamW's at 2e-6, weight decay 1e-4, one
+# noise level for all chunks, logit-normal with shift 3.
 RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(betas=(0.9, 0.999), max_grad_norm=1.0, null_prob=0.1, guidance=6.0)
 
 
@@ -88,7 +89,7 @@ def teacher_forcing_loss(net: nn.Module, batch: Batch, chunk: int, shift: float,
 def main(args: argparse.Namespace) -> None:
     # -- setup (same in every stage) ---------------------------------------------------------------------------------
     rank, world_size, device = start_process_group()
-    data = open_latents(args.data)
+    data = open_latents(args.data, args.preset)
     vae = load_vae(Path(data.meta["vae"]), device, data.meta["vae_fingerprint"])
     folder = args.out.with_suffix("")  # beside the checkpoint: state to resume from, metrics, sheets of samples
     # -- end ---------------------------------------------------------------------------------------------------------
@@ -138,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
             if rank == 0:
                 save_checkpoint(args.out, weights, meta | {"step": step})
             save_state(folder, step, nets, optimizers)  # after it: a state to resume from implies its checkpoint
-            shown = get_batch(data, args.seed, -1, 0, 1, 4, device)
+            shown = get_batch(data, args.seed, -1, 0, 1, min(4, args.batch_size), device)
             chunks = rollout(ema, meta, shown.rng, shown.x0.shape[1:], shown.prompt, shown.null, shown.camera)
             x0 = torch.cat(list(chunks), dim=1)
             if rank == 0:

@@ -42,7 +42,9 @@ RECIPES = {
 }
 # HY's images come with its prompts (data.py --image-share), and need no frames that are given.
 RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=10000, lr=4e-3, ema_decay=0.998, prefix_prob=0.0)
-# minWM: 8 k steps, 32 videos, guidance 6, and Muon at lr 1e-5, whose updates are as large as AdamW's at 2e-6.
+# minWM: 8 k steps, 32 videos, guidance 6, and Muon at lr 1e-5, whose updates are as large as AdamW's at 2e-6, weight
+# decay 1e-4, noise levels logit-normal with shift 3. And one change at step 0: the text is no longer told the noise
+# level (model.py, HYConfig), or it could not be cached later.
 RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(steps=8000, betas=(0.9, 0.999), max_grad_norm=1.0, null_prob=0.1,
                                               guidance=6.0)
 
@@ -93,7 +95,7 @@ def flow_matching_loss(net: nn.Module, batch: Batch, camera: tuple | None, shift
 def main(args: argparse.Namespace) -> None:
     # -- setup (same in every stage) ---------------------------------------------------------------------------------
     rank, world_size, device = start_process_group()
-    data = open_latents(args.data)
+    data = open_latents(args.data, args.preset)
     vae = load_vae(Path(data.meta["vae"]), device, data.meta["vae_fingerprint"])
     folder = args.out.with_suffix("")  # beside the checkpoint: state to resume from, metrics, sheets of samples
     # -- end ---------------------------------------------------------------------------------------------------------
@@ -152,7 +154,7 @@ def main(args: argparse.Namespace) -> None:
             if rank == 0:
                 save_checkpoint(args.out, weights, meta | {"step": step})
             save_state(folder, step, nets, optimizers)  # after it: a state to resume from implies its checkpoint
-            shown = get_batch(data, args.seed, -1, 0, 1, 4, device)
+            shown = get_batch(data, args.seed, -1, 0, 1, min(4, args.batch_size), device)
             chunks = rollout(ema, meta, shown.rng, shown.x0.shape[1:], shown.prompt, shown.null, shown.camera)
             x0 = torch.cat(list(chunks), dim=1)
             if rank == 0:

@@ -39,7 +39,7 @@ from data import (
     write_sheet,
 )
 from model import (
-    add_noise, begin, build, check_finite, commit, gather, guide, load_checkpoint, load_state, load_vae,
+    add_noise, begin, build, check_finite, commit, gather, guide, habits, load_checkpoint, load_state, load_vae,
     masked_mse, noise_levels, rollout, save_checkpoint, save_state, shard, shift_sigma, start_process_group,
     update_ema, velocity_to_x0,
 )
@@ -150,19 +150,21 @@ def fake_score_loss(generator: nn.Module, fake_score: nn.Module, batch: Batch, l
 def main(args: argparse.Namespace) -> None:
     # -- setup (same in every stage) ---------------------------------------------------------------------------------
     rank, world_size, device = start_process_group()
-    data = open_latents(args.data)
+    data = open_latents(args.data, args.preset)
     vae = load_vae(Path(data.meta["vae"]), device, data.meta["vae_fingerprint"])
     folder = args.out.with_suffix("")  # beside the checkpoint: state to resume from, metrics, sheets of samples
     # -- end ---------------------------------------------------------------------------------------------------------
 
     weights, source = load_checkpoint(args.init, "ode", "cd", "dmd", preset=args.preset)
     score_weights, scores = load_checkpoint(args.scores, "camera", preset=args.preset)
-    source, scores = check_data(data, source, args.init), check_data(data, scores, args.scores)
+    source = check_data(data, source, args.init)
+    check_data(data, scores, args.scores)
     if scores["shift"] != source["shift"]:
         raise ValueError(f"{args.init} and {args.scores} differ in noise schedule: shift {source['shift']} and "
                          f"{scores['shift']}")
     with torch.device("meta"):
-        generator, ema, real_score, fake_score = (build(args.preset) for _ in range(4))
+        generator, ema, fake_score = (build(args.preset) for _ in range(3))
+        real_score = build(args.preset, **habits(scores))  # it stays as it is
     generator, ema = shard(generator, weights, device, train=True), shard(ema, weights, device)
     real_score = shard(real_score, score_weights, device)
     fake_score = shard(fake_score, score_weights, device, train=True)
@@ -171,7 +173,8 @@ def main(args: argparse.Namespace) -> None:
     fake_score_optimizer = torch.optim.AdamW(fake_score.parameters(), lr=args.fake_score_lr, **adamw)
     nets = {"generator": generator, "ema": ema, "fake_score": fake_score}
     optimizers = {"generator": optimizer, "fake_score": fake_score_optimizer}
-    meta = source | {"stage": "dmd", "from": f"{args.init.name} at step {source['step']}, scores {args.scores.name}"}
+    meta = source | {"stage": "dmd", "sampler": "renoise",
+                     "from": f"{args.init.name} at step {source['step']}, scores {args.scores.name}"}
     levels = noise_levels(meta["steps"], meta["shift"])
 
     def update(net: nn.Module, opt: torch.optim.Optimizer, number: int, loss_of: Callable) -> dict[str, float]:
@@ -224,7 +227,7 @@ def main(args: argparse.Namespace) -> None:
             if rank == 0:
                 save_checkpoint(args.out, weights, meta | {"step": step})
             save_state(folder, step, nets, optimizers)  # after it: a state to resume from implies its checkpoint
-            shown = get_batch(data, args.seed, -1, 0, 1, 4, device)
+            shown = get_batch(data, args.seed, -1, 0, 1, min(4, args.batch_size), device)
             chunks = rollout(ema, meta, shown.rng, shown.x0.shape[1:], shown.prompt, shown.null, shown.camera)
             x0 = torch.cat(list(chunks), dim=1)
             if rank == 0:

@@ -14,7 +14,11 @@ from safetensors.torch import save_file
 
 import model
 from conftest import MINIATURE, call, refusal
-from model import PRESETS, RELEASED_HY, build, build_vae, fingerprint, load_checkpoint, load_net, load_vae
+from data import encode_words, intrinsics, load_encoder, parse_trajectory, see_places
+from model import (
+    PRESETS, RELEASED_HY, HYPrompt, build, build_vae, fingerprint, load_checkpoint, load_net, load_vae, rollout,
+)
+from stream import stream
 from test_loading import CPU, edit_json, loads, refused
 
 # as hy-8b, unlike tiny-hy, the network knows action labels; as the released one, the VAE has a scale and no shift
@@ -74,6 +78,28 @@ def test_tencents_transformer(tmp_path, inside, shards):
     assert loads(tmp_path, weights, "base") == described("base")
 
 
+@pytest.mark.parametrize("home", ["transformer/480p_i2v", "transformer", "."])
+def test_meta_is_read_wherever_it_lies_between(tmp_path, home):
+    write(tmp_path / "transformer/480p_i2v", random_weights(camera=False), DIT_CONFIG)
+    (tmp_path / home / "meta.json").write_text('{"guidance": 2.0}')
+    assert load_checkpoint(tmp_path)[1] == described("base", guidance=2.0)
+
+
+def test_a_base_is_a_base_wherever_it_lies(tmp_path):
+    assert loads(write(tmp_path / "dmd/HunyuanVideo-1.5", weights := random_weights(camera=False), DIT_CONFIG), weights,
+                 "base") == described("base")
+
+
+@pytest.mark.parametrize("folder, config", [
+    ("480p_i2v_distilled", {}), ("base", {"ideal_resolution": "720p"}), ("base", {"target_size": 960})])
+def test_other_sizes_and_distilled_ones_must_say_their_settings(tmp_path, folder, config):
+    weights = random_weights(camera=False)
+    path = write(tmp_path / folder, weights, DIT_CONFIG | config)
+    assert "expected its size, shift, steps and guidance" in refused(path)
+    write(path, weights, DIT_CONFIG | config, guidance=1.0, shift=7.0)
+    assert loads(path, weights, "base") == described("base", guidance=1.0, shift=7.0)
+
+
 @pytest.mark.parametrize("inside, shard_size", [("transformer", "10GB"), (".", "2MB")])
 def test_diffusers_transformer(tmp_path, inside, shard_size, monkeypatch):
     diffusers = pytest.importorskip("diffusers")
@@ -117,7 +143,7 @@ def test_vae(tmp_path, kind, inside, monkeypatch):
 @pytest.mark.parametrize("folder, stage", model.WORLDPLAY_FOLDERS.items())
 def test_worldplay(tmp_path, folder, stage):
     weights = random_weights()
-    meta = described(stage, fps=24, frames=32, timed_text=stage == "camera", released_cache=False)
+    meta = described(stage, fps=24, frames=32, timed_text=stage == "camera", released_cache=False, sampler="euler")
     path = write(tmp_path / "a" / folder, weights, name="model.safetensors")
     assert loads(path, weights, stage) == loads(path / "model.safetensors", weights, stage) == meta
     path = write(tmp_path / "b" / folder, weights, DIT_CONFIG)
@@ -168,7 +194,7 @@ def test_released_habits(tmp_path):
     assert habits(load_net(dmd, CPU)[0]) == (False, False, False)
     assert habits(load_net(dmd, CPU, released_cache=True)[0]) == (False, True, True)
     weights, meta = load_checkpoint(dmd)
-    model.save_checkpoint(tmp_path / "dmd.pt", weights, meta | {"from": "dmd at step 0"})
+    model.save_checkpoint(tmp_path / "dmd.pt", weights, meta | {"from": "dmd at step 0", "released_cache": False})
     ti2v = write(tmp_path / "TI2V/dmd", random_weights(camera=False), AR_CONFIG)
     for path in base, play, ti2v, tmp_path / "dmd.pt":
         with pytest.raises(ValueError, match=f"{path}: --released-cache is for minWM's DMD"):
@@ -350,3 +376,34 @@ def test_a_world_model_by_others_is_adapted(world, tmp_path):
         assert imageio.imread(tmp_path / "walk.gif", index=None).shape == (13, 256, 256, 3)
     before, after = load_checkpoint(student)[0], load_checkpoint(tmp_path / "student.pt")[0]
     assert all((before[name] != after[name]).any() for name in ("img_in.proj.weight", PROPE))
+
+
+@torch.no_grad()
+def test_a_stream_tells_the_network_its_image_and_its_actions():
+    """The same numbers as a rollout by hand, and others without the image, or with the labels of another path."""
+    net, vae = build("tiny-hy"), build_vae(VAE).eval()
+    vae.init_weights()
+    net.load_state_dict({name: w * 4 for name, w in random_weights().items()})
+    meta = described("dmd", size=[32, 32])
+    encoder, viewmats = load_encoder("tiny-hy", None, CPU), parse_trajectory("w*3")[None]
+    Ks, image = intrinsics(meta["K"]).expand(1, 4, 3, 3), torch.rand(1, 3, 1, 32, 32) * 2 - 1
+
+    def walk(before=None):
+        pieces = stream(net, vae, meta, encoder, ["a red room"], viewmats, Ks, [5], before=before)
+        return torch.cat(list(pieces), dim=2)
+
+    def by_hand(actions, shown):
+        z = vae.encode(image)[0]
+        words = encode_words("a red room")[None]
+        no_quotes = torch.zeros(1, 1, 8), torch.zeros(1, 1, dtype=torch.bool)
+        seen = torch.cat([z, torch.ones_like(z[:, :, :1])], dim=2)
+        prompt = HYPrompt(words, words.any(-1), *no_quotes, see_places(image[:, :, 0]) * shown, seen * shown)
+        camera = viewmats, Ks, torch.tensor([actions])
+        rng = [torch.Generator().manual_seed(5)]
+        x0 = rollout(net, meta, rng, (4, *z.shape[2:]), prompt, prompt, camera)
+        return vae.decode(torch.cat(list(x0), dim=1))[0].clamp(-1, 1)
+
+    forward = [0, 9, 9, 9]
+    torch.testing.assert_close(walk(image), by_hand(forward, 1.0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(walk(), by_hand(forward, 0.0), atol=1e-4, rtol=0)
+    assert min((walk(image) - by_hand(*other)).abs().max() for other in (([0] * 4, 1.0), (forward, 0.0))) > 1e-2
