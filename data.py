@@ -167,28 +167,36 @@ def read_camera(source: str) -> list[CameraPath]:
 
 
 MATRICES = ("c2w", "w2c", "c2w_opengl")
+WORLDPLAY = {"extrinsic": "K", "w2c": "intrinsic"}  # camera-to-world and K for its generator; its training data's
 
 
-def _matrices(spec: dict) -> Tensor:
-    """World-to-camera, OpenCV [n 4 4] fp64, from whichever of MATRICES an object has."""
-    kind = next(kind for kind in MATRICES if kind in spec)
-    poses = check_poses(torch.tensor(spec[kind], dtype=torch.float64), kind)
+def _poses(spec: dict) -> tuple[Tensor, list | None, int]:
+    """An object that holds a path in any of read_camera's formats -> world-to-camera, OpenCV [n 4 4] fp64; its K, or a
+    list of one for each pose; and how many poses there are for a latent frame."""
+    if "trajectory" in spec:
+        return parse_trajectory(str(spec["trajectory"])).double(), spec.get("K"), 1
+    entries = [spec[key] for key in sorted(spec, key=lambda key: (len(key), key))]  # "2" before "10"
+    kind, numbered = next((kind for kind in MATRICES if kind in spec), None), False
+    if kind is None and entries and all(isinstance(entry, dict) for entry in entries):
+        kind, numbered = next((kind for kind in WORLDPLAY if kind in entries[0]), None), True
+    if kind is None:
+        raise ValueError(f"expected 'trajectory', 'c2w', 'w2c' or 'extrinsic' entries, found {list(spec)[:4]}")
+    poses = [entry.get(kind) for entry in entries] if numbered else spec[kind]
+    if numbered and None in poses:
+        raise ValueError(f"entry {poses.index(None)} has no {kind!r}")
+    poses = check_poses(torch.tensor(poses, dtype=torch.float64), kind)
     if kind == "c2w_opengl":  # the camera's own y and z point the other way
         poses = poses @ torch.diag(poses.new_tensor([1, -1, -1, 1]))
-    return poses if kind == "w2c" else invert_se3(poses)
+    K = [_pixel_K(entry.get(WORLDPLAY[kind]), WORLDPLAY[kind]) for entry in entries] if numbered else spec.get("K")
+    return poses if kind == "w2c" else invert_se3(poses), K, 4 if numbered and kind == "w2c" else 1
 
 
-def _worldplay(spec: dict, kind: str, K_name: str) -> tuple[Tensor, list]:
-    """HY-WorldPlay's numbered entries -> world-to-camera [n 4 4] fp64 and K of each: its generator reads "extrinsic",
-    camera-to-world, and "K"; its training data holds "w2c" and "intrinsic"."""
-    entries = [spec[key] for key in sorted(spec, key=lambda key: (len(key), key))]  # "2" before "10"
-    poses, Ks = check_poses(torch.tensor([entry[kind] for entry in entries], dtype=torch.float64), kind), []
-    for entry in entries:
-        (fx, _, cx), (_, fy, cy), _ = entry.get(K_name, ((0, 0, 0), (0, 0, 0), ()))
-        if not (cx > 0 and cy > 0):
-            raise ValueError(f"expected a 3x3 {K_name!r} in pixels with a principal point, found {entry.get(K_name)}")
-        Ks.append((fx / (2 * cx), fy / (2 * cy), 0.5, 0.5))  # WorldPlay's rule: the image is twice the principal point
-    return poses if kind == "w2c" else invert_se3(poses), Ks
+def _pixel_K(K: list | None, name: str) -> tuple[float, ...]:
+    """HY-WorldPlay's 3x3, in pixels -> (fx/W, fy/H, cx/W, cy/H). Its rule: the image is twice the principal point."""
+    K = torch.tensor(K or [], dtype=torch.float64)
+    if K.shape != (3, 3) or not (K[:2, 2] > 0).all():
+        raise ValueError(f"expected a 3x3 {name!r} in pixels with a principal point, found {K.tolist()}")
+    return K[0, 0].item() / (2 * K[0, 2].item()), K[1, 1].item() / (2 * K[1, 2].item()), 0.5, 0.5
 
 
 def _camera_path(spec: str | dict, name: str) -> CameraPath:
@@ -199,20 +207,10 @@ def _camera_path(spec: str | dict, name: str) -> CameraPath:
     name, prompt = str(spec.get("id", name)), spec.get("caption", spec.get("prompt"))
     if prompt is not None and not (isinstance(prompt, str) and prompt.strip()):
         raise ValueError(f"path {name!r}: its prompt is {prompt!r}, expected a description of the world")
-    if "trajectory" in spec:
-        viewmats, K = parse_trajectory(str(spec["trajectory"])), spec.get("K")
-    elif set(spec) & set(MATRICES):
-        viewmats, K = _matrices(spec), spec.get("K")
-    elif spec and all(isinstance(entry, dict) and "extrinsic" in entry for entry in spec.values()):
-        viewmats, K = _worldplay(spec, "extrinsic", "K")
-        K = K[0]
-    elif spec and all(isinstance(entry, dict) and "w2c" in entry for entry in spec.values()):
-        viewmats, K = _worldplay(spec, "w2c", "intrinsic")
-        viewmats, K = viewmats[::4], K[0]
-    else:
-        raise ValueError(f"expected 'trajectory', 'c2w', 'w2c' or 'extrinsic' entries, found {list(spec)[:4]}")
-    viewmats = (viewmats @ invert_se3(viewmats[:1])).float()
+    viewmats, K, every = _poses(spec)
+    viewmats = (viewmats @ invert_se3(viewmats[:1]))[::every].float()
     if K is not None:
+        K = K[0] if isinstance(K, list) and isinstance(K[0], tuple) else K  # WorldPlay has one for each pose
         intrinsics(K)
     return CameraPath(viewmats, None if K is None else tuple(K), name, prompt)
 
@@ -1155,15 +1153,7 @@ def read_poses(poses: str | dict, folder: Path) -> tuple[Tensor, list | None]:
             spec = json.loads((folder / poses).read_text()) if poses.endswith(".json") else {"trajectory": poses}
         if not isinstance(spec, dict):
             raise ValueError(f"expected a pose string or an object, found {spec!r:.80}")
-        if "trajectory" in spec:
-            viewmats, K = parse_trajectory(str(spec["trajectory"])).double(), spec.get("K")
-        elif set(spec) & set(MATRICES):
-            viewmats, K = _matrices(spec), spec.get("K")
-        elif spec and all(isinstance(entry, dict) for entry in spec.values()):
-            kinds = ("extrinsic", "K") if "extrinsic" in next(iter(spec.values())) else ("w2c", "intrinsic")
-            viewmats, K = _worldplay(spec, *kinds)
-        else:
-            raise ValueError(f"expected one of {', '.join(MATRICES)}, trajectory, found {list(spec)[:4]}")
+        viewmats, K, _ = _poses(spec)
     except OSError as error:
         raise ValueError(f"{Path(error.filename).name}: {error.strerror}") from None
     except KeyError as error:
