@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import SCRIPTS, call, refusal
+from conftest import ROOT, SCRIPTS, call, refusal
 from data import (
     K_SQUARE, KEYS, LOOKS, N_PANELS, STEP, cast, encode_words, intrinsics, invert_se3, load_encoder, paint,
     parse_trajectory, read_camera, render, rotation, sample_toy,
@@ -377,3 +377,17 @@ def test_other_intrinsics_can_be_insisted_on(chain, tmp_path):
 def test_default_checkpoint_is_the_chains_own(chain, tmp_path, capsys):
     call("stream.py", "--camera", "w", "--out", tmp_path / "walk.mp4", cwd=chain)
     assert "ckpt/dmd.pt" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------------- Shipped
+
+
+@pytest.mark.parametrize("world", ("tiny", "tiny-hy"))
+def test_the_world_that_ships_obeys_its_camera(tmp_path, capsys, world):
+    folder = ROOT / "ckpt" / world
+    for stage in ("vae", *SCRIPTS):
+        assert load_checkpoint(folder / f"{stage}.pt", stage)[1]["preset"] == world
+    flags = ("--score", "--scenes", "8", "--ckpt", folder / "dmd.pt", "--out", tmp_path / "walk.mp4")
+    call("stream.py", *flags, cwd=tmp_path)
+    row = json.loads(capsys.readouterr().out)
+    assert row["counterfactual_accuracy"] >= 0.75 and row["psnr"] > row["psnr_shuffled_camera"] + 2
