@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import time
 from importlib import import_module
+from pathlib import Path
 
 import imageio.v3 as imageio
 import pytest
@@ -564,7 +565,7 @@ def readme_commands():
             end = next((i for i, word in enumerate(words) if word in ("&&", ";", "|", ">")), len(words))
             script = next((i for i, word in enumerate(words[:end]) if word.endswith(".py")), None)
             if words[0] in ("python", "torchrun") and script is not None:
-                found.append(words[script:end])
+                found.append([Path(words[script]).name, *words[script + 1 : end]])
             words = words[end + 1 :]
     return found
 
