@@ -446,7 +446,8 @@ def panels_seen(hits: Hits, least: float) -> Tensor:
 class Encoder(NamedTuple):
     """What turns prompts, and for HY the first frames of videos, into what a network reads."""
     name: str
-    read: Callable[[str], dict[str, Tensor]]  # a prompt -> rows [l d] and masks [l] of a prompt table, any l
+    read: Callable[[str], dict[str, Tensor]]  # a prompt -> embeds [l d], or for HY text and byt5, each as long as it is
+    length: int | None  # that prompts are padded to with zeros; None: to the longest of a batch, with masks
     see: Callable[[Tensor], Tensor] | None  # images [b 3 H W] in [-1, 1] -> [b l d]; Wan knows none
     null: str  # the prompt that guidance steers away from
 
@@ -457,37 +458,45 @@ def load_encoder(preset: str, path: Path | None, device: torch.device) -> Encode
     from model import PRESETS, HYConfig
     hy = isinstance(PRESETS[preset].dit, HYConfig)
     if path is None:
-        words = lambda prompt: {"embeds": encode_words(prompt)}
-        return Encoder("words", read_hy_words, see_places, "") if hy else Encoder("words", words, None, "")
+        words = lambda prompt: {"embeds": trimmed(encode_words(prompt))}
+        return Encoder("words", *((read_hy_words, None, see_places) if hy else (words, TEXT_LEN, None)), "")
     if hy:
         path = path.parent if path.name == "text_encoder" else path  # SigLIP lies beside it
         readers = lru_cache(lambda: load_hy_encoders(path, device, "llm", "tokenizer", "byt5", "byt5_tokenizer"))
         eyes = lru_cache(lambda: load_hy_encoders(path, device, "siglip", "pixels"))
-        return Encoder("hy", lambda prompt: read_hy(prompt, readers()), lambda image: see(image, eyes()), "")
+        return Encoder("hy", lambda prompt: read_hy(prompt, readers()), None, lambda image: see(image, eyes()), "")
     umt5 = lru_cache(lambda: load_text_encoder(path, device))
-    return Encoder("umt5", lambda prompt: {"embeds": encode_prompts([prompt], umt5())[0]}, None, NULL_PROMPT)
+    read = lambda prompt: {"embeds": trimmed(encode_prompts([prompt], umt5())[0])}
+    return Encoder("umt5", read, UMT5_LEN, None, NULL_PROMPT)
 
 
-def table(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What an encoder made of each prompt -> one tensor for all, zero past their ends: [n l d], masks [n l]."""
-    return {name: nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True) for name in rows[0]}
+def trimmed(z: Tensor) -> Tensor:
+    """One prompt [l d] without the zeros past its end."""
+    return z[: int(z.any(-1).sum())]
 
 
-def halved(row: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As it lies on disk: numbers in fp16, masks as they are."""
-    return {name: z.half().cpu() if z.is_floating_point() else z.cpu() for name, z in row.items()}
+def pair(rows: list[dict[str, Tensor]], null: dict[str, Tensor], length: int | None, vision: Tensor | None = None,
+         first: Tensor | None = None) -> tuple:
+    """What an encoder read from the prompts of a batch, and from the null prompt -> both as networks take them, b each.
 
-
-def as_prompt(rows: dict[str, Tensor], vision: Tensor | None, first: Tensor | None):
-    """Some rows of a prompt table -> what a network takes. Wan: [b l d]. HY: a HYPrompt, with an image to go on from.
-
-    vision [b l d] is how the image was seen, all zero where there is none, and first [b 1 c h w] are its latents.
+    Wan: [b length d], zero past their ends. HY: HYPrompts, padded to the longest, with masks, and with an image to go
+    on from: vision [b l d] is how it was seen, all zero where there is none, and first [b 1 c h w] are its latents.
     """
-    if "embeds" in rows:
-        return rows["embeds"]
+    joined = {}
+    for name in null:
+        parts = [*(row[name] for row in rows), null[name]]
+        ends = torch.tensor([len(part) for part in parts], device=parts[0].device)
+        z = nn.utils.rnn.pad_sequence(parts, batch_first=True)
+        joined[name] = F.pad(z, (0, 0, 0, max(length or 1, z.shape[1]) - z.shape[1]))
+        if length is None:
+            joined[f"{name}_mask"] = torch.arange(joined[name].shape[1], device=z.device) < ends[:, None]
+    texts = {name: z[:-1] for name, z in joined.items()}
+    nulls = {name: z[-1:].expand_as(texts[name]) for name, z in joined.items()}
+    if "embeds" in null:
+        return texts["embeds"], nulls["embeds"]
     from model import HYPrompt
-    pictured = vision.flatten(1).any(1).view(-1, 1, 1, 1, 1).float()
-    return HYPrompt(**rows, vision=vision, image=pictured * F.pad(first, (0, 0, 0, 0, 0, 1), value=1.0))
+    image = F.pad(first, (0, 0, 0, 0, 0, 1), value=1.0) * vision.flatten(1).any(1).view(-1, 1, 1, 1, 1)
+    return HYPrompt(**texts, vision=vision, image=image), HYPrompt(**nulls, vision=vision, image=image)
 
 
 # The stand-in for umT5 gives each word a fixed random vector and lets a token carry its own word and the two before it,
@@ -514,8 +523,7 @@ def encode_words(prompt: str) -> Tensor:
 
 def read_hy_words(prompt: str) -> dict[str, Tensor]:
     """HY's: the words, in place of Qwen2.5-VL, and none in quotes for byT5, since the toy world shows no writing."""
-    text = encode_words(prompt)
-    return {"text": text, "text_mask": text.any(-1), "byt5": torch.zeros(1, 8), "byt5_mask": torch.zeros(1).bool()}
+    return {"text": trimmed(encode_words(prompt)), "byt5": torch.zeros(0, 8)}
 
 
 def see_places(image: Tensor) -> Tensor:
@@ -766,10 +774,9 @@ def encode_hy(prompts: list[str], encoders: HYEncoders) -> dict[str, Tensor]:
 
 
 def read_hy(prompt: str, encoders: HYEncoders) -> dict[str, Tensor]:
-    """One prompt's row of a prompt table, without the padding that only a batch needs."""
-    row = {name: z[0] for name, z in encode_hy([prompt], encoders).items()}
-    ends = {name: max(1, int(row[f"{name}_mask"].sum())) for name in ("text", "byt5")}
-    return {name: z[: ends[name.removesuffix("_mask")]] for name, z in row.items()}
+    """One prompt, without the padding that only a batch needs: text [l d], byt5 [l d]."""
+    row = encode_hy([prompt], encoders)
+    return {name: row[name][0, : int(row[f"{name}_mask"].sum())] for name in ("text", "byt5")}
 
 
 @torch.no_grad()
@@ -789,8 +796,8 @@ def see(image: Tensor, encoders: HYEncoders) -> Tensor:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Latents. A folder of safetensors shards, read through memory maps: latents [n f c h w] fp16, viewmats [n f 4 4] and
-# Ks [n f 3 3] fp32, prompt_ids [n], for HY also vision [n l d]; and prompts.safetensors, a row for each prompt_id, the
-# null prompt's last: embeds [n l d] for Wan; text, text_mask, byt5 and byt5_mask for HY.
+# Ks [n f 3 3] fp32, prompt_ids [n], for HY also vision [n l d]; and prompts.safetensors, what was read from one prompt
+# after another, the null prompt last: embeds [l d] fp16, or for HY text and byt5; embeds_ends [n] is where each ends.
 
 
 class Batch(NamedTuple):
@@ -811,6 +818,7 @@ class Latents(NamedTuple):
     shards: list
     starts: list[int]  # first row of each shard, and the total
     prompts: object
+    ends: dict[str, list[int]]  # in the table of prompts
     meta: dict
 
 
@@ -837,11 +845,15 @@ def open_latents(folder: str | Path, preset: str | None = None) -> Latents:
         dit = PRESETS[preset].dit
         name = "text" if isinstance(dit, HYConfig) else "embeds"
         channels = shards[0].get_slice("latents").get_shape()[2]
-        text_dim = prompts.get_slice(name).get_shape()[2] if name in prompts.keys() else 0
+        text_dim = prompts.get_slice(name).get_shape()[1] if name in prompts.keys() else 0
         if (channels, text_dim) != (dit.channels, dit.text_dim):
             raise ValueError(f"{folder}: made by the VAE or text encoder of another network than {preset}: {channels} "
                              f"channels, prompts with {text_dim} of {name}, expected {dit.channels} and {dit.text_dim}")
-    return Latents(folder, shards, starts, prompts, json.loads(shards[0].metadata()["meta"]))
+    ends = {name: prompts.get_tensor(f"{name}_ends").tolist() for name in ("embeds", "text", "byt5")
+            if f"{name}_ends" in prompts.keys()}
+    if not ends:
+        raise ValueError(f"{folder}/prompts.safetensors: no table of prompts; data.py makes the folder anew")
+    return Latents(folder, shards, starts, prompts, ends, json.loads(shards[0].metadata()["meta"]))
 
 
 def check_data(data: Latents, source: dict, path: Path) -> dict:
@@ -855,6 +867,19 @@ def check_data(data: Latents, source: dict, path: Path) -> dict:
         if data.meta[name] != source[name]:
             raise ValueError(f"{data.folder}: its {name} is {data.meta[name]}, that of {path} {source[name]}")
     return source | kind | {habit: False for habit in ("timed_text", "released_cache") if habit in source}
+
+
+def read_prompt_row(data: Latents, i: int) -> dict[str, Tensor]:
+    """What the encoder read from prompt i, the null prompt's -1."""
+    return {name: data.prompts.get_slice(name)[ends[i - 1] if i % len(ends) else 0 : ends[i]]
+            for name, ends in data.ends.items()}
+
+
+def save_prompts(path: Path, rows: list[dict[str, Tensor]], about: dict[str, str]) -> None:
+    """The table of prompts, the null prompt's row last."""
+    columns = {name: torch.cat([row[name] for row in rows]).half() for name in rows[0]}
+    ends = {f"{name}_ends": torch.tensor([len(row[name]) for row in rows]).cumsum(0) for name in rows[0]}
+    save_shard(path, columns | ends, about)
 
 
 @lru_cache(maxsize=8)
@@ -903,12 +928,9 @@ def get_batch(data: Latents, seed: int, step: int, part: int, parts: int, size: 
         bad = [row for row, x in zip(ids, x0) if not x.isfinite().all()]
         raise ValueError(f"{data.folder}: latents of row {bad[0]} hold NaN or inf")
     on = lambda z: z.to(device, torch.float32 if z.is_floating_point() else None)
-    x0, vision, texts, nulls = on(x0), on(held["vision"]) if "vision" in held else None, {}, {}
-    for name in data.prompts.keys():
-        z = data.prompts.get_slice(name)
-        texts[name] = on(torch.stack([z[i] for i in held["prompt_ids"].tolist()]))
-        nulls[name] = on(z[z.get_shape()[0] - 1]).expand_as(texts[name])
-    prompt, null = (as_prompt(rows, vision, x0[:, :1]) for rows in (texts, nulls))
+    x0, vision = on(x0), on(held["vision"]) if "vision" in held else None
+    texts = [{name: on(z) for name, z in read_prompt_row(data, i).items()} for i in (*held["prompt_ids"].tolist(), -1)]
+    prompt, null = pair(texts[:-1], texts[-1], data.meta["prompt_length"], vision, x0[:, :1])
     camera = on(held["viewmats"]), on(held["Ks"]), on(action_labels(held["viewmats"]))
     return Batch(x0, prompt, null, camera, rng, ids, held, None if states is None else on(states))
 
@@ -1325,14 +1347,16 @@ def embed(prompts: list[str], encoder: Encoder, files: list[Path]) -> tuple[dict
             with safe_open(file, "pt") as held:
                 about = held.metadata() or {}
                 if about.get("encoder") == encoder.name:
-                    columns = {name: held.get_tensor(name) for name in held.keys()}
-                    for i, prompt in enumerate([*json.loads(about["prompts"]), about["null"]]):
-                        embeds[prompt] = {name: z[i] for name, z in columns.items()}
+                    known = [*json.loads(about["prompts"]), about["null"]]
+                    for name in [name for name in held.keys() if f"{name}_ends" in held.keys()]:
+                        parts = held.get_tensor(name).tensor_split(held.get_tensor(f"{name}_ends")[:-1])
+                        for prompt, part in zip(known, parts, strict=True):
+                            embeds.setdefault(prompt, {})[name] = part
         except SafetensorError as error:
             raise ValueError(f"{file}: truncated or not safetensors ({error}); delete it") from None
     for prompt in tqdm([prompt for prompt in dict.fromkeys(prompts) if prompt not in embeds], "prompts"):
         try:
-            embeds[prompt] = halved(encoder.read(prompt))
+            embeds[prompt] = {name: z.half().cpu() for name, z in encoder.read(prompt).items()}
         except ValueError as error:
             errors[prompt] = str(error)
     return embeds, errors
@@ -1501,7 +1525,7 @@ def make_toy(args: argparse.Namespace) -> None:
     for old in [args.out / "prompts.safetensors", *args.out.glob("latents-*.safetensors")]:
         old.unlink(missing_ok=True)  # the prompts first and written last: without them the folder does not open
     meta = {"preset": args.preset, "K": list(K_SQUARE), "size": args.size, "fps": FPS, "frames": args.frames,
-            "vae": str(args.vae), "vae_fingerprint": about["fingerprint"]}
+            "vae": str(args.vae), "vae_fingerprint": about["fingerprint"], "prompt_length": encoder.length}
     if encoder.see:
         meta["image_share"] = args.image_share
     pictured = torch.rand(args.count, 1, 1, generator=torch.Generator().manual_seed(args.seed)) < args.image_share
@@ -1514,8 +1538,8 @@ def make_toy(args: argparse.Namespace) -> None:
         if encoder.see:
             shard["vision"] = (encoder.see(video[rows, :, 0].float() / 127.5 - 1) * pictured[rows]).half()
         save_shard(args.out / f"latents-{start:06d}.safetensors", shard, {"meta": json.dumps(meta)})
-    rows = table([halved(encoder.read(prompt)) for prompt in [*prompts, encoder.null]])
-    save_shard(args.out / "prompts.safetensors", rows, {"prompts": json.dumps(prompts)})
+    rows = [encoder.read(prompt) for prompt in [*prompts, encoder.null]]
+    save_prompts(args.out / "prompts.safetensors", rows, {"prompts": json.dumps(prompts)})
 
 
 def judge(clips: list[Clip], seen: list[dict], bad_captions: dict[str, str], args: argparse.Namespace):
@@ -1663,7 +1687,8 @@ def make_from_videos(args: argparse.Namespace) -> None:
                 "size": args.size, "fps": args.fps, "frames": args.frames, "vae": str(args.vae),
                 "vae_fingerprint": about_vae["fingerprint"],
                 "scale": cameras[kept[0]][2] if args.scale == "set" else args.scale, "negative": negative,
-                "encoder": encoder.name} | ({"image_share": args.image_share} if encoder.see else {})
+                "encoder": encoder.name, "prompt_length": encoder.length}
+        meta |= {"image_share": args.image_share} if encoder.see else {}
     for file in there:
         check_shard(file, meta, *shards[file][1:])
     if rank == 0:  # only now: the report of another run is not overwritten either
@@ -1676,8 +1701,8 @@ def make_from_videos(args: argparse.Namespace) -> None:
     gather(None)  # no process writes before all have agreed
     if rank == 0 and (missing or not final.exists()):
         about = {"prompts": json.dumps(list(prompts)), "null": negative, "encoder": encoder.name}
-        rows = table([embeds[prompt] for prompt in [*prompts, negative]])
-        save_shard(unfinished, rows, about)  # under its own name last: without it the folder does not open
+        # under its own name last: without it the folder does not open
+        save_prompts(unfinished, [embeds[prompt] for prompt in [*prompts, negative]], about)
         final.unlink(missing_ok=True)
     mine = missing[rank::world_size]
     bar = tqdm(total=sum(len(shards[file][0]) for file in mine), desc="encode", disable=rank > 0)

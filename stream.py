@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    GRAMMAR, LOOKS, NAMED, N_PANELS, PALETTE, SURFACE_OF_PANEL, VIDEOS, Encoder, Scene, action_labels, as_prompt, cast,
-    fit, intrinsics, invert_se3, load_encoder, look_errors, mix, paint, panels_seen, parse_trajectory, pixel_cameras,
-    pressed, read_camera, read_prompt, render, rotation, sample_toy, table, write_sheet,
+    GRAMMAR, LOOKS, NAMED, N_PANELS, PALETTE, SURFACE_OF_PANEL, VIDEOS, Encoder, Scene, action_labels, cast, fit,
+    intrinsics, invert_se3, load_encoder, look_errors, mix, paint, pair, panels_seen, parse_trajectory, pixel_cameras,
+    pressed, read_camera, read_prompt, render, rotation, sample_toy, write_sheet,
 )
 from model import HYVAE, WanVAE, load_net, load_vae, rollout, timed
 
@@ -79,15 +79,14 @@ def stream(net: nn.Module, vae: WanVAE | HYVAE, meta: dict, encoder: Encoder, pr
     shape = (f + held, vae.cfg.z_dim, *(pixels // vae.cfg.stride for pixels in meta["size"]))
     prefix = first = vision = None
     with timed(seconds, "prompt"):
-        rows = table([encoder.read(prompt) for prompt in [*prompts, encoder.null]])
-        texts = {name: z[:b].to(device) for name, z in rows.items()}
-        nulls = {name: z[b:].to(device).expand_as(texts[name]) for name, z in rows.items()}
+        *texts, null = ({name: z.to(device) for name, z in encoder.read(prompt).items()}
+                        for prompt in (*prompts, encoder.null))
         if before is not None:
             prefix = vae.encode(before.to(device))[0]
             first, vision = prefix[:, :1], encoder.see and encoder.see(before[:, :, 0].to(device))
         elif encoder.see:  # all zero: no image
             first, vision = (torch.zeros(b, 1, *z, device=device) for z in (shape[1:], [net.cfg.vision_dim]))
-        prompt, null = (as_prompt(rows, vision, first) for rows in (texts, nulls))
+        prompt, null = pair(texts, null, encoder.length, vision, first)
     prefix = prefix if meta["prefix_prob"] else None
     rng = [torch.Generator().manual_seed(seed) for seed in seeds]
     memory, left = None, 1 + 4 * (f - 1)

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from conftest import call
 from data import (
     K_SQUARE, K_WIDE, KEYS, LOOKS, N_PANELS, PALETTE, PILLAR, PILLAR_X, PILLAR_Z, ROOM, STEP, TEXT_DIM, TEXT_LEN, TURN,
-    cast, encode_words, get_batch, held_out, intrinsics, invert_se3, look_errors, mix, open_latents, paint, panels_seen,
-    parse_trajectory, pixel_cameras, rand, randn, read_camera, read_prompt, render, rotation, sample_path,
-    sample_prompt, sample_toy, save_shard, see_places, table, write_sheet,
+    cast, encode_words, get_batch, held_out, intrinsics, invert_se3, look_errors, mix, open_latents, paint, pair,
+    panels_seen, parse_trajectory, pixel_cameras, rand, randn, read_camera, read_prompt, render, rotation, sample_path,
+    sample_prompt, sample_toy, save_prompts, save_shard, see_places, write_sheet,
 )
 
 ORACLE = Path(os.environ.get("ORACLE_DIR", Path(__file__).parents[2] / "shared/oracle"))
@@ -401,10 +401,13 @@ def test_places_are_seen_where_they_are():
 
 
 def test_a_prompt_table_pads_with_zeros_and_knows_where():
-    rows = [{"text": torch.ones(n, 3), "text_mask": torch.ones(n, dtype=torch.bool)} for n in (2, 5, 0)]
-    joined = table(rows)
-    assert joined["text"].shape == (3, 5, 3) and joined["text_mask"].sum(1).tolist() == [2, 5, 0]
-    assert torch.equal(joined["text"].any(-1), joined["text_mask"])
+    rows = [{"text": torch.ones(n, 3), "byt5": torch.ones(0, 2)} for n in (2, 5, 0, 1)]
+    prompt, null = pair(rows[:-1], rows[-1], None, torch.zeros(3, 1, 4), torch.ones(3, 1, 8, 2, 2))
+    assert prompt.text.shape == null.text.shape == (3, 5, 3) and not prompt.image.any()
+    assert prompt.text_mask.sum(1).tolist() == [2, 5, 0] and null.text_mask.sum(1).tolist() == [1, 1, 1]
+    assert torch.equal(prompt.text.any(-1), prompt.text_mask) and not prompt.byt5_mask.any()
+    embeds, nulls = pair([{"embeds": torch.ones(n, 3)} for n in (2, 4)], {"embeds": torch.ones(0, 3)}, 6)
+    assert embeds.any(-1).sum(1).tolist() == [2, 4] and embeds.shape == nulls.shape == (2, 6, 3) and not nulls.any()
 
 
 # ---------------------------------------------------------------------------------------------------------- 4. Latents
@@ -418,10 +421,10 @@ def folder(tmp_path):
         tensors = {"latents": repeat(rows.half(), "n -> n 3 2 4 4"), "prompt_ids": 11 - rows,
                    "viewmats": torch.eye(4).repeat(n, 3, 1, 1), "Ks": intrinsics(K_SQUARE).repeat(n, 3, 1, 1)}
         save_file({name: z.contiguous() for name, z in tensors.items()}, tmp_path / f"latents-{start:06d}.safetensors",
-                  {"meta": json.dumps({"K": list(K_SQUARE), "frames": 3})})
-    embeds = repeat(torch.tensor([*range(1, 13), 0]).half(), "n -> n 4 6")  # prompt i is all i + 1, the null all 0
-    save_file({"embeds": embeds.contiguous()}, tmp_path / "prompts.safetensors",
-              {"prompts": json.dumps([f"prompt {i}" for i in range(12)])})
+                  {"meta": json.dumps({"K": list(K_SQUARE), "frames": 3, "prompt_length": 4})})
+    prompts = [{"embeds": torch.full((1 + i % 3, 6), i + 1.0)} for i in range(12)]  # prompt i is all i + 1
+    save_prompts(tmp_path / "prompts.safetensors", [*prompts, {"embeds": torch.zeros(0, 6)}],
+                 {"prompts": json.dumps([f"prompt {i}" for i in range(12)])})
     return tmp_path
 
 

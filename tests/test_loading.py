@@ -11,13 +11,13 @@ from dataclasses import replace
 import imageio.v3 as imageio
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import model
 from conftest import MINIATURE, call, refusal
 from data import (
-    K_SQUARE, K_WIDE, NULL_PROMPT, UMT5_LEN, encode_prompts, intrinsics, load_text_encoder, parse_trajectory, render,
-    sample_toy,
+    K_SQUARE, K_WIDE, NULL_PROMPT, UMT5_LEN, encode_prompts, get_batch, intrinsics, load_text_encoder, open_latents,
+    parse_trajectory, render, sample_toy,
 )
 from model import PRESETS, RELEASED, WanVAE, build, fingerprint, load_checkpoint, load_net, load_vae
 
@@ -325,7 +325,8 @@ def test_prompts_of_videos_are_read_by_umt5(chain, tmp_path):
     (clips / "table.jsonl").write_text(json.dumps({"file": "room.mp4", "caption": "a red room", "poses": parts}))
     flags = ("--vae", "ckpt/vae.pt", "--frames", "2", "--K", *K_SQUARE, "--text-encoder", path)
     call("data.py", "--videos", clips, *flags, "--out", tmp_path / "videos", cwd=chain)
-    embeds = load_file(tmp_path / "videos/prompts.safetensors")["embeds"].float()
+    batch = get_batch(open_latents(tmp_path / "videos"), 0, 0, 0, 1, 1, CPU)
+    embeds = torch.cat([batch.prompt, batch.null])
     expected = encode_prompts(["a red room", NULL_PROMPT], load_text_encoder(path, CPU))
     torch.testing.assert_close(embeds, expected, atol=1e-2, rtol=1e-2)  # fp16 on disk
 
