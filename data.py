@@ -457,9 +457,10 @@ def load_encoder(preset: str, path: Path | None, device: torch.device) -> Encode
     loaded when they are first asked."""
     from model import PRESETS, HYConfig
     hy = isinstance(PRESETS[preset].dit, HYConfig)
+    if path is None and hy:
+        return Encoder("words", read_hy_words, None, see_places, "")
     if path is None:
-        words = lambda prompt: {"embeds": trimmed(encode_words(prompt))}
-        return Encoder("words", *((read_hy_words, None, see_places) if hy else (words, TEXT_LEN, None)), "")
+        return Encoder("words", lambda prompt: {"embeds": trimmed(encode_words(prompt))}, TEXT_LEN, None, "")
     if hy:
         path = path.parent if path.name == "text_encoder" else path  # SigLIP lies beside it
         readers = lru_cache(lambda: load_hy_encoders(path, device, "llm", "tokenizer", "byt5", "byt5_tokenizer"))

@@ -27,7 +27,7 @@ import train_camera
 import train_dmd
 from data import K_WIDE, Batch, action_labels, build_umt5, embed_tokens, intrinsics, parse_trajectory, umt5_name
 from model import (
-    WAN_VAE, Block, ChannelNorm, DiTConfig, Past, RMSNorm, VAEConfig, WanDiT, WanVAE, add_noise, build, commit, denoise,
+    WAN_VAE, Block, ChannelNorm, DiTConfig, Past, RMSNorm, VAEConfig, WanDiT, WanVAE, add_noise, build, denoise,
     guide, keep, noise_levels, per_frame, projections, rollout, rope_table, shift_sigma, teacher_forcing_spans, unipc,
     update_ema, velocity_to_x0,
 )

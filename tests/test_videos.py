@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from conftest import MINIATURE, call, refusal, run
 from data import (
-    DOUBTFUL, K_SQUARE, STEP, UNUSABLE, Scene, action_class, chosen_frames, cover, draw_path, duplicates, encode_words,
-    every_frame, every_intrinsics, fit, fit_intrinsics, intrinsics, invert_se3, keys_of, open_latents, parse_args,
+    DOUBTFUL, K_SQUARE, STEP, UNUSABLE, action_class, chosen_frames, cover, draw_path, duplicates, every_frame,
+    every_intrinsics, fit, fit_intrinsics, intrinsics, invert_se3, keys_of, open_latents, parse_args,
     parse_trajectory, pixel_cameras, read_poses, render, sample_toy, steps_of, usual_step,
 )
 from model import PRESETS, WanVAE, fingerprint, fresh_weights, save_checkpoint
