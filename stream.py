@@ -361,8 +361,6 @@ def main(args: argparse.Namespace) -> None:
     vae = load_vae(vae, device, meta["vae_fingerprint"])
     text_encoder = args.text_encoder or beside(ckpt, "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")
     encoder = load_encoder(meta["preset"], text_encoder, device)
-    if (found := next(iter(encoder.read(TOY_PROMPT).values())).shape[-1]) != net.cfg.text_dim:
-        raise ValueError(f"{ckpt}: its prompts have {net.cfg.text_dim} channels, found {found}; see --text-encoder")
     if args.score and text_encoder:
         raise ValueError(f"--score measures the toy world, but {ckpt} reads its prompts through {text_encoder}")
     if args.steps is not None and args.steps < 1:
@@ -386,11 +384,17 @@ def main(args: argparse.Namespace) -> None:
         if (intrinsics(path.K or meta["K"]) - intrinsics(meta["K"])).abs().max() > 1e-3 and not args.other_intrinsics:
             raise ValueError(f"{args.camera}: K {path.K}, but {ckpt} was trained with {meta['K']}; "
                              "--other-intrinsics to insist")
+    prompts = [args.prompt or path.prompt or TOY_PROMPT for path in paths]
+    texts = {prompt: encoder.read(prompt) for prompt in dict.fromkeys([*prompts, encoder.null])}
+    if (found := next(iter(texts[encoder.null].values())).shape[-1]) != net.cfg.text_dim:
+        raise ValueError(f"{ckpt}: its prompts have {net.cfg.text_dim} channels, found {found}; see --text-encoder")
+    if text_encoder and not args.bench:
+        encoder = encoder._replace(read=texts.__getitem__)  # what has read them makes room for the walk
 
     if args.bench or args.score:
         views = paths[0].viewmats
         Ks = intrinsics(meta["K"]).expand(len(views), 3, 3)
-        timing = bench(net, vae, meta, encoder, args.prompt or TOY_PROMPT, views, Ks)
+        timing = bench(net, vae, meta, encoder, prompts[0], views, Ks)
         if args.bench:
             print(json.dumps(timing))
         if args.score:
@@ -402,8 +406,8 @@ def main(args: argparse.Namespace) -> None:
             write_sheet(args.out.with_suffix(".png"), sheet)
         return
 
-    for path in paths:
-        prompt, K = args.prompt or path.prompt or TOY_PROMPT, intrinsics(path.K or meta["K"])
+    for path, prompt in zip(paths, prompts):
+        K = intrinsics(path.K or meta["K"])
         Ks = K.expand(len(path.viewmats), 3, 3)
         if len(path.viewmats) > meta["frames"]:
             print(f"the path has {len(path.viewmats)} latent frames, trained were {meta['frames']}", file=sys.stderr)
