@@ -20,8 +20,8 @@ One call for every backbone, so that a stage does not know which network it trai
     past = net(x0, zero, prompt, camera, past=past, commit=True)   ... and a finished chunk joins them
 
     x_t [b f c h w]   sigma [b f] fp32, 1 is pure noise   prompt [b l d], for HY a tuple of such tensors (HYPrompt)
-    camera = (viewmats [b f 4 4], Ks [b f 3 3], action [b f]): HY-WorldPlay's labels of that motion come last;
-             networks that were not built with them do not read them, and do without
+    camera = (viewmats [b f 4 4], Ks [b f 3 3], action [b f]), the last being HY-WorldPlay's labels of the motion, which
+             may be left out and are read only by networks that were built with them
 
 A commit of no frames starts a stream with the prompt alone. Wan can do without it. HY cannot: in its bidirectional pass
 the text reads the video too, in a stream it must not, and that the stream has begun is all that tells the two apart.
