@@ -31,8 +31,8 @@ from data import (
     Batch, check_data, get_batch, open_latents, open_log, positive, rand, randn, sample_prefix, write_log, write_sheet,
 )
 from model import (
-    add_noise, build, check_finite, gather, guide, load_checkpoint, load_state, load_vae, masked_mse,
-    noise_levels, rollout, save_checkpoint, save_state, shard, start_process_group, update_ema, velocity_to_x0,
+    add_noise, build, check_finite, gather, guide, load_checkpoint, load_state, load_vae, masked_mse, noise_levels,
+    rollout, save_checkpoint, save_state, shard, start_process_group, update_ema, velocity_to_x0,
 )
 
 RECIPES = {

@@ -34,9 +34,9 @@ from data import (
     write_log, write_sheet,
 )
 from model import (
-    add_noise, begin, build, check_finite, commit, denoise, gather, load_checkpoint, load_state, load_vae,
-    masked_mse, noise_levels, rollout, save_checkpoint, save_state, shard, start_process_group, update_ema,
-    velocity_to_x0, with_null,
+    add_noise, begin, build, check_finite, commit, denoise, gather, load_checkpoint, load_state, load_vae, masked_mse,
+    noise_levels, rollout, save_checkpoint, save_state, shard, start_process_group, update_ema, velocity_to_x0,
+    with_null,
 )
 
 RECIPES = {

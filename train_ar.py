@@ -29,8 +29,8 @@ from data import (
     Batch, check_data, get_batch, open_latents, open_log, positive, rand, randn, sample_prefix, write_log, write_sheet,
 )
 from model import (
-    add_noise, build, check_finite, choose, gather, load_checkpoint, load_state, load_vae, masked_mse,
-    rollout, save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema,
+    add_noise, build, check_finite, choose, gather, load_checkpoint, load_state, load_vae, masked_mse, rollout,
+    save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema,
 )
 
 RECIPES = {

@@ -27,9 +27,8 @@ from tqdm import tqdm
 
 from data import Batch, get_batch, open_latents, open_log, positive, rand, randn, sample_prefix, write_log, write_sheet
 from model import (
-    add_noise, build, check_finite, choose, fresh_weights, gather, load_checkpoint, load_state, load_vae,
-    masked_mse, rollout, save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema,
-    with_camera,
+    add_noise, build, check_finite, choose, fresh_weights, gather, load_checkpoint, load_state, load_vae, masked_mse,
+    rollout, save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema, with_camera,
 )
 
 RECIPES = {

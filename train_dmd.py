@@ -40,8 +40,8 @@ from data import (
 )
 from model import (
     add_noise, begin, build, check_finite, commit, gather, guide, habits, load_checkpoint, load_state, load_vae,
-    masked_mse, noise_levels, rollout, save_checkpoint, save_state, shard, shift_sigma, start_process_group,
-    update_ema, velocity_to_x0,
+    masked_mse, noise_levels, rollout, save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema,
+    velocity_to_x0,
 )
 
 RECIPES = {
@@ -92,22 +92,22 @@ def self_rollout(generator: nn.Module, batch: Batch, levels: list[float], exit_s
     which a few-step model's predictions are, which is what the scores must judge. Frames where free [b f] is 0 are
     given: the batch's own, clean.
     """
-    want_grad, video, prompt = torch.is_grad_enabled(), [], batch.prompt
+    want_grad, video = torch.is_grad_enabled(), []
     noise = [randn(batch.rng, *batch.x0.shape[1:]).to(batch.x0.device) for _ in range(exit_step + 1)]
     noise[0] = add_noise(batch.x0, noise[0], free)
-    past = begin(generator, noise[0], prompt, batch.camera)
+    past = begin(generator, noise[0], batch.prompt, batch.camera)
     for start in range(0, batch.x0.shape[1], chunk):
         frames = slice(start, start + chunk)
         camera, x_t = tuple(z[:, frames] for z in batch.camera), noise[0][:, frames]
         for i in range(exit_step + 1):
             sigma = levels[i] * free[:, frames]
             with torch.set_grad_enabled(want_grad and i == exit_step):
-                x0 = velocity_to_x0(generator(x_t, sigma, prompt, camera, past=past), x_t, sigma)
+                x0 = velocity_to_x0(generator(x_t, sigma, batch.prompt, camera, past=past), x_t, sigma)
             if i < exit_step:
                 x_t = add_noise(x0, noise[i + 1][:, frames], levels[i + 1] * free[:, frames])
         video.append(x0)
         if frames.stop < batch.x0.shape[1]:
-            past = commit(generator, x0, prompt, camera, past=past)  # without gradient
+            past = commit(generator, x0, batch.prompt, camera, past=past)  # without gradient
     return torch.cat(video, dim=1)
 
 

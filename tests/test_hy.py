@@ -18,7 +18,7 @@ from model import (
     build_vae, choose, commit, denoise, leafwise, noise_levels, projections, rollout, rope_table, shard, sinusoid,
     start_process_group, teacher_forcing_spans, with_camera,
 )
-from test_model import change_per_chunk, cut, rigid
+from test_model import change_per_chunk, check_memory_is_left_as_it_was, cut, rigid
 from test_oracle import ORACLE
 
 SMALL = HYConfig(48, 96, 2, 2, channels=4, text_dim=24, vision_dim=16, byt5=(20, 24, 28), rope_bands=(4, 10, 10),
@@ -499,13 +499,7 @@ def test_a_latent_depends_on_no_later_frame_and_a_frame_on_no_later_latent():
 
 
 def test_vae_memory_can_be_used_twice():
-    vae, latents, video = random_vae(), torch.randn(1, 4, 4, 2, 2), torch.rand(1, 3, 9, 16, 16)
-    for step, start, rest in (
-            (vae.decode, latents[:, :1], latents[:, 1:]), (vae.encode, video[:, :, :1], video[:, :, 1:])):
-        _, memory = step(start)
-        before = {layer: z.clone() for layer, z in memory.items()}
-        assert torch.equal(step(rest, memory)[0], step(rest, memory)[0])
-        assert before.keys() == memory.keys() and all(torch.equal(z, memory[layer]) for layer, z in before.items())
+    check_memory_is_left_as_it_was(random_vae(), torch.randn(1, 4, 4, 2, 2), torch.rand(1, 3, 9, 16, 16))
 
 
 def test_vae_init_sets_every_parameter():

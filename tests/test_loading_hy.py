@@ -217,14 +217,6 @@ def test_the_full_size_is_known_by_its_configuration(tmp_path, monkeypatch, kind
     assert load_checkpoint(tmp_path, "base", preset="hy-8b")[1] == described("base", preset="hy-8b")
 
 
-def test_settings_are_those_that_were_published():
-    of = lambda name: [RELEASED_HY[stage][name] for stage in ("base", "camera", "ar", "ode", "cd", "dmd")]
-    assert of("chunk") == [0, 0, 4, 4, 4, 4] and of("guidance") == [6, 6, 6, 1, 1, 1] and of("shift") == [5] * 6
-    assert of("steps") == [50, 50, 50, 4, 4, 4] and of("sampler") == ["euler"] * 3 + ["renoise"] * 3
-    assert of("fps") == [24, *[16] * 5] and of("camera") == [False, *[True] * 5]
-    assert [stage for stage in RELEASED_HY if RELEASED_HY[stage]["released_cache"]] == ["dmd"]
-
-
 # -------------------------------------------------------------------------------------------------------- What is wrong
 
 

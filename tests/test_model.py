@@ -316,14 +316,17 @@ def test_the_past_reaches_later_pieces():
     assert (alone[:, :, -4:] - whole[:, :, -4:]).abs().max() > 1e-3
 
 
-def test_vae_memory_can_be_used_twice():
-    vae, latents, video = random_vae(), torch.randn(1, 4, 8, 2, 2), torch.rand(1, 3, 9, 8, 8)
+def check_memory_is_left_as_it_was(vae, latents, video):
     for step, start, rest in (
             (vae.decode, latents[:, :1], latents[:, 1:]), (vae.encode, video[:, :, :1], video[:, :, 1:])):
         _, memory = step(start)
         before = {layer: z.clone() for layer, z in memory.items()}
         assert torch.equal(step(rest, memory)[0], step(rest, memory)[0])
         assert before.keys() == memory.keys() and all(torch.equal(z, memory[layer]) for layer, z in before.items())
+
+
+def test_vae_memory_can_be_used_twice():
+    check_memory_is_left_as_it_was(random_vae(), torch.randn(1, 4, 8, 2, 2), torch.rand(1, 3, 9, 8, 8))
 
 
 def test_frames_that_fill_no_latent_are_refused():
