@@ -1,33 +1,34 @@
 """
 The networks, what their output means, and how their weights travel.
 
-    1. Flow matching    the four identities every stage and every sampler shares
-    2. Cameras          PRoPE: projective matrices as relative position encoding
-    3. Wan DiT          the diffusion transformer, bidirectional and causal with the same weights
-    4. Wan VAE          causal 3-D convolutions; encode and decode whole or as a stream
-    5. HY DiT           HunyuanVideo-1.5: video and text as two streams, an image to go on from, actions
-    6. HY VAE           16 times smaller in space; what was a stride is channels folded out of the grid
-    7. Presets          tiny and tiny-hy (trained on a laptop), wan-1.3b, wan-14b, hy-8b
-    8. Sampling         the three samplers and the chunked rollout
-    9. Weights          shard, average, save, load, resume
-    10. Released files  Wan2.1's, HunyuanVideo-1.5's, HY-WorldPlay's and minWM's, each in their own format
+    1. Flow matching    the identities that every stage and every sampler shares
+    2. Cameras          PRoPE: projective matrices as a relative position encoding
+    3. Wan DiT          the diffusion transformer, bidirectional and causal with the same weights; its KV cache
+    4. Sampling         Euler and few-step samplers, and the rollout chunk by chunk
+    5. Weights          what a checkpoint says of itself; shard, average, save, load, resume
+    6. Wan VAE          causal 3-D convolutions; encode and decode whole or as a stream
+    7. Presets          tiny (trained on a laptop), wan-1.3b, wan-14b
+    ---- the course ends here ----
+    8. HY DiT           HunyuanVideo-1.5: video and text as two streams, an image to go on from, actions; its presets
+    9. HY VAE           16 times smaller in space; what was a stride is channels folded out of the grid
+    10. UniPC           the multistep sampler that public Wan is used with
+    11. Released files  Wan2.1's, HunyuanVideo-1.5's, HY-WorldPlay's and minWM's, each in their own format
 
 One call for every backbone, so that a stage does not know which network it trains:
 
-    v = net(x_t, sigma, prompt, camera)                            every frame sees every frame
-    v = net(x_t, sigma, prompt, camera, clean=x0, chunk=2)         teacher forcing: each chunk sees the clean past
-    v = net(x_t, sigma, prompt, camera, past=past)                 streaming: each chunk sees cached keys and values
-    past = net(x0, zero, prompt, camera, past=past, commit=True)   ... and a finished chunk joins them
+    v = net(x_t, sigma, prompt, camera)                         every frame sees every frame
+    v = net(x_t, sigma, prompt, camera, clean=x0, chunk=2)      teacher forcing: each chunk sees the clean past
+    v = net(x_t, sigma, prompt, camera, kv_cache=kv_cache)      streaming: each chunk sees cached keys and values
+    kv_cache = net(x0, zero, prompt, camera, kv_cache=kv_cache, update_cache=True)    ... and a finished chunk joins
 
-    x_t [b f c h w]   sigma [b f] fp32, 1 is pure noise   prompt [b l d], for HY a tuple of such tensors (HYPrompt)
-    camera = (viewmats [b f 4 4], Ks [b f 3 3], action [b f]), the last being HY-WorldPlay's labels of the motion, which
-             may be left out and are read only by networks that were built with them
+    x_t     [b f c h w] fp32, noisy latents
+    sigma   [b f] fp32, the noise level of each frame: 0 is clean, 1 is pure noise
+    prompt  [b l d], what a frozen encoder made of the text; for HY a tuple of such tensors (HYPrompt)
+    camera  Camera: viewmats [b f 4 4] and Ks [b f 3 3], one per latent frame
+    v       [b f c h w] fp32, the velocity
 
-A commit of no frames starts a stream with the prompt alone. Wan can do without it. HY cannot: in its bidirectional pass
-the text reads the video too, in a stream it must not, and that the stream has begun is all that tells the two apart.
-
-Axis letters, here and in every file: b batch, f latent frames, c latent channels, h w latent grid, n tokens, d width,
-nh heads, hd head width, l text tokens, t pixel frames.
+Axis letters, here and in every file: b batch, f latent frames, c latent channels, h w latent grid, s tokens of a frame,
+n tokens, d width, nh heads, hd head width, l text tokens; in pixels t frames, H W.
 """
 import argparse
 import json
@@ -43,7 +44,7 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -75,13 +76,17 @@ def velocity_to_x0(v: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
     return x_t - rearrange(sigma, "b f -> b f 1 1 1") * v
 
 
-def masked_mse(a: Tensor, b: Tensor, free: Tensor) -> Tensor:
-    """Mean square of a - b [b f c h w] over the frames that are to be made: free [b f] is 1 there, 0 on given ones."""
-    return ((a - b).square().mean((2, 3, 4)) * free).sum() / free.sum()
+def masked_mse(a: Tensor, b: Tensor, generated: Tensor) -> Tensor:
+    """Mean square of a - b [b f c h w] over the frames that the model makes: generated [b f], 0 on given frames."""
+    per_frame = (a - b).square().mean((2, 3, 4))
+    return (per_frame * generated).sum() / generated.sum()
 
 
 def guide(v_cond: Tensor, v_null: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance (arXiv:2207.12598). 1 is off. Code that writes cond + w (cond - null) means w + 1."""
+    """Classifier-free guidance, v_null + guidance (v_cond - v_null) (arXiv:2207.12598); 1 is off.
+
+    Code that writes v_cond + w (v_cond - v_null) means guidance = w + 1.
+    """
     return torch.lerp(v_null, v_cond, guidance)  # exact at 0 and 1
 
 
@@ -91,7 +96,7 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 
 
 def noise_levels(steps: int, shift: float, start: float = 1.0) -> list[float]:
-    """The levels a sampler visits, from pure noise to clean: steps + 1 numbers from 1.0 to 0.0.
+    """The sigmas that a sampler visits, from pure noise to clean: steps + 1 numbers from 1.0 to 0.0.
 
     A grid of 48 contains the grid of 4 at every shift, so a distilled student is asked only at levels its teacher
     integrated through. noise_levels(4, 5) is 1, 0.9375, 0.8333, 0.625, 0. start: the first level, before the shift.
@@ -106,19 +111,36 @@ def noise_levels(steps: int, shift: float, start: float = 1.0) -> list[float]:
 # frames, so the choice of world frame drops out. Its output enters through a linear layer that starts at zero.
 
 
-def projections(viewmats: Tensor, Ks: Tensor) -> tuple[Tensor, Tensor]:
-    """viewmats [b f 4 4], Ks [b f 3 3] -> P and P^-1 [b f 4 4] in fp32.
+class Camera(NamedTuple):
+    """One camera per latent frame, OpenCV axes (x right, y down, z forward)."""
+    viewmats: Tensor  # [b f 4 4] world-to-camera; the first frame of a video is the identity
+    Ks: Tensor  # [b f 3 3] intrinsics, divided by image width and height
+
+    def frames(self, frames: slice) -> "Camera":
+        """The cameras of some frames."""
+        return Camera(self.viewmats[:, frames], self.Ks[:, frames])
+
+
+def invert_se3(pose: Tensor) -> Tensor:
+    """Inverse of rigid transforms [... 4 4] by transposition: R^T, -R^T t."""
+    R, t = pose[..., :3, :3].mT, pose[..., :3, 3:]
+    last = pose.new_tensor([0, 0, 0, 1]).expand(*pose.shape[:-2], 1, 4)
+    return torch.cat([torch.cat([R, -R @ t], dim=-1), last], dim=-2)
+
+
+def projections(camera: Camera) -> tuple[Tensor, Tensor]:
+    """P = K [R t] and its inverse, each [b f 4 4] in fp32.
 
     The principal point is left out (as released). fp32 matters: in bf16 the error of P P^-1 is a tenth of one step.
     """
-    viewmats, Ks = viewmats.float(), Ks.float()
-    focal = F.pad(torch.stack([Ks[..., 0, 0], Ks[..., 1, 1]], dim=-1), (0, 2), value=1.0)
-    R, t = viewmats[..., :3, :3].mT, viewmats[..., :3, 3:]
-    inverse = torch.cat([torch.cat([R, -R @ t], dim=-1), viewmats[..., 3:, :]], dim=-2)
-    return focal[..., :, None] * viewmats, inverse / focal[..., None, :]
+    viewmats, Ks = camera.viewmats.float(), camera.Ks.float()
+    focal = F.pad(torch.stack([Ks[..., 0, 0], Ks[..., 1, 1]], dim=-1), (0, 2), value=1.0)  # [b f 4]: fx fy 1 1
+    P = focal[..., :, None] * viewmats
+    P_inv = invert_se3(viewmats) / focal[..., None, :]
+    return P, P_inv
 
 
-def per_frame(x: Tensor, P: Tensor) -> Tensor:
+def apply_projection(x: Tensor, P: Tensor) -> Tensor:
     """Multiply every group of four channels of x [b f s d] by its frame's matrix P [b f 4 4], in P's precision."""
     y = rearrange(x.to(P.dtype), "b f s (g j) -> b f (s g) j", j=4) @ P.mT
     return rearrange(y, "b f (s g) i -> b f s (g i)", s=x.shape[2]).to(x.dtype)
@@ -147,24 +169,30 @@ class DiTConfig:
         return head_dim - 2 * third, third, third
 
 
-class Past(NamedTuple):
-    """Keys and values of the frames committed so far. Never written in place: a commit makes a new one."""
-    frames: int  # committed so far; the next chunk's RoPE positions start here
+class KVCache(NamedTuple):
+    """Keys and values of the finished frames. Never written in place: update_cache=True returns a new one.
+
+    So a cache may be kept, gone back to or used twice, and no gradient can run through it from one chunk to another.
+    """
+    frames: int  # how many it holds; the next chunk's RoPE positions start here
     layers: list[tuple[Tensor, ...]]  # per block: k, v and, with a camera, PRoPE's k, v, each [b nh n hd]
     text: tuple[list[tuple[Tensor, Tensor]], Tensor | None] | None = None  # HY: per block k, v of the prompt; its mask
+    last_pose: Tensor | None = None  # HY with actions: viewmat of the last frame [b 4 4], to tell the next one's motion
 
 
-def keep(past: Past, tokens: int, sink: int, window: int) -> Past:
-    """The first `sink` and the last `window` frames of a past, of `tokens` tokens each; all of it if it is shorter.
+def rolling_cache(kv_cache: KVCache, tokens: int, sink: int, window: int) -> KVCache:
+    """The first `sink` and the last `window` frames of a cache, of `tokens` tokens each; all of it if it is shorter.
 
-    Every key keeps the RoPE position it was committed with, and the next chunk's go on from past.frames. Before a chunk
-    of n frames, keep(past, tokens, s, size - s - n) is public Wan's rolling cache of `size` frames with s sink frames.
+    Every key keeps the RoPE position it was cached with, and the next chunk's go on from kv_cache.frames. Before a
+    chunk of n frames, rolling_cache(kv_cache, tokens, s, size - s - n) is public Wan's cache of `size` frames with s
+    sink frames.
     """
     def cut(z: Tensor) -> Tensor:
         n = z.shape[2]
-        return z if n <= (sink + window) * tokens else torch.cat([z[:, :, : sink * tokens],
-                                                                  z[:, :, n - window * tokens :]], dim=2)
-    return past._replace(layers=[tuple(cut(z) for z in layer) for layer in past.layers])
+        if n <= (sink + window) * tokens:
+            return z
+        return torch.cat([z[:, :, : sink * tokens], z[:, :, n - window * tokens :]], dim=2)
+    return kv_cache._replace(layers=[tuple(cut(z) for z in layer) for layer in kv_cache.layers])
 
 
 def sinusoid(position: Tensor, width: int) -> Tensor:
@@ -179,20 +207,28 @@ def sinusoid(position: Tensor, width: int) -> Tensor:
 
 
 def rope_table(frames: Tensor, h: int, w: int, bands: tuple[int, int, int], theta: float) -> Tensor:
-    """Unit complex numbers [f*h*w 1 hd/2]: channel pairs turn with frame, row and column, in three bands of a head."""
-    positions = frames.double(), *(torch.arange(n, device=frames.device).double() for n in (h, w))
-    t, y, x = (torch.outer(position, theta ** -(torch.arange(0, width, 2, device=frames.device).double() / width))
-               for position, width in zip(positions, bands))
-    grid = [repeat(t, "f e -> f h w e", h=h, w=w), repeat(y, "h e -> f h w e", f=len(t), w=w),
-            repeat(x, "w e -> f h w e", f=len(t), h=h)]
+    """Unit complex numbers [f*h*w 1 hd/2]: channel pairs turn with frame, row and column, in three bands of a head.
+
+    frames [f]: the position of each frame in the video. bands: channels of each band, hd together.
+    """
+    rows, columns = (torch.arange(n, device=frames.device) for n in (h, w))
+    angles = []
+    for position, width in zip((frames, rows, columns), bands, strict=True):
+        speed = theta ** -(torch.arange(0, width, 2, device=frames.device).double() / width)
+        angles.append(torch.outer(position.double(), speed))  # [positions width/2]
+    t, y, x = angles
+    f = len(frames)
+    grid = [repeat(t, "f e -> f h w e", h=h, w=w), repeat(y, "h e -> f h w e", f=f, w=w),
+            repeat(x, "w e -> f h w e", f=f, h=h)]
     angle = rearrange(torch.cat(grid, dim=-1), "f h w e -> (f h w) 1 e")
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
-def rotate(x: Tensor, rope: Tensor, heads: int) -> Tensor:
-    """Apply rope [f*s 1 hd/2] to x [b f s d], two neighbouring channels forming one complex number."""
-    pairs = torch.view_as_complex(rearrange(x.float(), "b f s (nh e r) -> b (f s) nh e r", nh=heads, r=2).contiguous())
-    return torch.view_as_real(pairs * rope).flatten(2).view_as(x).type_as(x)
+def apply_rope(x: Tensor, rope: Tensor, heads: int) -> Tensor:
+    """Turn x [b f s d] by rope [f*s 1 hd/2], two neighbouring channels forming one complex number."""
+    pairs = rearrange(x.float(), "b f s (nh e two) -> b (f s) nh e two", nh=heads, two=2).contiguous()
+    turned = torch.view_as_complex(pairs) * rope
+    return torch.view_as_real(turned).flatten(2).view_as(x).type_as(x)
 
 
 class RMSNorm(nn.Module):
@@ -207,10 +243,10 @@ class RMSNorm(nn.Module):
 
 
 # Which queries see which keys, as data: (queries, [keys, ...]) in frames; None lets everything see everything.
-Spans = list[tuple[slice, list[slice]]] | None
+Segments = list[tuple[slice, list[slice]]] | None
 
 
-def teacher_forcing_spans(f: int, chunk: int) -> Spans:
+def teacher_forcing_segments(f: int, chunk: int) -> Segments:
     """Frames 0 .. f-1 are clean, f .. 2f-1 noisy. Clean chunk i sees clean chunks <= i, noisy i clean < i and itself.
 
         keys      clean 0 1 2   noisy 0 1 2          Two full attentions per chunk, no mask: the same numbers as a
@@ -221,43 +257,54 @@ def teacher_forcing_spans(f: int, chunk: int) -> Spans:
         noisy 1         x               x
         noisy 2         x x               x
     """
-    spans = []
+    segments = []
     for start in range(0, f, chunk):
         stop = min(start + chunk, f)
-        spans.append((slice(start, stop), [slice(0, stop)]))
+        segments.append((slice(start, stop), [slice(0, stop)]))
     for start in range(0, f, chunk):
         stop = min(start + chunk, f)
-        spans.append((slice(f + start, f + stop), [slice(0, start), slice(f + start, f + stop)]))
-    return spans
+        segments.append((slice(f + start, f + stop), [slice(0, start), slice(f + start, f + stop)]))
+    return segments
 
 
-def look(q: Tensor, seen: list[tuple[Tensor, Tensor]], mask: Tensor | None = None) -> Tensor:
+def sdpa(q: Tensor, seen: list[tuple[Tensor, Tensor]], mask: Tensor | None = None) -> Tensor:
     """q [b nh n hd] attends to all pieces (k, v) in `seen`; mask [b l], if any: which keys of the first piece count."""
-    k, v = seen[0] if len(seen) == 1 else (torch.cat(z, dim=2) for z in zip(*seen))
-    if mask is not None:
+    if len(seen) == 1:
+        k, v = seen[0]
+    else:
+        k, v = (torch.cat(pieces, dim=2) for pieces in zip(*seen, strict=True))
+    if mask is not None:  # every key after the first piece counts
         mask = F.pad(mask, (0, k.shape[2] - mask.shape[1]), value=True)[:, None, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, spans: Spans, past: tuple[Tensor, Tensor] | None,
-           text: tuple[Tensor, Tensor, Tensor | None] | None = None):
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, segments: Segments,
+                      context: list[tuple[Tensor, Tensor]], mask: Tensor | None = None):
     """q, k, v [b f s d] -> attention output [b f s d], and this pass's keys and values [b nh n hd] for the cache.
 
-    text: keys and values of a prompt that every frame sees besides, and their mask [b l].
+    context: keys and values that every query sees besides, the cached past, for HY the prompt before it.
+    mask: [b l], which keys of the first piece of context count.
     """
     s = q.shape[2]
     q, k, v = (rearrange(z, "b f s (nh hd) -> b nh (f s) hd", nh=heads) for z in (q, k, v))
-    before, mask = [*([text[:2]] if text else []), *([past] if past is not None else [])], text and text[2]
-    if spans is None:
-        y = look(q, [*before, (k, v)], mask)
-    else:
-        tokens = lambda z, frames: z[:, :, frames.start * s : frames.stop * s]
-        y = torch.cat([look(tokens(q, queries), [*before, *((tokens(k, keys), tokens(v, keys)) for keys in seen)], mask)
-                       for queries, seen in spans], dim=2)
+
+    def tokens_of(z: Tensor, frames: slice) -> Tensor:
+        return z[:, :, frames.start * s : frames.stop * s]
+
+    if segments is None:
+        y = sdpa(q, [*context, (k, v)], mask)
+    else:  # one attention per segment, over exactly the keys that it sees
+        outputs = []
+        for queries, seen in segments:
+            kvs = [(tokens_of(k, frames), tokens_of(v, frames)) for frames in seen]
+            outputs.append(sdpa(tokens_of(q, queries), context + kvs, mask))
+        y = torch.cat(outputs, dim=2)
     return rearrange(y, "b nh (f s) hd -> b f s (nh hd)", s=s), (k, v)
 
 
 class SelfAttention(nn.Module):
+    """Two attentions over the same q, k, v: one with RoPE, and with a camera one with PRoPE; their outputs add up."""
+
     def __init__(self, d: int, heads: int, camera: bool):
         super().__init__()
         self.heads = heads
@@ -266,16 +313,25 @@ class SelfAttention(nn.Module):
         if camera:
             self.prope_o = nn.Linear(d, d)
 
-    def forward(self, x: Tensor, rope: Tensor, camera: tuple[Tensor, Tensor] | None, spans: Spans, past: tuple | None):
+    def forward(self, x: Tensor, rope: Tensor, projection: tuple[Tensor, Tensor] | None, segments: Segments,
+                cached: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x [b f s d], projection (P, P^-1), cached k, v, PRoPE's k, v -> output [b f s d], this pass's k, v, ...
+
+        Each branch caches what it attends to, after its own transform, so a cached key is never touched again.
+        """
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)  # [b f s d]
-        q_rope, k_rope = rotate(q, rope, self.heads), rotate(k, rope, self.heads)
-        y, kv = attend(q_rope, k_rope, v, self.heads, spans, past and past[:2])
+        q_rope, k_rope = apply_rope(q, rope, self.heads), apply_rope(k, rope, self.heads)
+        past = [cached[:2]] if cached is not None else []
+        y, kv = segment_attention(q_rope, k_rope, v, self.heads, segments, past)
         y = self.o(y)
-        if camera is not None:
-            P, P_inv = camera
-            q, k, v = per_frame(q, P.mT), per_frame(k, P_inv), per_frame(v, P_inv)
-            z, kv_camera = attend(q, k, v, self.heads, spans, past and past[2:])
-            y, kv = y + self.prope_o(per_frame(z, P)), kv + kv_camera
+        if projection is not None:
+            P, P_inv = projection
+            # (P_i^T q_i) . (P_j^-1 k_j) = q_i . (P_i P_j^-1 k_j): the score sees the motion from frame j to frame i
+            q, k, v = apply_projection(q, P.mT), apply_projection(k, P_inv), apply_projection(v, P_inv)
+            past = [cached[2:]] if cached is not None else []
+            z, kv_prope = segment_attention(q, k, v, self.heads, segments, past)
+            y = y + self.prope_o(apply_projection(z, P))  # values come back into frame i's image
+            kv = kv + kv_prope
         return y, kv
 
 
@@ -289,6 +345,7 @@ class CrossAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(d), RMSNorm(d)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """x [b f s d], text [b l d] -> [b f s d]."""
         q = rearrange(self.norm_q(self.q(x)), "b f s (nh hd) -> b nh (f s) hd", nh=self.heads)
         k = rearrange(self.norm_k(self.k(text)), "b l (nh hd) -> b nh l hd", nh=self.heads)
         v = rearrange(self.v(text), "b l (nh hd) -> b nh l hd", nh=self.heads)
@@ -308,14 +365,18 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(d, cfg.ffn_dim), nn.GELU("tanh"), nn.Linear(cfg.ffn_dim, d))
         self.modulation = nn.Parameter(torch.empty(1, 6, d))
 
-    def forward(self, x, modulation, text, rope, camera, spans, past, commit):
-        """x [b f s d], modulation [b f 6 d] -> x, and this pass's keys and values if they are to be committed."""
+    def forward(self, x: Tensor, modulation: Tensor, text: Tensor, rope: Tensor,
+                projection: tuple[Tensor, Tensor] | None, segments: Segments, cached: tuple[Tensor, ...] | None,
+                update_cache: bool) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """x [b f s d], modulation [b f 6 d], text [b l d] -> x, and this pass's k, v, ... if they are to be cached."""
+        # every frame has a noise level of its own, so adaLN's six vectors are per frame, not per video
         m = rearrange(self.modulation + modulation, "b f six d -> six b f 1 d")
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = m
-        y, kv = self.self_attn(self.norm1(x) * (1 + scale_sa) + shift_sa, rope, camera, spans, past)
+        y, kv = self.self_attn(self.norm1(x) * (1 + scale_sa) + shift_sa, rope, projection, segments, cached)
         x = x + gate_sa * y
         x = x + self.cross_attn(self.norm3(x), text)
-        return x + gate_ffn * self.ffn(self.norm2(x) * (1 + scale_ffn) + shift_ffn), kv if commit else None
+        x = x + gate_ffn * self.ffn(self.norm2(x) * (1 + scale_ffn) + shift_ffn)
+        return x, kv if update_cache else None
 
 
 class Head(nn.Module):
@@ -326,12 +387,14 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 2, d))
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        """x [b f s d], time embedding e [b f d] -> [b f s c_out]."""
         shift, scale = rearrange(self.modulation + e[:, :, None], "b f two d -> two b f 1 d")
         return self.head(self.norm(x) * (1 + scale) + shift)
 
 
 class WanDiT(nn.Module):
     """Wan2.1's text-to-video transformer; with `camera`, plus PRoPE's zero-initialised output layers."""
+    text_column = "embeds"  # which column of a table of prompts (data.py) its text_dim is the width of
 
     def __init__(self, cfg: DiTConfig, camera: bool = True):
         super().__init__()
@@ -363,52 +426,513 @@ class WanDiT(nn.Module):
         e = self.time_embedding(angles.to(self.head.modulation.dtype))
         return e, rearrange(self.time_projection(e), "b f (six d) -> b f six d", six=6)
 
-    def forward(self, x_t: Tensor, sigma: Tensor, prompt: Tensor, camera: tuple[Tensor, ...] | None = None, *,
-                clean: Tensor | None = None, chunk: int = 0, past: Past | None = None, commit: bool = False):
-        """x_t [b f c h w], sigma [b f], prompt [b l text_dim], camera ([b f 4 4], [b f 3 3]) -> v [b f c h w], fp32.
+    def forward(self, x_t: Tensor, sigma: Tensor, prompt: Tensor, camera: Camera | None = None, *,
+                clean: Tensor | None = None, chunk: int = 0, kv_cache: KVCache | None = None,
+                update_cache: bool = False) -> Tensor | KVCache:
+        """x_t [b f c h w], sigma [b f], prompt [b l text_dim] -> v [b f c h w], fp32.
 
+        camera: None turns the camera branch off.
         clean, chunk: teacher forcing on the clean video [b f c h w], `chunk` frames at a time.
-        past: what streaming has committed; with commit=True the result is not v but the extended Past.
-        camera=None turns the camera branch off.
+        kv_cache: the past of a stream; with update_cache=True the result is not v but the cache extended by x_t.
+        Raises ValueError when sigma or the camera are of another shape than x_t.
         """
-        b, f, c, h, w = x_t.shape
-        if sigma.shape != (b, f) or (camera is not None and camera[0].shape != (b, f, 4, 4)):
-            raise ValueError(f"x_t {list(x_t.shape)} needs sigma [{b} {f}] and viewmats [{b} {f} 4 4], found "
-                             f"{list(sigma.shape)} and {camera and list(camera[0].shape)}")
-        start = past.frames if past else 0
+        b, f, _, h, w = x_t.shape
+        check_shapes(x_t, sigma, camera)
+        start = kv_cache.frames if kv_cache else 0
         frames = torch.arange(start, start + f, device=x_t.device)
         rope = rope_table(frames, h // 2, w // 2, self.cfg.rope_bands, theta=10000)
-        cameras = None if camera is None else projections(*camera[:2])
-        spans = None
-        if clean is not None:  # [clean | noisy] along the frames, the clean half at noise level zero
-            x_t, sigma = torch.cat([clean, x_t], dim=1), torch.cat([torch.zeros_like(sigma), sigma], dim=1)
-            rope, cameras = torch.cat([rope, rope]), cameras and tuple(torch.cat([P, P], dim=1) for P in cameras)
-            spans = teacher_forcing_spans(f, chunk)
+        projection = None if camera is None else projections(camera)
+        segments = None
+        if clean is not None:  # [clean | noisy] along the frames; both halves stand at the same places and times
+            x_t = torch.cat([clean, x_t], dim=1)
+            sigma = torch.cat([torch.zeros_like(sigma), sigma], dim=1)
+            rope = torch.cat([rope, rope])
+            if projection is not None:
+                projection = tuple(torch.cat([P, P], dim=1) for P in projection)
+            segments = teacher_forcing_segments(f, chunk)
 
         weight = self.patch_embedding.weight.flatten(1)  # a convolution whose stride is its kernel is a linear map
         x = rearrange(x_t, "b f c (h p) (w q) -> b f (h w) (c p q)", p=2, q=2).to(weight.dtype)
         x = F.linear(x, weight, self.patch_embedding.bias)  # [b f s d]
         text = self.text_embedding(prompt.to(x.dtype))  # [b l d]
         e, modulation = self.time(sigma)
-        kvs = []
+        layers = []
         for i, block in enumerate(self.blocks):
-            x, kv = block(x, modulation, text, rope, cameras, spans, past.layers[i] if past else None, commit)
-            kvs.append(kv)
-        if commit:
-            if past:
-                kvs = [tuple(torch.cat(z, dim=2) for z in zip(*pair)) for pair in zip(past.layers, kvs)]
-            return Past(start + f, kvs)
-        v = self.head(x[:, -f:], e[:, -f:])
+            cached = kv_cache.layers[i] if kv_cache else None
+            x, kv = block(x, modulation, text, rope, projection, segments, cached, update_cache)
+            layers.append(kv)
+        if update_cache:
+            return KVCache(start + f, append_layers(kv_cache, layers))
+        v = self.head(x[:, -f:], e[:, -f:])  # under teacher forcing the noisy half alone
         return rearrange(v, "b f (h w) (p q c) -> b f c (h p) (w q)", h=h // 2, p=2, q=2).float()
 
 
+def check_shapes(x_t: Tensor, sigma: Tensor, camera: Camera | None) -> None:
+    """Raises ValueError when x_t [b f ...], sigma [b f] and viewmats [b f 4 4] do not belong together."""
+    b, f = x_t.shape[:2]
+    if sigma.shape != (b, f) or (camera is not None and camera.viewmats.shape != (b, f, 4, 4)):
+        raise ValueError(f"x_t {list(x_t.shape)} needs sigma [{b} {f}] and viewmats [{b} {f} 4 4], found "
+                         f"{list(sigma.shape)} and {None if camera is None else list(camera.viewmats.shape)}")
+
+
+def append_layers(kv_cache: KVCache | None, new: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """Per block, the cached keys and values [b nh n hd] and this pass's behind them."""
+    if kv_cache is None or not kv_cache.layers:
+        return new
+    layers = []
+    for old, added in zip(kv_cache.layers, new, strict=True):
+        layers.append(tuple(torch.cat(z, dim=2) for z in zip(old, added, strict=True)))
+    return layers
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. Wan VAE. Pixels [b 3 t H W] in [-1, 1] <-> latents [b f c h w], t = 1 + 4 (f - 1): the first frame stands alone,
+# 4. Sampling. A chunk starts as noise, is denoised after the chunks before it, and joins the cache once it is clean.
+# What trainers show and stream.py serves.
+#
+# With guidance, the network runs once on a batch of twice the size: the prompts, and behind them the null prompts. So
+# does every pass that fills the cache, since the two halves have different pasts.
+
+Prompt = Any  # a tensor [b l d], or a tuple of tensors and such tuples, each batch-first (HYPrompt)
+
+
+def tree_map(f, *trees):
+    """f over tensors, or over the tensors at the same place of tuples of them (a HYPrompt, a Camera); None stays."""
+    if trees[0] is None:
+        return None
+    if isinstance(trees[0], Tensor):
+        return f(*trees)
+    return type(trees[0])(*(tree_map(f, *leaves) for leaves in zip(*trees, strict=True)))
+
+
+def twice(tree):
+    """The batch, and the same again behind it."""
+    return tree_map(lambda z: torch.cat([z, z]), tree)
+
+
+def with_null(prompt: Prompt, null: Prompt, guidance: float) -> Prompt:
+    """The prompts of a batch and, with guidance, the null prompts behind them."""
+    return prompt if guidance == 1 else tree_map(lambda a, b: torch.cat([a, b]), prompt, null)
+
+
+def where_prompt(condition: Tensor, a: Prompt, b: Prompt) -> Prompt:
+    """Prompts a where condition [b] holds, else b."""
+    return tree_map(lambda x, y: torch.where(condition.view(-1, *[1] * (x.ndim - 1)), x, y), a, b)
+
+
+def velocity_with_guidance(net: nn.Module, x_t: Tensor, sigma: Tensor, prompt: Prompt, camera: Camera | None,
+                           guidance: float, kv_cache: KVCache | None) -> Tensor:
+    """v [b f c h w], guided unless guidance is 1. prompt: as `with_null` makes it."""
+    if guidance == 1:
+        return net(x_t, sigma, prompt, camera, kv_cache=kv_cache)
+    v_cond, v_null = net(twice(x_t), twice(sigma), prompt, twice(camera), kv_cache=kv_cache).chunk(2)
+    return guide(v_cond, v_null, guidance)
+
+
+@torch.no_grad()
+def euler(net: nn.Module, noise: list[Tensor], sigmas: list[float], prompt: Prompt, camera: Camera | None,
+          guidance: float, kv_cache: KVCache | None, generated: Tensor) -> Tensor:
+    """x_t = noise[0] [b f c h w] -> x0 by Euler steps along the velocity, down `sigmas`: the sampler of a teacher.
+
+    prompt: as `with_null` makes it. Frames where generated [b f] is 0 are given: noise[0] holds them clean, they stay
+    at noise level zero and come out unchanged.
+    """
+    x_t = noise[0]
+    for upper, lower in zip(sigmas, sigmas[1:]):
+        v = velocity_with_guidance(net, x_t, upper * generated, prompt, camera, guidance, kv_cache)
+        step = (lower - upper) * generated  # [b f], 0 on given frames
+        x_t = x_t + step[..., None, None, None] * v
+    return x_t
+
+
+@torch.no_grad()
+def few_step(net: nn.Module, noise: list[Tensor], sigmas: list[float], prompt: Prompt, camera: Camera | None,
+             guidance: float, kv_cache: KVCache | None, generated: Tensor) -> Tensor:
+    """As `euler`, but each step predicts x0 and noises it anew to the next level: the sampler of a distilled student.
+
+    (Multistep consistency sampling, arXiv:2303.01469 algorithm 1.) noise: one tensor for each level above 0.
+    """
+    x_t = noise[0]
+    for i, (upper, lower) in enumerate(zip(sigmas, sigmas[1:])):
+        sigma = upper * generated
+        v = velocity_with_guidance(net, x_t, sigma, prompt, camera, guidance, kv_cache)
+        x0 = velocity_to_x0(v, x_t, sigma)
+        x_t = add_noise(x0, noise[i + 1], lower * generated) if lower > 0 else x0
+    return x_t
+
+
+SAMPLERS = {"euler": euler, "few_step": few_step}
+
+
+@torch.no_grad()
+def update_cache(net: nn.Module, x0: Tensor, prompt: Prompt, camera: Camera | None, guidance: float = 1.0,
+                 kv_cache: KVCache | None = None) -> KVCache:
+    """The cache, extended by finished frames x0 [b f c h w]: one pass at noise level zero. prompt as in `euler`."""
+    if guidance != 1:
+        x0, camera = twice(x0), twice(camera)
+    sigma = x0.new_zeros(x0.shape[:2])
+    return net(x0, sigma, prompt, camera, kv_cache=kv_cache, update_cache=True)
+
+
+def prefill(net: nn.Module, x: Tensor, prompt: Prompt, camera: Camera | None, guidance: float = 1.0) -> KVCache:
+    """The cache of a stream that has no frames yet, only its prompt. x, camera: any frames of the video's shape.
+
+    Wan could do without it. HY could not: in its bidirectional pass the text attends to the video, in a stream it must
+    not, and that there is a cache is all that tells the two apart.
+    """
+    nothing = slice(0, 0)
+    return update_cache(net, x[:, nothing], prompt, None if camera is None else camera.frames(nothing), guidance)
+
+
+@torch.no_grad()
+def rollout(net: nn.Module, meta: "Meta", rng: list[torch.Generator], shape: tuple[int, ...], prompt: Prompt,
+            null: Prompt, camera: Camera, given: Tensor | None = None, seconds: dict[str, float] | None = None):
+    """Yield x0 [b f c h w] chunk by chunk, each denoised after what was yielded before it.
+
+    meta: how the checkpoint is to be sampled.
+    rng: one generator per video, shape: [f c h w]; so a video does not depend on the others in its batch.
+    prompt, null: b each. What HY's says of an image, it says in both.
+    given: the first latent frames [b p c h w], an image or a short video, if they are given rather than generated.
+    seconds: if given, the time spent is added to its "denoise" and "cache".
+    """
+    b, f, device = len(rng), shape[0], camera.viewmats.device
+    guidance, chunk = meta["guidance"], meta["chunk"] or f  # bidirectional models have chunk 0: all frames at once
+    sampler = SAMPLERS[meta["sampler"]]
+    # UniPC works in log-SNR, which pure noise has at -inf
+    sigmas = noise_levels(meta["sampling_steps"], meta["shift"], start=0.999 if meta["sampler"] == "unipc" else 1.0)
+    if not meta["camera"]:
+        camera = None
+
+    count = meta["sampling_steps"] if meta["sampler"] == "few_step" else 1
+    noise = [torch.stack([torch.randn(shape, generator=g) for g in rng]).to(device) for _ in range(count)]
+    generated = torch.ones(b, f, device=device)
+    if given is not None:  # clean from the start
+        p = given.shape[1]
+        noise[0] = torch.cat([given, noise[0][:, p:]], dim=1)
+        generated[:, :p] = 0
+
+    prompt, kv_cache = with_null(prompt, null, guidance), None
+    if meta["chunk"]:
+        with timed(seconds, "cache"):
+            kv_cache = prefill(net, noise[0], prompt, camera, guidance)
+    for start in range(0, f, chunk):
+        frames = slice(start, start + chunk)
+        here = None if camera is None else camera.frames(frames)
+        with timed(seconds, "denoise"):
+            x0 = sampler(net, [z[:, frames] for z in noise], sigmas, prompt, here, guidance, kv_cache,
+                         generated[:, frames])
+        yield x0
+        if frames.stop < f:  # nothing comes after the last chunk to read it
+            with timed(seconds, "cache"):
+                kv_cache = update_cache(net, x0, prompt, here, guidance, kv_cache)
+
+
+@contextmanager
+def timed(seconds: dict[str, float] | None, name: str):
+    """Add the time of a with-block to seconds[name]; None measures nothing and waits for nothing."""
+    if seconds is None:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Weights. A checkpoint is {"model": name -> tensor, "meta": Meta}: fp32 masters while it trains, sharded over all
+# ranks (FSDP2), and the EMA of them as one file for the next stage.
+
+
+Meta = TypedDict("Meta", {  # what a checkpoint says of itself: all that it takes to sample it, and to train it further
+    "stage": str,  # base, camera, ar, ode, cd or dmd; or vae
+    "preset": str,  # of PRESETS: backbone and size
+    "step": int,  # optimizer steps it was trained for in its stage
+    "from": str | None,  # what it was trained from, "ar.pt at step 1000"; None: nothing of ours
+    # the videos it knows
+    "size": list[int],  # pixels, height and width
+    "fps": float,  # pixel frames a second
+    "frames": int,  # latent frames of a video
+    "K": list[float],  # intrinsics (fx, fy, cx, cy), divided by width and height
+    "vae_fingerprint": str,  # of the VAE that made its latents
+    "camera": bool,  # has it a camera branch?
+    "given_prob": float,  # how often the first frame or two were given in training; at 0 it cannot go on from an image
+    # how it is sampled
+    "chunk": int,  # latent frames denoised together; 0: bidirectional, all of them at once
+    "shift": float,  # of the noise levels, towards pure noise
+    "sampler": str,  # of SAMPLERS
+    "sampling_steps": int,  # denoising steps of a chunk
+    "guidance": float,  # w in v_null + w (v_cond - v_null); 1 is off
+}, total=False)
+OLD_KEYS = {"steps": "sampling_steps", "prefix_prob": "given_prob"}  # in older files: today
+
+
+def upgrade(meta: dict) -> dict:
+    """A meta in today's words, whatever version of this code wrote it."""
+    meta = {OLD_KEYS.get(key, key): value for key, value in meta.items()}
+    if meta.get("sampler") == "renoise":
+        meta["sampler"] = "few_step"
+    return meta
+
+
+def start_process_group() -> tuple[int, int, torch.device]:
+    """rank, world size, device. Under torchrun, nccl on GPUs and gloo on CPUs; plain python is a world of one."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    world_of_one = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **world_of_one)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def fresh_weights(preset: str, camera: bool, seed: int) -> dict[str, Tensor]:
+    """Weights to train from scratch, the same on every rank."""
+    net = build(preset, camera)
+    torch.manual_seed(seed)
+    net.init_weights()
+    return net.state_dict()
+
+
+def with_camera(weights: dict[str, Tensor], preset: str) -> tuple[dict[str, Tensor], int]:
+    """Add what the preset's network has for its camera and the weights lack: PRoPE's output layers, at zero, and for HY
+    the embedding of action labels, its second layer at zero. The network computes what it did. Returns the weights and
+    how many were added."""
+    with torch.device("meta"):
+        shapes = {name: w.shape for name, w in build(preset).state_dict().items()}
+    added = {name: torch.zeros(shape) for name, shape in shapes.items() if name not in weights}
+    if "action_in.mlp.0.weight" in added:  # at zero, too, it would never learn
+        added["action_in.mlp.0.weight"].normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+    return {**weights, **added}, len(added)
+
+
+def shard(net: nn.Module, weights: dict[str, Tensor], device: torch.device, train: bool = False) -> nn.Module:
+    """A network built on the meta device -> the same, sharded over all ranks (FSDP2) and filled with rank 0's weights.
+
+    One fully_shard per block and one for the rest. fp32 master weights; on a GPU, bf16 compute and fp32 reduction.
+    """
+    compute = torch.bfloat16 if device.type == "cuda" else None
+    # the networks cast their inputs themselves: sigma and the camera must reach them in fp32
+    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in net.blocks:
+        fully_shard(block, mp_policy=precision)
+    # resharded even at the root: between passes every parameter is a shard again, which update_ema relies on
+    fully_shard(net, mp_policy=precision, reshard_after_forward=True).to_empty(device=device)
+    weights = {name: w.float() for name, w in weights.items()} if dist.get_rank() == 0 else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
+    set_model_state_dict(net, weights, options=options)
+    return net.train(train).requires_grad_(train)
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, net: nn.Module, decay: float) -> None:
+    """ema <- decay ema + (1 - decay) net, shard by shard: no communication."""
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+
+def check_finite(step: int, metrics: dict[str, Tensor], ids: list[int]) -> dict[str, float]:
+    """Average metrics over the ranks. Raises ValueError on NaN or inf, on every rank at once and before any update."""
+    means = torch.stack([value.detach().float() for value in metrics.values()])
+    dist.all_reduce(means)
+    row = dict(zip(metrics, (means / dist.get_world_size()).tolist(), strict=True))
+    if not means.isfinite().all():
+        raise ValueError(f"step {step}: {row} is not finite; batch rows on rank {dist.get_rank()}: {ids}. "
+                         "The last checkpoint and state are untouched")
+    return row
+
+
+def full_state_dict(net: nn.Module) -> dict[str, Tensor]:
+    """All weights in CPU memory on rank 0, empty elsewhere. Every rank must call it."""
+    return get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def save_checkpoint(path: Path, weights: dict[str, Tensor], meta: Meta) -> None:
+    """Write {"model", "meta"} so that a crash or a full disk never leaves half a file under the final name."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save({"model": {name: w.contiguous() for name, w in weights.items()}, "meta": meta}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        with suppress(OSError):
+            temporary.unlink()
+        raise ValueError(f"{path}: could not be written ({error}); what was there before is untouched") from error
+
+
+def fingerprint(weights: dict[str, Tensor]) -> str:
+    """A short name for these very weights; latents and the models trained on them remember their VAE by it."""
+    return f"{zlib.crc32(b''.join(w.float().cpu().numpy().tobytes() for w in weights.values())):08x}"
+
+
+def check_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], owner: str) -> None:
+    """Raises ValueError unless two state dicts agree name for name and shape for shape. owner: whose `expected` is."""
+    expected, found = ({name: tuple(w.shape) for name, w in weights.items()} for weights in (expected, found))
+    wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
+    if wrong:
+        raise ValueError(f"{len(wrong)} of its tensors are not those of {owner}, first {wrong[0]}: "
+                         f"expected shape {expected.get(wrong[0], 'none')}, found {found.get(wrong[0], 'none')}")
+
+
+MAKERS = {  # stage: the command that makes its checkpoint
+    "vae": "python data.py", "base": "python train_camera.py --no-camera", "camera": "python train_camera.py",
+    "ar": "python train_ar.py", "ode": "python distill_ode.py", "cd": "python distill_cd.py",
+    "dmd": "python train_dmd.py",
+}
+
+
+def load_checkpoint(path: Path, *stages: str, preset: str | None = None) -> tuple[dict[str, Tensor], Meta]:
+    """weights, meta of our own checkpoint (memory-mapped) or a released one, file or folder.
+
+    Raises ValueError for a missing, broken or foreign file, or the wrong stage's. Weights are returned only if they
+    are, name for name and shape for shape, those of the network that meta describes.
+    """
+    if not path.exists():
+        other = f" --preset {preset}" if preset not in (None, "tiny") else ""
+        hint = f"; `{MAKERS[path.stem]}{other}` makes it" if path.stem in MAKERS else ""
+        shipped = Path(__file__).parent / "ckpt" / (preset or "tiny") / path.name
+        stand_in = f", and {os.path.relpath(shipped)} could stand in" if shipped.exists() else ""
+        raise ValueError(f"{path}: no such file{hint}{stand_in}")
+    if path.is_dir() or path.suffix == ".safetensors":
+        weights, meta = read_released_folder(path, want_vae="vae" in stages)
+    else:
+        weights, meta = read_file(path)
+    stage = meta["stage"]
+    if stages and stage not in stages:
+        raise ValueError(f"{path}: expected a checkpoint of stage {' or '.join(stages)}, found {stage}")
+    if stages and "base" not in stages and not meta.get("camera", True):
+        raise ValueError(f"{path}: expected a network with a camera, found one of stage {stage} without; "
+                         "stream.py can show it, train_camera.py teaches a base its camera")
+    if preset and meta["preset"] != preset:
+        raise ValueError(f"{path}: a {meta['preset']} network, but --preset is {preset}")
+    if meta["preset"] not in PRESETS:
+        raise ValueError(f"{path}: a network of preset {meta['preset']!r}, known are {', '.join(PRESETS)}")
+    with torch.device("meta"):
+        net = build_vae(meta["preset"]) if stage == "vae" else build(meta["preset"], meta["camera"])
+    expected = net.state_dict()
+    try:
+        check_same_tensors(weights, expected, owner=meta["preset"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    weights = {name: weights[name] for name in expected}  # in our order, which a fingerprint depends on
+    if stage == "vae" and "fingerprint" not in meta:
+        meta["fingerprint"] = fingerprint(weights)
+    return weights, meta
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], Meta]:
+    """Our own checkpoint, or a file that others released."""
+    try:  # without code, and memory-mapped where the format allows it
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        raise ValueError(f"{path}: truncated, or not a checkpoint of ours ({type(error).__name__})") from error
+    if not isinstance(saved, dict):
+        saved = {}
+    weights, meta = saved.get("model"), saved.get("meta")
+    if is_state_dict(weights) and isinstance(meta, dict) and "stage" in meta:
+        return weights, upgrade(meta)
+    return read_released_file(path, saved)
+
+
+def is_state_dict(weights: object) -> bool:
+    return isinstance(weights, dict) and all(isinstance(w, Tensor) for w in weights.values())
+
+
+def load_net(path: Path, device: torch.device, *stages: str) -> tuple[nn.Module, Meta]:
+    """A checkpoint's network for inference, unsharded, and its meta; bf16 on a GPU."""
+    weights, meta = load_checkpoint(path, *stages)
+    with torch.device("meta"):
+        net = build(meta["preset"], meta["camera"])
+    net.timed_text = meta.get("timed_text", False)  # HYDiT's: some released networks were trained that way
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    net.load_state_dict({name: w.to(device, dtype) for name, w in weights.items()}, assign=True)
+    return net.eval().requires_grad_(False), meta
+
+
+def load_vae(path: Path, device: torch.device, known_as: str) -> nn.Module:
+    """Raises ValueError if it is not the very VAE that made the latents: `known_as`, its fingerprint."""
+    weights, meta = load_checkpoint(path, "vae")
+    if meta["fingerprint"] != known_as:
+        raise ValueError(f"{path}: not the VAE that made the latents, expected fingerprint {known_as}, "
+                         f"found {meta['fingerprint']}")
+    vae = build_vae(meta["preset"])
+    vae.cfg = replace(vae.cfg, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
+    vae.load_state_dict({name: w.float() for name, w in weights.items()})
+    return vae.to(device).eval().requires_grad_(False)
+
+
+Nets = dict[str, nn.Module]
+Optimizers = dict[str, torch.optim.Optimizer]
+
+
+def _training_state(nets: Nets, optimizers: Optimizers) -> dict[str, Any]:
+    state: dict[str, Any] = {name: get_model_state_dict(net) for name, net in nets.items()}
+    for name, optimizer in optimizers.items():
+        state[f"{name}.optimizer"] = get_optimizer_state_dict(nets[name], optimizer)
+    return state
+
+
+def _reason(error: CheckpointException) -> str:
+    """One line of an exception that carries every rank's traceback."""
+    return "; ".join(f"rank {rank}: {failure!r}" for rank, (failure, _) in error.failures.items()).replace("\n", " ")
+
+
+def save_state(folder: Path, step: int, nets: Nets, optimizers: Optimizers) -> None:
+    """Everything --resume needs, still sharded, in folder/state-STEP; older states go when this one is complete."""
+    path = folder / f"state-{step:06d}"
+    state = _training_state(nets, optimizers) | {"step": torch.tensor(step)}
+    if dist.get_rank() == 0 and path.exists():  # of an earlier run: half of it must not pass for this one's
+        shutil.rmtree(path)
+    dist.barrier()
+    try:
+        dcp.save(state, checkpoint_id=path)
+    except CheckpointException as error:
+        raise ValueError(f"{path}: could not be written ({_reason(error)}); the state before it is untouched") from None
+    if dist.get_rank() == 0:
+        for old in folder.glob("state-*"):
+            if old != path:
+                shutil.rmtree(old)
+
+
+def load_state(folder: Path, nets: Nets, optimizers: Optimizers) -> int:
+    """Restore in place, on any number of ranks, and return the step to continue from."""
+    complete = sorted(path for path in folder.glob("state-*") if (path / ".metadata").exists())  # written last
+    if not complete:
+        raise ValueError(f"--resume: {folder} holds no saved state")
+    path = complete[-1]
+    state = _training_state(nets, optimizers) | {"step": torch.tensor(0)}
+    try:
+        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    except Exception as error:  # a damaged pickle has many
+        raise ValueError(f"{path}: its .metadata is truncated ({type(error).__name__})") from None
+    for name in optimizers:  # what no gradient has reached, HY's last text outputs for one, has no moments to restore
+        moments = state[f"{name}.optimizer"]["state"]
+        for parameter in [p for p in moments if f"{name}.optimizer.state.{p}.step" not in saved]:
+            del moments[parameter]
+    try:
+        dcp.load(state, checkpoint_id=path)
+    except CheckpointException as error:
+        raise ValueError(f"{path}: truncated, or a state of another network ({_reason(error)})") from None
+    for name, net in nets.items():
+        set_model_state_dict(net, state[name])
+    for name, optimizer in optimizers.items():
+        options = StateDictOptions(strict=False)
+        set_optimizer_state_dict(nets[name], optimizer, state[f"{name}.optimizer"], options=options)
+    return int(state["step"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Wan VAE. Pixels [b 3 t H W] in [-1, 1] <-> latents [b f c h w], t = 1 + 4 (f - 1): the first frame stands alone,
 # then every four frames share a latent. All convolutions look backwards in time only, so a video can be encoded and
-# decoded in pieces. What a layer must remember between pieces is passed in and handed back as `memory`, a dict from
+# decoded in pieces. What a layer must remember between pieces is passed in and handed back as `feat_cache`, a dict from
 # layer to its last input frames; an empty dict is the start of a video. Whole = one piece: same code, same numbers.
 
-Memory = dict[nn.Module, Tensor]
+FeatCache = dict[nn.Module, Tensor]
 
 
 class CausalConv3d(nn.Conv3d):
@@ -417,14 +941,14 @@ class CausalConv3d(nn.Conv3d):
     def __init__(self, c_in: int, c_out: int, kernel: tuple[int, int, int], time_stride: int = 1):
         super().__init__(c_in, c_out, kernel, stride=(time_stride, 1, 1), padding=(0, kernel[1] // 2, kernel[2] // 2))
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
         need = self.kernel_size[0] - 1
         if need == 0:
             return super().forward(x)
         b, c, _, h, w = x.shape
-        past = memory[self] if self in memory else x.new_zeros(b, c, need, h, w)
+        past = feat_cache[self] if self in feat_cache else x.new_zeros(b, c, need, h, w)
         x = torch.cat([past, x], dim=2)
-        memory[self] = x[:, :, -need:].clone()  # a view would keep the whole piece in memory
+        feat_cache[self] = x[:, :, -need:].clone()  # a view would keep the whole piece in memory
         return super().forward(x)
 
 
@@ -450,11 +974,11 @@ class ResidualBlock(nn.Module):
         })
         self.shortcut = CausalConv3d(c_in, c_out, (1, 1, 1)) if c_in != c_out else None
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
         r = self.residual
-        skip = x if self.shortcut is None else self.shortcut(x, memory)
-        x = r["2"](F.silu(r["0"](x)), memory)
-        return skip + r["6"](F.silu(r["3"](x)), memory)
+        skip = x if self.shortcut is None else self.shortcut(x, feat_cache)
+        x = r["2"](F.silu(r["0"](x)), feat_cache)
+        return skip + r["6"](F.silu(r["3"](x)), feat_cache)
 
 
 class FrameAttention(nn.Module):
@@ -466,10 +990,10 @@ class FrameAttention(nn.Module):
         self.to_qkv = nn.Conv2d(c, 3 * c, 1)
         self.proj = nn.Conv2d(c, c, 1)
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        t, h, w = x.shape[2:]
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        t, h = x.shape[2:4]
         y = self.norm(rearrange(x, "b c t h w -> (b t) c h w"))
-        q, k, v = rearrange(self.to_qkv(y), "bt (s c) h w -> s bt 1 (h w) c", s=3).contiguous()
+        q, k, v = rearrange(self.to_qkv(y), "bt (three c) h w -> three bt 1 (h w) c", three=3).contiguous()
         y = rearrange(F.scaled_dot_product_attention(q, k, v), "bt 1 (h w) c -> bt c h w", h=h)
         return x + rearrange(self.proj(y), "(b t) c h w -> b c t h w", t=t)
 
@@ -482,16 +1006,17 @@ class Downsample(nn.Module):
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c, c, 3, stride=2))
         self.time_conv = nn.Conv3d(c, c, (3, 1, 1), stride=(2, 1, 1)) if time else None
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
         t = x.shape[2]
         x = rearrange(self.resample(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", t=t)
         if self.time_conv is None:
             return x
-        start = self not in memory
-        last, memory[self] = memory.get(self), x[:, :, -1:].clone()
-        if start:  # frame 0 alone, then (0 1 2), (2 3 4), ...
-            return x if t == 1 else torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
-        return self.time_conv(torch.cat([last, x], dim=2))
+        past = feat_cache.get(self)
+        feat_cache[self] = x[:, :, -1:].clone()
+        if past is not None:
+            return self.time_conv(torch.cat([past, x], dim=2))
+        # at the start frame 0 alone, then (0 1 2), (2 3 4), ...
+        return x if t == 1 else torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
 
 
 class Upsample(nn.Module):
@@ -503,42 +1028,74 @@ class Upsample(nn.Module):
         self.resample = nn.Sequential(nearest, nn.Conv2d(c, c // 2, 3, padding=1))
         self.time_conv = CausalConv3d(c, 2 * c, (3, 1, 1)) if time else None
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
         if self.time_conv is not None:
-            first, rest = (x[:, :, :0], x) if self in memory else (x[:, :, :1], x[:, :, 1:])
-            memory[self] = x.new_empty(0)  # only a mark: the first frame is over, and is *not* history for the second
+            alone = 0 if self in feat_cache else 1  # the video's first frame stays one frame
+            first, rest = x[:, :, :alone], x[:, :, alone:]
+            feat_cache[self] = x.new_empty(0)  # only a mark: the first frame is over, and is *no* history of the second
             if rest.shape[2]:
-                rest = rearrange(self.time_conv(rest, memory), "b (s c) t h w -> b c (t s) h w", s=2)
+                rest = rearrange(self.time_conv(rest, feat_cache), "b (two c) t h w -> b c (t two) h w", two=2)
             x = torch.cat([first, rest], dim=2)
         t = x.shape[2]
         return rearrange(self.resample(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", t=t)
 
 
-class Coder(nn.Module):
-    """Encoder or decoder: a list of layers, each called with (x, memory)."""
+def residual_stack(widths: list[int], samplers: list[nn.Module], blocks: int) -> tuple[list[nn.Module], int]:
+    """`blocks` residual blocks at each width with samplers between the widths -> the layers and their last channels."""
+    layers: list[nn.Module] = []
+    c = widths[0]
+    for width, sampler in zip(widths[1:], [*samplers, None], strict=True):
+        for _ in range(blocks):
+            layers.append(ResidualBlock(c, width))
+            c = width
+        if sampler is not None:
+            layers.append(sampler)
+            c = sampler.resample[1].out_channels
+    return layers, c
 
-    def __init__(self, c_in: int, widths: list[int], c_out: int, samplers: list[nn.Module], blocks: int, name: str):
+
+def middle_blocks(c: int) -> nn.ModuleList:
+    return nn.ModuleList([ResidualBlock(c, c), FrameAttention(c), ResidualBlock(c, c)])
+
+
+def output_head(c: int, c_out: int) -> nn.ModuleDict:
+    return nn.ModuleDict({"0": ChannelNorm(c, 3), "2": CausalConv3d(c, c_out, (3, 3, 3))})
+
+
+class Encoder3d(nn.Module):
+    """Pixels [b 3 t H W] -> moments [b 2c f h w]: down to the small grid, then the middle."""
+
+    def __init__(self, widths: list[int], c_out: int, samplers: list[nn.Module], blocks: int):
         super().__init__()
-        layers, c = [], widths[0]
-        for width, sampler in zip(widths[1:], [*samplers, None], strict=True):
-            for _ in range(blocks):
-                layers.append(ResidualBlock(c, width))
-                c = width
-            if sampler is not None:
-                layers.append(sampler)
-                c = sampler.resample[1].out_channels
-        wide = widths[-1] if name == "downsamples" else widths[0]  # the middle sits where the grid is smallest
-        self.conv1 = CausalConv3d(c_in, widths[0], (3, 3, 3))
-        self.middle = nn.ModuleList([ResidualBlock(wide, wide), FrameAttention(wide), ResidualBlock(wide, wide)])
-        self.head = nn.ModuleDict({"0": ChannelNorm(c, 3), "2": CausalConv3d(c, c_out, (3, 3, 3))})
-        setattr(self, name, nn.ModuleList(layers))
-        self.layers = [*layers, *self.middle] if name == "downsamples" else [*self.middle, *layers]
+        layers, c = residual_stack(widths, samplers, blocks)
+        self.conv1 = CausalConv3d(3, widths[0], (3, 3, 3))
+        self.middle = middle_blocks(widths[-1])
+        self.head = output_head(c, c_out)
+        self.downsamples = nn.ModuleList(layers)
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        x = self.conv1(x, memory)
-        for layer in self.layers:
-            x = layer(x, memory)
-        return self.head["2"](F.silu(self.head["0"](x)), memory)
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        x = self.conv1(x, feat_cache)
+        for layer in (*self.downsamples, *self.middle):
+            x = layer(x, feat_cache)
+        return self.head["2"](F.silu(self.head["0"](x)), feat_cache)
+
+
+class Decoder3d(nn.Module):
+    """Raw latents [b c f h w] -> pixels [b 3 t H W]: the middle, then up from the small grid."""
+
+    def __init__(self, c_in: int, widths: list[int], samplers: list[nn.Module], blocks: int):
+        super().__init__()
+        layers, c = residual_stack(widths, samplers, blocks)
+        self.conv1 = CausalConv3d(c_in, widths[0], (3, 3, 3))
+        self.middle = middle_blocks(widths[0])
+        self.head = output_head(c, 3)
+        self.upsamples = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        x = self.conv1(x, feat_cache)
+        for layer in (*self.middle, *self.upsamples):
+            x = layer(x, feat_cache)
+        return self.head["2"](F.silu(self.head["0"](x)), feat_cache)
 
 
 @dataclass(frozen=True)
@@ -553,6 +1110,7 @@ class VAEConfig:
 
     @property
     def stride(self) -> int:
+        """Pixels per latent, along height and width."""
         return 2 ** len(self.time_down)
 
 
@@ -563,13 +1121,13 @@ class WanVAE(nn.Module):
         super().__init__()
         self.cfg = cfg
         widths = [cfg.dim * m for m in (1, *cfg.dim_mult)]
-        down = [Downsample(w, time) for w, time in zip(widths[1:], cfg.time_down)]
-        self.encoder = Coder(3, widths, 2 * cfg.z_dim, down, cfg.res_blocks, "downsamples")
+        down = [Downsample(width, time) for width, time in zip(widths[1:], cfg.time_down)]
+        self.encoder = Encoder3d(widths, 2 * cfg.z_dim, down, cfg.res_blocks)
         self.conv1 = CausalConv3d(2 * cfg.z_dim, 2 * cfg.z_dim, (1, 1, 1))
         self.conv2 = CausalConv3d(cfg.z_dim, cfg.z_dim, (1, 1, 1))
         widths = [widths[-1], *reversed(widths[1:])]
-        up = [Upsample(w, time) for w, time in zip(widths[1:], reversed(cfg.time_down))]
-        self.decoder = Coder(cfg.z_dim, widths, 3, up, cfg.res_blocks + 1, "upsamples")
+        up = [Upsample(width, time) for width, time in zip(widths[1:], reversed(cfg.time_down))]
+        self.decoder = Decoder3d(cfg.z_dim, widths, up, cfg.res_blocks + 1)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -584,38 +1142,80 @@ class WanVAE(nn.Module):
         nn.init.zeros_(self.conv1.weight[self.cfg.z_dim :])
         nn.init.constant_(self.conv1.bias[self.cfg.z_dim :], -5.0)  # log-variance
 
-    def moments(self, video: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+    def moments(self, video: Tensor, feat_cache: FeatCache) -> tuple[Tensor, Tensor]:
         """video [b 3 t H W] -> mean and log-variance of the raw latents, each [b c f h w]. Only training needs both."""
-        return self.conv1(self.encoder(video, memory), memory).chunk(2, dim=1)
+        return self.conv1(self.encoder(video, feat_cache), feat_cache).chunk(2, dim=1)
 
-    def image(self, z: Tensor, memory: Memory) -> Tensor:
+    def reconstruct(self, z: Tensor, feat_cache: FeatCache) -> Tensor:
         """Raw latents [b c f h w] -> video [b 3 t H W]: what `moments` started from."""
-        return self.decoder(self.conv2(z, memory), memory)
+        return self.decoder(self.conv2(z, feat_cache), feat_cache)
 
-    def encode(self, video: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
-        """video [b 3 t H W] in [-1, 1] -> latents [b f c h w], memory for the next piece.
+    def encode(self, video: Tensor, feat_cache: FeatCache | None = None) -> tuple[Tensor, FeatCache]:
+        """video [b 3 t H W] in [-1, 1] -> latents [b f c h w], feat_cache for the next piece.
 
         t is 1 + 4k at the start of a video and 4k after it. Raises ValueError otherwise: frames that fill no latent
         would be dropped silently.
         """
-        memory, t = dict(memory or {}), video.shape[2]
-        if t % 4 != (0 if memory else 1):
-            raise ValueError(f"a piece of {t} frames: expected {'4k' if memory else '4k + 1'} frames")
-        mu, _ = self.moments(video, memory)
+        feat_cache, t = dict(feat_cache or {}), video.shape[2]
+        if t % 4 != (0 if feat_cache else 1):
+            raise ValueError(f"a piece of {t} frames: expected {'4k' if feat_cache else '4k + 1'} frames")
+        mu, _ = self.moments(video, feat_cache)
         mean, std = (mu.new_tensor(s).view(-1, 1, 1, 1) for s in (self.cfg.mean, self.cfg.std))
-        return rearrange((mu - mean) / std, "b c f h w -> b f c h w"), memory
+        return rearrange((mu - mean) / std, "b c f h w -> b f c h w"), feat_cache
 
-    def decode(self, latents: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
-        """latents [b f c h w] -> video [b 3 t H W], memory for the next piece. Not clamped."""
-        memory = dict(memory or {})
+    def decode(self, latents: Tensor, feat_cache: FeatCache | None = None) -> tuple[Tensor, FeatCache]:
+        """latents [b f c h w] -> video [b 3 t H W], feat_cache for the next piece. Not clamped."""
+        feat_cache = dict(feat_cache or {})
         mean, std = (latents.new_tensor(s).view(-1, 1, 1, 1) for s in (self.cfg.mean, self.cfg.std))
         z = rearrange(latents, "b f c h w -> b c f h w") * std + mean
         # four at a time: the same video, in the memory of a chunk
-        return torch.cat([self.image(piece, memory) for piece in z.split(4, dim=2)], dim=2), memory
+        pieces = [self.reconstruct(piece, feat_cache) for piece in z.split(4, dim=2)]
+        return torch.cat(pieces, dim=2), feat_cache
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. HY DiT, with HunyuanVideo-1.5's structure and parameter names, and HY-WorldPlay's names for camera and actions.
+# 7. Presets.
+
+WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+            0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+           3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+WAN_VAE = VAEConfig(96, 16, (1, 2, 4, 4), 2, (False, True, True), WAN_MEAN, WAN_STD)
+
+
+class Preset(NamedTuple):
+    """A backbone at one size: its network and its VAE, each a class and what the class is built from."""
+    net: type[nn.Module]
+    dit: Any  # DiTConfig for WanDiT, HYConfig for HYDiT
+    vae_net: type[nn.Module]
+    vae: Any  # VAEConfig for WanVAE, HYVAEConfig for HYVAE
+
+
+PRESETS = {
+    "tiny": Preset(WanDiT, DiTConfig(192, 768, 4, 4, channels=8, text_dim=96, freq_dim=128),
+                   WanVAE, VAEConfig(16, 8, (1, 2, 2), 1, (True, True), (0.0,) * 8, (1.0,) * 8)),
+    "wan-1.3b": Preset(WanDiT, DiTConfig(1536, 8960, 12, 30, channels=16, text_dim=4096), WanVAE, WAN_VAE),
+    "wan-14b": Preset(WanDiT, DiTConfig(5120, 13824, 40, 40, channels=16, text_dim=4096), WanVAE, WAN_VAE),
+}
+
+
+def build(preset: str, camera: bool = True) -> nn.Module:
+    """A preset's network, weights not yet set; under torch.device("meta") it takes no memory."""
+    return PRESETS[preset].net(PRESETS[preset].dit, camera)
+
+
+def build_vae(preset: str) -> nn.Module:
+    """A preset's VAE, weights not yet set."""
+    return PRESETS[preset].vae_net(PRESETS[preset].vae)
+
+
+# ======================================================================================================================
+# The course ends here. Nothing above refers to what follows, but for one call each way of reading a released checkpoint
+# (load_checkpoint, read_file), and for the entries that the second backbone adds to PRESETS and UniPC to SAMPLERS.
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. HY DiT, with HunyuanVideo-1.5's structure and parameter names, and HY-WorldPlay's names for camera and actions.
 # Video and text are two streams of tokens with weights of their own that meet in one attention (MMDiT,
 # arXiv:2403.03206). Text is a stream like any other, of one "frame" of l tokens: [b 1 l d].
 #
@@ -922,7 +1522,7 @@ class HYDiT(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. HY VAE, with HunyuanVideo-1.5's parameter names. Same pixels, same pieces and the same `memory` as Wan's. A grid
+# 9. HY VAE, with HunyuanVideo-1.5's parameter names. Same pixels, same pieces and the same `memory` as Wan's. A grid
 # becomes smaller by folding neighbours into channels, past which a skip leads around every convolution; the borders are
 # padded with their own pixels, the start of the video with its first frame.
 
@@ -1117,110 +1717,19 @@ class HYVAE(nn.Module):
     encode, decode = WanVAE.encode, WanVAE.decode  # the same scale, the same pieces, the same refusals
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 7. Presets.
-
-WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-            0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
-WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-           3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
-WAN_VAE = VAEConfig(96, 16, (1, 2, 4, 4), 2, (False, True, True), WAN_MEAN, WAN_STD)
 HY_VAE = HYVAEConfig((128, 256, 512, 1024, 1024), 32, 2, (0.0,) * 32, (1 / 1.03682,) * 32)
-
-
-@dataclass(frozen=True)
-class Preset:
-    dit: DiTConfig | HYConfig
-    vae: VAEConfig | HYVAEConfig
-
-
-PRESETS = {
-    "tiny": Preset(DiTConfig(192, 768, 4, 4, channels=8, text_dim=96, freq_dim=128),
-                   VAEConfig(16, 8, (1, 2, 2), 1, (True, True), (0.0,) * 8, (1.0,) * 8)),
-    "wan-1.3b": Preset(DiTConfig(1536, 8960, 12, 30, channels=16, text_dim=4096), WAN_VAE),
-    "wan-14b": Preset(DiTConfig(5120, 13824, 40, 40, channels=16, text_dim=4096), WAN_VAE),
-    "tiny-hy": Preset(HYConfig(56, 112, 2, 3, channels=8, text_dim=96, vision_dim=16, byt5=(8, 8, 8),
-                               rope_bands=(8, 10, 10), action=False, refiner_layers=1, patch=2),
-                      HYVAEConfig((16, 16, 32), 8, 1, (0.0,) * 8, (1.0,) * 8)),
-    "hy-8b": Preset(HYConfig(2048, 8192, 16, 54, channels=32, text_dim=3584, vision_dim=1152, byt5=(1472, 2048, 2048),
-                             rope_bands=(16, 56, 56), action=True), HY_VAE),
-}
-
-
-def build(preset: str, camera: bool = True, **habits: bool) -> WanDiT | HYDiT:
-    """A preset's network, weights not yet set; under torch.device("meta") it takes no memory. habits: see HYConfig."""
-    cfg = replace(PRESETS[preset].dit, **habits)
-    return HYDiT(cfg, camera) if isinstance(cfg, HYConfig) else WanDiT(cfg, camera)
-
-
-def build_vae(cfg: VAEConfig | HYVAEConfig) -> WanVAE | HYVAE:
-    return HYVAE(cfg) if isinstance(cfg, HYVAEConfig) else WanVAE(cfg)
+PRESETS["tiny-hy"] = Preset(
+    HYDiT, HYConfig(56, 112, 2, 3, channels=8, text_dim=96, vision_dim=16, byt5=(8, 8, 8), rope_bands=(8, 10, 10),
+                    action=False, refiner_layers=1, patch=2),
+    HYVAE, HYVAEConfig((16, 16, 32), 8, 1, (0.0,) * 8, (1.0,) * 8))
+PRESETS["hy-8b"] = Preset(
+    HYDiT, HYConfig(2048, 8192, 16, 54, channels=32, text_dim=3584, vision_dim=1152, byt5=(1472, 2048, 2048),
+                    rope_bands=(16, 56, 56), action=True),
+    HYVAE, HY_VAE)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. Sampling. What trainers show and stream.py serves.
-
-
-@contextmanager
-def timed(seconds: dict[str, float] | None, name: str):
-    """Add the time of a with-block to seconds[name]; None measures nothing and waits for nothing."""
-    wait = torch.cuda.synchronize if seconds is not None and torch.cuda.is_available() else lambda: None
-    wait()
-    start = time.perf_counter()
-    yield
-    wait()
-    if seconds is not None:
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-def leafwise(f, *prompts):
-    """f over prompts: over their tensors if that is what they are, else leaf by leaf over tuples of such (HYPrompt)."""
-    if isinstance(prompts[0], Tensor):
-        return f(*prompts)
-    return type(prompts[0])(*(leafwise(f, *leaves) for leaves in zip(*prompts)))
-
-
-def with_null(prompt, null, guidance: float):
-    """The prompts of a batch and, with guidance, the null prompts behind them."""
-    return leafwise(lambda *z: torch.cat(z), prompt, null) if guidance != 1 else prompt
-
-
-def choose(first: Tensor, a, b):
-    """Prompts a where first [b] says so, else b."""
-    return leafwise(lambda x, y: torch.where(first.view(-1, *[1] * (x.ndim - 1)), x, y), a, b)
-
-
-def doubled(*tensors: Tensor, guidance: float) -> list[Tensor]:
-    """With guidance, a batch goes through the network twice over, for the prompt and for the null prompt."""
-    return [torch.cat([z, z]) if guidance != 1 else z for z in tensors]
-
-
-def guided(net: nn.Module, x_t: Tensor, sigma: Tensor, prompt, camera, guidance: float, past: Past | None):
-    """v [b f c h w], with classifier-free guidance unless it is 1."""
-    camera = camera and tuple(doubled(*camera, guidance=guidance))
-    v = net(*doubled(x_t, sigma, guidance=guidance), prompt, camera, past=past)
-    return v if guidance == 1 else guide(*v.chunk(2), guidance)
-
-
-@torch.no_grad()
-def denoise(net: nn.Module, x_t: Tensor, levels: list[float], prompt, camera, guidance: float = 1.0,
-            past: Past | None = None, renoise: list[Tensor] | None = None, free: Tensor | None = None) -> Tensor:
-    """Noise x_t [b f c h w] -> x0 along `levels`. prompt of b samples, or with guidance 2b, the null prompts behind.
-
-    Without renoise, Euler steps along the velocity: the sampler of a teacher. With renoise, one fresh noise for each
-    level after the first, each step predicts x0 and noises it again to the next: the sampler of a distilled student.
-    Frames where free [b f] is 0 are given: x_t holds them clean, they stay at noise level zero and come out unchanged.
-    """
-    free = x_t.new_ones(x_t.shape[:2]) if free is None else free
-    for i, (upper, lower) in enumerate(zip(levels, levels[1:])):
-        sigma = upper * free
-        v = guided(net, x_t, sigma, prompt, camera, guidance, past)
-        if renoise is None:
-            x_t = x_t + ((lower - upper) * free)[..., None, None, None] * v
-        else:
-            x0 = velocity_to_x0(v, x_t, sigma)
-            x_t = add_noise(x0, renoise[i], lower * free) if lower > 0 else x0
-    return x_t
+# 10. UniPC, public Wan's sampler.
 
 
 @torch.no_grad()
@@ -1258,284 +1767,8 @@ def unipc(net: nn.Module, x_t: Tensor, levels: list[float], prompt, camera, guid
     return x_t
 
 
-@torch.no_grad()
-def commit(net: nn.Module, x0: Tensor, prompt, camera, guidance: float = 1.0, past: Past | None = None) -> Past:
-    """The past, extended by finished frames x0 [b f c h w]: one pass at noise level zero. prompt as in `denoise`."""
-    camera = camera and tuple(doubled(*camera, guidance=guidance))
-    x0, sigma = doubled(x0, x0.new_zeros(x0.shape[:2]), guidance=guidance)
-    return net(x0, sigma, prompt, camera, past=past, commit=True)
-
-
-def begin(net: nn.Module, x: Tensor, prompt, camera, guidance: float = 1.0) -> Past:
-    """The past of a stream that has no frames yet, only its prompt. x, camera: any frames of the video's shape."""
-    return commit(net, x[:, :0], prompt, camera and tuple(z[:, :0] for z in camera), guidance)
-
-
-@torch.no_grad()
-def rollout(net: nn.Module, meta: dict, rng: list[torch.Generator], shape: tuple[int, ...], prompt,
-            null, camera: tuple[Tensor, ...], seconds: dict[str, float] | None = None,
-            prefix: Tensor | None = None):
-    """Yield x0 [b f c h w] chunk by chunk, each denoised after what was yielded before it.
-
-    meta: how the checkpoint says it is to be sampled. Bidirectional models have chunk 0: all frames at once.
-    rng: one generator per video, shape: [f c h w]; so a video does not depend on the others in its batch.
-    prompt, null [b ...]: what HY's says of an image, it says in both.
-    seconds: if given, the time spent is added to its "denoise" and "commit".
-    prefix: the first latent frames [b p c h w], an image or a short video, if they are given rather than made.
-    """
-    renoise, multistep = meta["sampler"] == "renoise", meta["sampler"] == "unipc"
-    levels, guidance = noise_levels(meta["steps"], meta["shift"], 0.999 if multistep else 1.0), meta["guidance"]
-    noise = [torch.stack([torch.randn(shape, generator=g) for g in rng]).to(camera[0].device)
-             for _ in range(meta["steps"] if renoise else 1)]  # one for each level above 0
-    text, past = with_null(prompt, null, guidance), None
-    prefix = noise[0][:, :0] if prefix is None else prefix
-    noise[0] = torch.cat([prefix, noise[0][:, prefix.shape[1] :]], dim=1)
-    free = (torch.arange(shape[0], device=prefix.device) >= prefix.shape[1]).float().expand(len(rng), -1)
-    if meta["chunk"]:
-        with timed(seconds, "commit"):
-            past = begin(net, noise[0], text, camera if meta["camera"] else None, guidance)
-    for start in range(0, shape[0], meta["chunk"] or shape[0]):
-        frames = slice(start, start + (meta["chunk"] or shape[0]))
-        here = tuple(z[:, frames] for z in camera) if meta["camera"] else None
-        x_t, *rest = (z[:, frames] for z in noise)
-        with timed(seconds, "denoise"):
-            if multistep:
-                x0 = unipc(net, x_t, levels, text, here, guidance, past, free[:, frames])
-            else:
-                x0 = denoise(net, x_t, levels, text, here, guidance, past, rest if renoise else None, free[:, frames])
-        yield x0
-        if frames.stop < shape[0]:
-            with timed(seconds, "commit"):
-                past = commit(net, x0, text, here, guidance, past)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# 9. Weights: shard, average, save, load, resume.
-
-
-def start_process_group() -> tuple[int, int, torch.device]:
-    """rank, world size, device. Under torchrun, nccl on GPUs and gloo on CPUs; plain python is a world of one."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-    world_of_one = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **world_of_one)
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def fresh_weights(preset: str, camera: bool, seed: int) -> dict[str, Tensor]:
-    """Weights to train from scratch, the same on every rank."""
-    net = build(preset, camera)
-    torch.manual_seed(seed)
-    net.init_weights()
-    return net.state_dict()
-
-
-def with_camera(weights: dict[str, Tensor], preset: str) -> tuple[dict[str, Tensor], int]:
-    """Add what the preset's network has for its camera and the weights lack: PRoPE's output layers, at zero, and for HY
-    the embedding of action labels, its second layer at zero. The network computes what it did. Returns the weights and
-    how many were added."""
-    with torch.device("meta"):
-        shapes = {name: w.shape for name, w in build(preset).state_dict().items()}
-    added = {name: torch.zeros(shape) for name, shape in shapes.items() if name not in weights}
-    if "action_in.mlp.0.weight" in added:  # at zero, too, it would never learn
-        added["action_in.mlp.0.weight"].normal_(std=0.02, generator=torch.Generator().manual_seed(0))
-    return {**weights, **added}, len(added)
-
-
-def shard(net: nn.Module, weights: dict[str, Tensor], device: torch.device, train: bool = False) -> nn.Module:
-    """A network built on the meta device -> the same, sharded over all ranks (FSDP2) and filled with rank 0's weights.
-
-    One fully_shard per block and one for the rest. fp32 master weights; on a GPU, bf16 compute and fp32 reduction.
-    """
-    compute = torch.bfloat16 if device.type == "cuda" else None
-    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in net.blocks:
-        fully_shard(block, mp_policy=precision)
-    # resharded even at the root: between passes every parameter is a shard again, which update_ema relies on
-    fully_shard(net, mp_policy=precision, reshard_after_forward=True).to_empty(device=device)
-    weights = {name: w.float() for name, w in weights.items()} if dist.get_rank() == 0 else {}
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
-    set_model_state_dict(net, weights, options=options)
-    return net.train(train).requires_grad_(train)
-
-
-@torch.no_grad()
-def update_ema(ema: nn.Module, net: nn.Module, decay: float) -> None:
-    """ema <- decay ema + (1 - decay) net, shard by shard: no communication."""
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-
-
-def check_finite(step: int, metrics: dict[str, Tensor], ids: list[int]) -> dict[str, float]:
-    """Average metrics over the ranks. Raises ValueError on NaN or inf, on every rank at once and before any update."""
-    means = torch.stack([value.detach().float() for value in metrics.values()])
-    dist.all_reduce(means)
-    row = dict(zip(metrics, (means / dist.get_world_size()).tolist()))
-    if not means.isfinite().all():
-        raise ValueError(f"step {step}: {row} is not finite; batch rows on rank {dist.get_rank()}: {ids}. "
-                         "The last checkpoint and state are untouched")
-    return row
-
-
-def gather(net: nn.Module) -> dict[str, Tensor]:
-    """The whole state dict in CPU memory on rank 0, empty elsewhere. Every rank must call it."""
-    return get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def save_checkpoint(path: Path, weights: dict[str, Tensor], meta: dict) -> None:
-    """Write {"model", "meta"} so that a crash or a full disk never leaves half a file under the final name."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save({"model": {name: w.contiguous() for name, w in weights.items()}, "meta": meta}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        with suppress(OSError):
-            temporary.unlink()
-        raise ValueError(f"{path}: could not be written ({error}); what was there before is untouched") from error
-
-
-def fingerprint(weights: dict[str, Tensor]) -> str:
-    """A short name for these very weights; latents and the models trained on them remember their VAE by it."""
-    return f"{zlib.crc32(b''.join(w.float().cpu().numpy().tobytes() for w in weights.values())):08x}"
-
-
-MAKERS = {  # stage: the command that makes its checkpoint
-    "vae": "python data.py", "base": "python train_camera.py --no-camera", "camera": "python train_camera.py",
-    "ar": "python train_ar.py", "ode": "python distill_ode.py", "cd": "python distill_cd.py",
-    "dmd": "python train_dmd.py",
-}
-
-
-def load_checkpoint(path: Path, *stages: str, preset: str | None = None) -> tuple[dict[str, Tensor], dict]:
-    """weights, meta of our own checkpoint (memory-mapped) or a released one, file or folder.
-
-    Raises ValueError for a missing, broken or foreign file, or the wrong stage's. Weights are returned only if they
-    are, name for name and shape for shape, those of the network that meta describes.
-    """
-    if not path.exists():
-        other = f" --preset {preset}" if preset not in (None, "tiny") else ""
-        hint = f"; `{MAKERS[path.stem]}{other}` makes it" if path.stem in MAKERS else ""
-        shipped = Path(__file__).parent / "ckpt" / (preset or "tiny") / path.name
-        stand_in = f", and {os.path.relpath(shipped)} could stand in" if shipped.exists() else ""
-        raise ValueError(f"{path}: no such file{hint}{stand_in}")
-    released = path.is_dir() or path.suffix == ".safetensors"
-    weights, meta = _read_folder(path, "vae" in stages) if released else _read_file(path)
-    stage = meta["stage"]
-    if stages and stage not in stages:
-        raise ValueError(f"{path}: expected a checkpoint of stage {' or '.join(stages)}, found {stage}")
-    if stages and "base" not in stages and not meta.get("camera", True):
-        raise ValueError(f"{path}: expected a network with a camera, found one of stage {stage} without; "
-                         "stream.py can show it, train_camera.py teaches a base its camera")
-    if preset and meta["preset"] != preset:
-        raise ValueError(f"{path}: a {meta['preset']} network, but --preset is {preset}")
-    if meta["preset"] not in PRESETS:
-        raise ValueError(f"{path}: a network of preset {meta['preset']!r}, known are {', '.join(PRESETS)}")
-    with torch.device("meta"):
-        net = build_vae(PRESETS[meta["preset"]].vae) if stage == "vae" else build(meta["preset"], meta["camera"])
-    expected, found = ({name: tuple(w.shape) for name, w in z.items()} for z in (net.state_dict(), weights))
-    if wrong := [name for name in expected | found if expected.get(name) != found.get(name)]:
-        raise ValueError(f"{path}: {len(wrong)} of its tensors are not those of {meta['preset']}, first {wrong[0]}: "
-                         f"expected shape {expected.get(wrong[0], 'none')}, found {found.get(wrong[0], 'none')}")
-    weights = {name: weights[name] for name in expected}  # in our order, which a fingerprint depends on
-    if stage == "vae" and "fingerprint" not in meta:
-        meta["fingerprint"] = fingerprint(weights)
-    return weights, meta
-
-
-def habits(meta: dict, released_cache: bool = False) -> dict[str, bool]:
-    """For `build`: what a released network was trained with and ours are not (HYConfig). The cache's is a defect, kept
-    only where that is asked for."""
-    kept = {"timed_text": meta.get("timed_text"), "released_cache": released_cache}
-    return {name: True for name in kept if kept[name]}
-
-
-def load_net(path: Path, device: torch.device, *stages: str, released_cache: bool = False) -> tuple[nn.Module, dict]:
-    """A checkpoint's network for inference, unsharded, and its meta; bf16 on a GPU. released_cache: see HYConfig."""
-    weights, meta = load_checkpoint(path, *stages)
-    if released_cache and not meta.get("released_cache"):
-        made = f" made from {meta['from']}" if meta.get("from") else ""
-        raise ValueError(f"{path}: --released-cache is for minWM's DMD of HunyuanVideo-1.5 with a camera, as released, "
-                         f"found stage {meta['stage']} of {meta['preset']}{made}")
-    with torch.device("meta"):
-        net = build(meta["preset"], meta["camera"], **habits(meta, released_cache))
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    net.load_state_dict({name: w.to(device, dtype) for name, w in weights.items()}, assign=True)
-    return net.eval().requires_grad_(False), meta
-
-
-def load_vae(path: Path, device: torch.device, known_as: str) -> WanVAE | HYVAE:
-    """Raises ValueError if it is not the very VAE that made the latents: `known_as`, its fingerprint."""
-    weights, meta = load_checkpoint(path, "vae")
-    if meta["fingerprint"] != known_as:
-        raise ValueError(f"{path}: another VAE than the latents', expected fingerprint {known_as}, "
-                         f"found {meta['fingerprint']}")
-    vae = build_vae(replace(PRESETS[meta["preset"]].vae, mean=tuple(meta["mean"]), std=tuple(meta["std"])))
-    vae.load_state_dict({name: w.float() for name, w in weights.items()})
-    return vae.to(device).eval().requires_grad_(False)
-
-
-Nets, Optimizers = dict[str, nn.Module], dict[str, torch.optim.Optimizer]
-
-
-def _training_state(nets: Nets, optimizers: Optimizers) -> dict:
-    state = {name: get_model_state_dict(net) for name, net in nets.items()}
-    return state | {f"{name}.optimizer": get_optimizer_state_dict(nets[name], opt) for name, opt in optimizers.items()}
-
-
-def _reason(error: CheckpointException) -> str:
-    """One line of an exception that carries every rank's traceback."""
-    return "; ".join(f"rank {rank}: {failure!r}" for rank, (failure, _) in error.failures.items()).replace("\n", " ")
-
-
-def save_state(folder: Path, step: int, nets: Nets, optimizers: Optimizers) -> None:
-    """Everything --resume needs, still sharded, in folder/state-STEP; all others go when this one is complete."""
-    path, state = folder / f"state-{step:06d}", _training_state(nets, optimizers) | {"step": torch.tensor(step)}
-    if dist.get_rank() == 0 and path.exists():  # of an earlier run: half of it must not pass for this one's
-        shutil.rmtree(path)
-    dist.barrier()
-    try:
-        dcp.save(state, checkpoint_id=path)
-    except CheckpointException as error:
-        raise ValueError(f"{path}: could not be written ({_reason(error)}); the state before it is untouched") from None
-    if dist.get_rank() == 0:
-        for old in folder.glob("state-*"):
-            if old != path:
-                shutil.rmtree(old)
-
-
-def load_state(folder: Path, nets: Nets, optimizers: Optimizers) -> int:
-    """Restore in place, on any number of ranks, and return the step to continue from."""
-    complete = sorted(path for path in folder.glob("state-*") if (path / ".metadata").exists())  # written last
-    if not complete:
-        raise ValueError(f"--resume: {folder} holds no saved state")
-    state, path = _training_state(nets, optimizers) | {"step": torch.tensor(0)}, complete[-1]
-    try:
-        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    except Exception as error:  # a damaged pickle has many
-        raise ValueError(f"{path}: its .metadata is truncated ({type(error).__name__})") from None
-    for name in optimizers:  # what no gradient has reached, HY's last text outputs for one, has no moments to restore
-        moments = state[f"{name}.optimizer"]["state"]
-        for parameter in [p for p in moments if f"{name}.optimizer.state.{p}.step" not in saved]:
-            del moments[parameter]
-    try:
-        dcp.load(state, checkpoint_id=path)
-    except CheckpointException as error:
-        raise ValueError(f"{path}: truncated, or a state of another network ({_reason(error)})") from None
-    for name, net in nets.items():
-        set_model_state_dict(net, state[name])
-    for name, opt in optimizers.items():
-        set_optimizer_state_dict(nets[name], opt, state[f"{name}.optimizer"], options=StateDictOptions(strict=False))
-    return int(state["step"])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 10. Released files. They say little about themselves. What follows reads them as they are: public Wan2.1 and
+# 11. Released files. They say little about themselves. What follows reads them as they are: public Wan2.1 and
 # HunyuanVideo-1.5 (a folder in its own or in diffusers' names, and the VAE), HY-WorldPlay and minWM. What they leave
 # unsaid is written out here; a meta.json beside the weights has the last word, {"size": [480, 832]} say.
 
