@@ -1,12 +1,16 @@
 """
 Everything frozen, and everything that becomes a batch.
 
-    1. Cameras      one type, one trajectory grammar, path.json
+    1. Cameras      poses, intrinsics, and the one grammar of trajectories
     2. Toy world    rooms ray-cast in torch: the data set, the base model and the ground truth of a laptop
-    3. Prompts      what reads them, and for HY first frames: deterministic stand-ins, umT5, Qwen2.5-VL, byT5, SigLIP
-    4. Latents      the folder a training run reads, and get_batch, a pure function of (seed, step, part)
-    5. Videos       real ones with captions and cameras: look, judge, report; pictures of what came out
-    6. main         $ python data.py                        render the toy world, train its VAE, write its latents
+    3. Prompts      what an encoder makes of them; a deterministic stand-in for umT5
+    4. Batches      the folder of latents that a run reads, and get_batch, a pure function of (seed, step, part)
+    5. Making       the toy world: render it, train its VAE, write its latents
+    ---- the course ends here ----
+    6. Pose files   JSON in several dialects, COLMAP, RealEstate10K, HY-WorldPlay
+    7. Encoders     umT5, Qwen2.5-VL, byT5, SigLIP, and HY's stand-ins
+    8. Videos       real ones with captions and cameras: look, judge, encode, report; pictures of what came out
+    9. main         $ python data.py                        render the toy world, train its VAE, write its latents
                     $ python data.py --videos clips         the latents of your own videos instead
                     $ python data.py --inspect data/videos  draw frames and camera paths of a latents folder
 
@@ -22,12 +26,14 @@ import math
 import re
 import sys
 import zlib
+from bisect import bisect_right
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import imageio.v3 as imageio
 import imageio_ffmpeg
@@ -39,6 +45,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from model import (
+    PRESETS, Camera, HYDiT, HYPrompt, Meta, build_vae, check_same_tensors, fingerprint, invert_se3, load_checkpoint,
+    load_vae, rollout, save_checkpoint, start_process_group,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Cameras.
@@ -57,7 +68,7 @@ KEYS = {  # key: (help text, translation along the camera's own axes, yaw, pitch
     "k": ("look down", (0, 0, 0), 0, -TURN),
 }
 WORDS = {"left": "j", "right": "l", "up": "i", "down": "k"}  # HY-WorldPlay's data says right-8,a-11 for l*8,a*11
-GRAMMAR = "keys: " + ", ".join(f"{key} {help}" for key, (help, *_) in KEYS.items()) + (
+GRAMMAR = "keys: " + ", ".join(f"{key} {text}" for key, (text, *_) in KEYS.items()) + (
     f"; each for one latent frame ({STEP} units or {math.degrees(TURN):g} degrees); w*4 or w-4 repeats, w+l is both at "
     "once, commas follow one another: 'w*4,w+l*3'")
 K_WIDE = (0.5050505, 0.89786756, 0.5, 0.5)  # 16:9, the intrinsics of minWM's training data
@@ -66,7 +77,8 @@ K_SQUARE = (0.5050505, 0.5050505, 0.5, 0.5)  # the same field of view on square 
 
 def rotation(yaw: Tensor, pitch: Tensor) -> Tensor:
     """R_y(yaw) R_x(pitch) [... 3 3]: positive yaw looks right, positive pitch looks up."""
-    (cy, sy), (cp, sp) = (torch.cos(yaw), torch.sin(yaw)), (torch.cos(pitch), torch.sin(pitch))
+    cy, sy = torch.cos(yaw), torch.sin(yaw)
+    cp, sp = torch.cos(pitch), torch.sin(pitch)
     zero = torch.zeros_like(cy)
     rows = [cy, sy * sp, sy * cp, zero, cp, -sp, -sy, cy * sp, cy * cp]
     return rearrange(torch.stack(rows, dim=-1), "... (i j) -> ... i j", i=3)
@@ -75,13 +87,16 @@ def rotation(yaw: Tensor, pitch: Tensor) -> Tensor:
 def parse_trajectory(text: str) -> Tensor:
     """'w*4,w+l*3' -> viewmats [f 4 4] fp32, f = 1 + number of steps. Raises ValueError naming the offending part.
 
-    Each step turns first, then moves along the new axes: c2w <- c2w . R . t, as minWM's training data does.
+    Each step turns first, then moves along the new axes: c2w <- c2w . R . t, as minWM's training data does. Built as
+    camera-to-world, where a step is a product from the right; returned as world-to-camera.
     """
-    c2w, poses = torch.eye(4, dtype=torch.float64), [torch.eye(4, dtype=torch.float64)]
+    c2w = torch.eye(4, dtype=torch.float64)
+    poses = [c2w]
     for part in text.replace(" ", "").split(","):
-        read = re.fullmatch(r"([a-z+]+)(?:[*-]([0-9]{1,4}))?", part)
-        keys, count = ([WORDS.get(key, key) for key in read[1].split("+")], int(read[2] or 1)) if read else ([], 0)
-        if not count or any(key not in KEYS for key in keys):
+        match = re.fullmatch(r"([a-z+]+)(?:[*-]([0-9]{1,4}))?", part)  # w, w*4, w-4, w+l*4
+        keys = [WORDS.get(key, key) for key in match[1].split("+")] if match else []
+        count = int(match[2] or 1) if match else 0
+        if count == 0 or not set(keys) <= set(KEYS):
             raise ValueError(f"trajectory {text!r}: cannot read {part!r}. {GRAMMAR}")
         move, yaw, pitch = (torch.tensor([KEYS[key][n] for key in keys], dtype=torch.float64).sum(0) for n in (1, 2, 3))
         step = torch.eye(4, dtype=torch.float64)
@@ -93,22 +108,651 @@ def parse_trajectory(text: str) -> Tensor:
     return invert_se3(torch.stack(poses)).float()
 
 
-def invert_se3(pose: Tensor) -> Tensor:
-    """Inverse of rigid transforms [... 4 4] by transposition: R^T, -R^T t."""
-    R, t = pose[..., :3, :3].mT, pose[..., :3, 3:]
-    last = pose.new_tensor([0, 0, 0, 1]).expand(*pose.shape[:-2], 1, 4)
-    return torch.cat([torch.cat([R, -R @ t], dim=-1), last], dim=-2)
-
-
 def intrinsics(K: tuple[float, ...] | list[float]) -> Tensor:
     """(fx, fy, cx, cy), normalised by width and height -> [3 3] fp32. Raises ValueError when out of range."""
-    if not isinstance(K, (list, tuple)) or len(K) != 4 or not all(
-            isinstance(k, (int, float)) and math.isfinite(k) for k in K) or not all(0.05 < k < 20 for k in K[:2]):
+    numbers = isinstance(K, (list, tuple)) and len(K) == 4 and all(isinstance(k, (int, float)) for k in K)
+    if not numbers or not all(math.isfinite(k) for k in K) or not all(0.05 < k < 20 for k in K[:2]):
         raise ValueError(f"K {K}: expected (fx/W, fy/H, cx/W, cy/H) with focal lengths between 0.05 and 20, not pixels")
     fx, fy, cx, cy = K
     if not (0 <= cx <= 1 and 0 <= cy <= 1):
         raise ValueError(f"K {K}: the principal point (cx, cy) lies outside the image, expected between 0 and 1")
     return torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], dtype=torch.float32)
+
+
+def pixel_cameras(viewmats: Tensor) -> Tensor:
+    """One pose per latent frame [b f 4 4] -> one per pixel frame [b t 4 4], t = 1 + 4 (f - 1).
+
+    Latent frame i shows pixel frames 4i-3 .. 4i, so pose i belongs to the last of them; between two poses the camera
+    turns about a fixed axis and its centre moves on a straight line.
+    """
+    c2w = invert_se3(viewmats.double())
+    a, b = c2w[:, :-1, None], c2w[:, 1:, None]
+    s = torch.arange(1, 5, dtype=torch.float64, device=viewmats.device).view(1, 1, 4, 1, 1) / 4
+    turn = a[..., :3, :3].mT @ b[..., :3, :3]
+    angle = torch.arccos(((turn.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2).clamp(-1, 1))[..., None, None]
+    axis = (turn - turn.mT) / (2 * angle.sin()).clamp_min(1e-12)  # cross-product matrix of the unit axis
+    partial = torch.eye(3, dtype=torch.float64, device=viewmats.device)
+    partial = partial + (s * angle).sin() * axis + (1 - (s * angle).cos()) * (axis @ axis)  # Rodrigues
+    R = a[..., :3, :3] @ partial
+    centre = torch.lerp(a[..., :3, 3:], b[..., :3, 3:], s)
+    poses = invert_se3(F.pad(torch.cat([R, centre], dim=-1), (0, 0, 0, 1)))  # the padded row is rewritten by invert_se3
+    return torch.cat([viewmats[:, :1].double(), rearrange(poses, "b f s i j -> b (f s) i j")], dim=1).float()
+
+
+def pressed(viewmats: Tensor) -> list[set[str]]:
+    """Which keys would make each step of a path [f 4 4]: one set per latent frame, the first empty."""
+    c2w = invert_se3(viewmats.double())
+    keys: list[set[str]] = [set()]
+    for a, b in zip(c2w, c2w[1:]):
+        step = invert_se3(a) @ b  # R t, as parse_trajectory makes it
+        move, turn = step[:3, :3].T @ step[:3, 3], step[:3, 2]  # along the new axes; where the view goes
+        amounts = {"d": move[0], "a": -move[0], "dn": move[1], "u": -move[1], "w": move[2], "s": -move[2],
+                   "l": turn[0], "j": -turn[0], "i": -turn[1], "k": turn[1]}
+        keys.append({key for key, amount in amounts.items() if amount > (STEP if key in "wasdudn" else TURN) / 3})
+    return keys
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Toy world. A room seen from inside, with two pillars. The prompt names every colour and where the pillars stand;
+# each panel of the walls, 1 unit long, carries one of four patterns that the prompt does *not* name. So a generated
+# video can be checked against the one room that explains it best, and a model still has something to invent.
+
+PALETTE = {
+    "red": (0.86, 0.16, 0.16), "orange": (0.95, 0.55, 0.12), "yellow": (0.93, 0.88, 0.20), "green": (0.16, 0.66, 0.24),
+    "cyan": (0.20, 0.80, 0.84), "blue": (0.18, 0.30, 0.88), "purple": (0.62, 0.22, 0.78), "white": (0.92, 0.92, 0.90),
+}
+SURFACES = ("left wall", "right wall", "far wall", "floor", "ceiling", "pillar", "pillar", "back wall")
+NAMED = len(SURFACES) - 1  # nobody names the wall behind the first camera; it is grey
+LOOKS = ("level stripes", "upright stripes", "checks", "slanted stripes")
+ROOM = ((-1.0, 1.0), (-0.7, 0.7), (-0.9, 1.6))  # x, y, z around the first camera
+PILLAR = 0.13  # half width
+PILLAR_X, PILLAR_Z = {"left": -0.5, "middle": 0.0, "right": 0.5}, {"near": 0.85, "far": 1.25}
+PERIOD = 0.66  # of every pattern, in world units
+FPS = 16
+# Panels are counted surface by surface, (first panel, panels across); along z each surface has three, from z = -1.4.
+PANELS = {"left wall": (0, 1), "right wall": (3, 1), "far wall": (6, 2), "floor": (8, 1), "ceiling": (11, 1),
+          "pillar": (16, 1), "back wall": (14, 2)}
+N_PANELS = 16  # with a pattern; the pillars, plain, count as one more
+SURFACE_OF_PANEL = [0] * 3 + [1] * 3 + [2] * 2 + [3] * 3 + [4] * 3 + [7] * 2  # index into SURFACES
+
+
+class Scene(NamedTuple):
+    """A batch of rooms."""
+    colours: Tensor  # [b 8] index into PALETTE, per surface (the back wall's is ignored)
+    pillars: Tensor  # [b 2 2] x and z of the two centres
+    looks: Tensor  # [b 16] index into LOOKS, per panel: the part that is chance
+
+
+class Hits(NamedTuple):
+    """What each ray meets, at twice the image size (2x2 rays a pixel), each [b t 2h 2w]."""
+    surface: Tensor
+    panel: Tensor
+    u: Tensor
+    v: Tensor
+    shade: Tensor
+
+
+def sample_prompt(rng: torch.Generator) -> str:
+    """A random room in words: five surfaces by colour, two pillars by colour and place."""
+    names = list(PALETTE)
+    colours = [names[i] for i in torch.randint(len(names), (NAMED,), generator=rng)]
+    xs = torch.randperm(3, generator=rng)[:2]
+    zs = torch.randint(2, (2,), generator=rng)
+    parts = [f"{colour} {surface}" for colour, surface in zip(colours[:5], SURFACES)]
+    for x, z, colour in zip(xs, zs, colours[5:], strict=True):
+        parts.append(f"{list(PILLAR_Z)[z]} {list(PILLAR_X)[x]} {colour} pillar")
+    return ", ".join(parts)
+
+
+def read_prompt(prompt: str) -> tuple[Tensor, Tensor]:
+    """A toy prompt -> colours [8], pillars [2 2]. Raises ValueError when it is not of the toy world's form."""
+    words = [part.split() for part in prompt.lower().split(",")]
+    colours, pillars = [], []
+    for part, surface in zip(words, SURFACES):
+        n = len(surface.split())
+        if len(part) <= n or part[-n:] != surface.split() or part[-n - 1] not in PALETTE:
+            raise ValueError(f"prompt {prompt!r}: expected '<colour> {surface}', found {' '.join(part)!r}")
+        colours.append(list(PALETTE).index(part[-n - 1]))
+        if surface == "pillar":
+            if len(part) != 4 or part[0] not in PILLAR_Z or part[1] not in PILLAR_X:
+                raise ValueError(f"prompt {prompt!r}: expected 'near|far left|middle|right <colour> pillar'")
+            pillars.append((PILLAR_X[part[1]], PILLAR_Z[part[0]]))
+    if len(words) != NAMED:
+        raise ValueError(f"prompt {prompt!r}: expected {NAMED} parts as in {sample_prompt(torch.Generator())!r}")
+    return torch.tensor([*colours, 0]), torch.tensor(pillars)
+
+
+def sample_path(rng: torch.Generator, steps: int) -> str:
+    """A random trajectory of one to three movements that stays clear of walls and pillars."""
+    moves, turns = ["w", "s", "a", "d", "u", "dn"], ["j", "l", "i", "k"]
+    while True:
+        order = torch.randperm(steps - 1, generator=rng)
+        cuts = order[: torch.randint(3, (), generator=rng)].sort().values + 1  # none, one or two
+        parts = []
+        for length in torch.tensor([0, *cuts, steps]).diff().tolist():
+            move = moves[torch.multinomial(torch.tensor([3, 3, 3, 3, 1, 1.0]), 1, generator=rng)]
+            turn = turns[torch.multinomial(torch.tensor([3, 3, 1, 1.0]), 1, generator=rng)]
+            kind = torch.multinomial(torch.tensor([4, 3, 3.0]), 1, generator=rng).item()
+            parts.append(f"{(move, turn, f'{move}+{turn}')[kind]}*{length}")
+        path = ",".join(parts)
+        centre = invert_se3(parse_trajectory(path))[:, :3, 3]
+        if (centre.abs() < torch.tensor([0.7, 0.4, 0.6])).all():
+            return path
+
+
+def held_out(text: str) -> bool:
+    """One prompt, and one path, in eight is never trained on: which ones is a property of the text alone."""
+    return zlib.crc32(text.encode()) % 8 == 0
+
+
+def sample_toy(count: int, seed: int, steps: int, held: bool) -> tuple[list[str], list[str], Scene]:
+    """Prompts, paths and scenes, all held out or none."""
+    rng = torch.Generator().manual_seed(seed)
+    prompts: list[str] = []
+    while len(prompts) < count:
+        prompt = sample_prompt(rng)
+        if held_out(prompt) == held:
+            prompts.append(prompt)
+    paths: list[str] = []
+    while len(paths) < count:
+        path = sample_path(rng, steps)
+        if held_out(path) == held:
+            paths.append(path)
+    rooms = [read_prompt(prompt) for prompt in prompts]
+    colours = torch.stack([colours for colours, _ in rooms])
+    pillars = torch.stack([pillars for _, pillars in rooms])
+    looks = torch.randint(len(LOOKS), (count, N_PANELS), generator=rng)
+    return prompts, paths, Scene(colours, pillars, looks)
+
+
+def cast(pillars: Tensor, viewmats: Tensor, K: Tensor, size: int) -> Hits:
+    """pillars [b 2 2], viewmats [b t 4 4], K [3 3] -> what each ray of a size x size image meets."""
+    # a ray through the middle of each quarter of a pixel, in the camera's axes, then in the world's
+    grid = (torch.arange(2 * size, dtype=torch.float32) + 0.5) / (2 * size)
+    y, x = torch.meshgrid((grid - K[1, 2]) / K[1, 1], (grid - K[0, 2]) / K[0, 0], indexing="ij")
+    ray = torch.stack([x, y, torch.ones_like(x)])
+    c2w = invert_se3(viewmats)
+    d = torch.einsum("btij,jhw->ibthw", c2w[..., :3, :3], ray)  # direction [3 b t 2h 2w]
+    d = torch.where(d.abs() < 1e-6, 1e-6, d)  # divided by below
+    o = rearrange(c2w[..., :3, 3], "b t i -> i b t 1 1")  # origin
+
+    # seen from inside, a ray leaves the box through the nearest of the three walls it runs towards
+    lo, hi = (torch.tensor(bound).view(3, 1, 1, 1, 1) for bound in zip(*ROOM, strict=True))
+    distance, axis = ((torch.where(d > 0, hi, lo) - o) / d).min(dim=0)
+    positive = d.gather(0, axis[None])[0] > 0
+    wall = torch.where(positive, torch.tensor([1, 3, 2])[axis], torch.tensor([0, 4, 7])[axis])  # +y is the floor
+    for n in range(2):  # a pillar, from outside: the ray is in it once it is between both pairs of faces
+        centre = rearrange(pillars[:, n], "b i -> i b 1 1 1")
+        a, b = ((centre + side * PILLAR - o[[0, 2]]) / d[[0, 2]] for side in (-1, 1))
+        enter, face = torch.minimum(a, b).max(dim=0)
+        leave = torch.maximum(a, b).min(dim=0).values
+        hit = (enter < leave) & (enter > 0) & (enter < distance)
+        distance = torch.where(hit, enter, distance)
+        wall = torch.where(hit, 5 + n, wall)
+        axis = torch.where(hit, 2 * face, axis)
+
+    # where on the surface: its panel, and u, v along it
+    x, y, z = o + distance * d
+    side = axis == 0
+    flat = (wall == 3) | (wall == 4)  # floor and ceiling
+    pillar = (wall == 5) | (wall == 6)
+    first = torch.tensor([PANELS[name][0] for name in SURFACES])[wall]
+    across = torch.tensor([PANELS[name][1] for name in SURFACES])[wall]
+    row = torch.where((side | flat) & ~pillar, (z + 1.4).floor().clamp(0, 2).long(), 0)
+    panel = first + row + torch.where(across == 2, (x > 0).long(), 0)
+    facing = torch.tensor([0.80, 0.88, 0.95, 1.0, 0.90, 0.95, 0.95, 0.85])[wall] - 0.15 * (pillar & side).float()
+    shade = facing / (1 + 0.12 * distance)
+    return Hits(wall, panel, u=torch.where(side, z, x), v=torch.where(flat, z, y), shade=shade)
+
+
+def paint(hits: Hits, colours: Tensor, looks: Tensor) -> Tensor:
+    """Colours [b 8] and looks [b 16] on what the rays met -> video [b 3 t h w] in [-1, 1]."""
+    rgb = torch.tensor([*PALETTE.values(), (0.5, 0.5, 0.5)])
+    batch = torch.arange(len(colours)).view(-1, 1, 1, 1)
+    colour = torch.where(hits.surface == NAMED, len(PALETTE), colours[batch, hits.surface])
+    look = F.pad(looks, (0, 1), value=-1)[batch, hits.panel]  # -1: the pillars, which are plain
+    turn = 2 * math.pi / PERIOD
+    su, sv = torch.sin(turn * hits.u), torch.sin(turn * hits.v)
+    slanted = torch.sin(turn * 0.75 * (hits.u + hits.v))
+    wave = torch.where(look == 0, sv, torch.where(look == 1, su, torch.where(look == 2, 1.4 * su * sv, slanted)))
+    tone = hits.shade * torch.where(look < 0, 0.9, 0.74 + 0.26 * torch.tanh(2.5 * wave))
+    return reduce(2 * tone[..., None] * rgb[colour] - 1, "b t (h p) (w q) c -> b c t h w", "mean", p=2, q=2)
+
+
+def render(scene: Scene, viewmats: Tensor, K: Tensor, size: int) -> Tensor:
+    """scene of b rooms, one pose per latent frame [b f 4 4] -> video [b 3 t size size] in [-1, 1]."""
+    return paint(cast(scene.pillars, pixel_cameras(viewmats), K, size), scene.colours, scene.looks)
+
+
+def look_errors(video: Tensor, hits: Hits, colours: Tensor) -> Tensor:
+    """Squared error of every panel under every look [b 17 4], summed over the rays that meet it; last, the pillars."""
+    errors = []
+    for look in range(len(LOOKS)):
+        image = paint(hits, colours, torch.full((len(colours), N_PANELS), look))
+        error = repeat((image - video).square().sum(1), "b t h w -> b (t h p w q)", p=2, q=2)
+        errors.append(torch.zeros(len(colours), N_PANELS + 1).scatter_add_(1, hits.panel.flatten(1), error))
+    return torch.stack(errors, dim=-1)
+
+
+def panels_seen(hits: Hits, least: float) -> Tensor:
+    """Which panels cover at least `least` pixels in some frame [b 16]."""
+    panel = hits.panel.flatten(2)
+    rays = torch.zeros(*panel.shape[:2], N_PANELS + 1).scatter_add_(2, panel, torch.ones(panel.shape))
+    return (rays / 4).amax(1)[:, :N_PANELS] >= least
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Prompts. What encodes them is frozen, so it is asked once, while latents are made. The toy world has a stand-in for
+# umT5 that needs no download: each word has a fixed random vector, and a token carries its own word and the two before
+# it, so that "red left wall" is not "left red wall". Zero rows pad, as in Wan.
+
+WORD_DIM = 32
+TEXT_LEN, TEXT_DIM = 32, 3 * WORD_DIM
+
+
+class Encoder(NamedTuple):
+    """What turns prompts, and for HY the first frames of videos, into what a network reads."""
+    name: str
+    encode_text: Callable[[str], dict[str, Tensor]]  # a prompt -> embeds [l d], or for HY text and byt5, unpadded
+    length: int | None  # that prompts are padded to with zeros; None: to the longest of a batch, with masks
+    encode_image: Callable[[Tensor], Tensor] | None  # images [b 3 H W] in [-1, 1] -> [b l d]; Wan has none
+    null: str  # the prompt that guidance steers away from
+
+
+@lru_cache(maxsize=4096)
+def word_vector(word: str) -> Tensor:
+    return torch.randn(WORD_DIM, generator=torch.Generator().manual_seed(zlib.crc32(word.encode())))
+
+
+def encode_words(prompt: str) -> Tensor:
+    """prompt -> [32 96], zero past its end; the empty prompt is the null prompt. Raises ValueError past 32 words."""
+    words = prompt.lower().replace(",", " ").split()
+    if len(words) > TEXT_LEN:
+        raise ValueError(f"prompt {prompt!r}: {len(words)} words, expected at most {TEXT_LEN}")
+    vectors = [torch.zeros(WORD_DIM)] * 2 + [word_vector(word) for word in words]
+    tokens = torch.zeros(TEXT_LEN, TEXT_DIM)
+    for i in range(2, len(vectors)):
+        tokens[i - 2] = torch.cat([vectors[i], vectors[i - 1], vectors[i - 2]])
+    return tokens
+
+
+def trimmed(z: Tensor) -> Tensor:
+    """One prompt [l d] without the zeros past its end."""
+    return z[: int(z.any(-1).sum())]
+
+
+def collate_prompts(rows: list[dict[str, Tensor]], null: dict[str, Tensor], length: int | None,
+                    vision: Tensor | None = None, first: Tensor | None = None) -> tuple:
+    """The encoded prompts of a batch, and the null prompt -> both as a network takes them, b each.
+
+    Wan: [b length d], zero past their ends. HY: HYPrompts, padded to the longest, with masks, and with an image to go
+    on from: vision [b l d] is what the encoder made of it, zero where there is none, and first [b 1 c h w] its latents.
+    """
+    if "embeds" not in null:
+        return collate_hy_prompts(rows, null, vision, first)
+    embeds = nn.utils.rnn.pad_sequence([row["embeds"] for row in (*rows, null)], batch_first=True)
+    embeds = F.pad(embeds, (0, 0, 0, max(length or 1, embeds.shape[1]) - embeds.shape[1]))
+    prompt = embeds[:-1]
+    return prompt, embeds[-1:].expand_as(prompt)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Batches. A folder of safetensors shards, read through memory maps: latents [n f c h w] fp16, viewmats [n f 4 4] and
+# Ks [n f 3 3] fp32, prompt_ids [n], for HY also vision [n l d]; and prompts.safetensors, the encoded prompts one after
+# another, the null prompt last: embeds [l d] fp16, or for HY text and byt5; embeds_ends [n] is where each ends.
+
+
+class Batch(NamedTuple):
+    """What a stage trains on. Every random number that a sample needs comes from that sample's own generator: the same
+    on any device, on any number of ranks, and whatever else is in the batch."""
+    x0: Tensor  # [b f c h w] fp32, clean latents
+    prompt: Any  # [b l d], or HY's HYPrompt
+    null: Any  # alike, the prompt that guidance steers away from; HY's keeps the image
+    camera: Camera  # viewmats [b f 4 4], Ks [b f 3 3]
+    generated: Tensor  # [b f]: 1 on frames that the model makes, 0 on given ones, which stay clean and unscored
+    rng: list[torch.Generator]  # one per sample
+    ids: list[int]  # rows of the data set
+    states: Tensor | None  # [b n f c h w], of a folder of ODE pairs (distill_ode.py): on the way from noise to x0
+
+    def rand(self, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1), [b *shape]."""
+        return torch.stack([torch.rand(shape, generator=g) for g in self.rng]).to(self.x0.device)
+
+    def noise(self) -> Tensor:
+        """Normal noise of the latents' shape [b f c h w]."""
+        return torch.stack([torch.randn(self.x0.shape[1:], generator=g) for g in self.rng]).to(self.x0.device)
+
+
+class Latents(NamedTuple):
+    """An open latents folder: memory maps, nothing read yet."""
+    folder: Path
+    shards: list  # of safetensors' files
+    starts: list[int]  # first row of each shard, and the total
+    prompts: Any  # safetensors' file of the encoded prompts
+    ends: dict[str, list[int]]  # of each prompt in it
+    meta: dict  # preset, size, fps, frames, K, vae, vae_fingerprint as in Meta; prompt_length, and how it was made
+
+
+def open_latents(folder: str | Path, preset: str | None = None) -> Latents:
+    """Raises ValueError when the folder is missing, empty, holds a file that is not safetensors, or has latents or
+    prompts that the preset's network, if one is named, cannot read."""
+    folder = Path(folder)
+    files = sorted(folder.glob("latents-*.safetensors"))
+    if not files or not (folder / "prompts.safetensors").exists():
+        raise ValueError(f"{folder}: no latents here; `python data.py --out {folder}` makes the toy world's")
+    try:
+        shards = [safe_open(file, "pt") for file in files]
+        prompts = safe_open(folder / "prompts.safetensors", "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: a file is truncated or not safetensors ({error})") from None
+    starts = [0]
+    for file, shard in zip(files, shards, strict=True):
+        missing = {"latents", "viewmats", "Ks", "prompt_ids"} - set(shard.keys())
+        if missing or "meta" not in (shard.metadata() or {}):
+            raise ValueError(f"{file}: not a shard of latents, it holds {sorted(shard.keys())[:5]}")
+        starts.append(starts[-1] + shard.get_slice("prompt_ids").get_shape()[0])
+    if preset:
+        net, dit = PRESETS[preset].net, PRESETS[preset].dit
+        column = net.text_column
+        channels = shards[0].get_slice("latents").get_shape()[2]
+        text_dim = prompts.get_slice(column).get_shape()[1] if column in prompts.keys() else 0
+        if (channels, text_dim) != (dit.channels, dit.text_dim):
+            raise ValueError(f"{folder}: made by the VAE or text encoder of another network than {preset}: {channels} "
+                             f"channels, prompts with {text_dim} of {column}, expected {dit.channels} and "
+                             f"{dit.text_dim}")
+    columns = [name for name in ("embeds", "text", "byt5") if f"{name}_ends" in prompts.keys()]
+    if not columns:
+        raise ValueError(f"{folder}/prompts.safetensors: no table of prompts; data.py makes the folder anew")
+    ends = {name: prompts.get_tensor(f"{name}_ends").tolist() for name in columns}
+    return Latents(folder, shards, starts, prompts, ends, json.loads(shards[0].metadata()["meta"]))
+
+
+def check_data(data: Latents, source: Meta, path: Path) -> Meta:
+    """Raises ValueError when latents are not of the kind that the checkpoint at path, described by `source`, knows.
+
+    Returns `source`. A released checkpoint (made "from" None) may be shown any videos, and knows their kind from then
+    on; what is made of it has none of its quirks.
+    """
+    kind = {name: data.meta[name] for name in ("K", "size", "fps", "frames")}
+    for name in ("vae_fingerprint", *(kind if source["from"] else ())):
+        if data.meta[name] != source[name]:
+            raise ValueError(f"{data.folder}: has {name} {data.meta[name]}, but {path} was trained with {source[name]}")
+    plain = {name: value for name, value in source.items() if name not in ("timed_text", "released_cache")}
+    return plain | kind
+
+
+def mix(*numbers: int) -> int:
+    """Integers -> a well-spread 62-bit seed, so that neighbouring (seed, step, sample) share no stream."""
+    digest = 0
+    for number in numbers:
+        digest = (digest ^ (number + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9 % 2**64
+        digest ^= digest >> 29
+    return digest >> 2
+
+
+@lru_cache(maxsize=8)
+def shuffled(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of an epoch."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, 1, epoch))).tolist()
+
+
+def read_row(data: Latents, row: int) -> dict[str, Tensor]:
+    """All that the folder holds of one video."""
+    n = bisect_right(data.starts, row) - 1
+    shard = data.shards[n]
+    return {name: shard.get_slice(name)[row - data.starts[n]] for name in shard.keys()}
+
+
+def read_embeds(data: Latents, i: int) -> dict[str, Tensor]:
+    """Encoded prompt i; -1 is the null prompt."""
+    row = {}
+    for name, ends in data.ends.items():
+        start = ends[i - 1] if i % len(ends) else 0
+        row[name] = data.prompts.get_slice(name)[start : ends[i]]
+    return row
+
+
+def sample_generated(rng: list[torch.Generator], f: int, prob: float) -> Tensor:
+    """[b f]: 1 but for the first frame or the first two, which with probability prob / 2 each are given: 0.
+
+    So a model learns to go on from an image or a short video.
+    """
+    draw = torch.stack([torch.rand(1, generator=g) for g in rng])  # [b 1]
+    given = torch.where(draw < prob / 2, 1, torch.where(draw < prob, 2, 0)).clamp_max(f - 1)
+    return (torch.arange(f) >= given).float()
+
+
+def get_batch(data: Latents, seed: int, step: int, part: int, parts: int, size: int, device: torch.device,
+              given_prob: float | None = None) -> Batch:
+    """Samples part * size ... of the parts * size that make up `step`: a pure function, so a run can stop anywhere.
+
+    part is rank + world_size * micro-batch, so N ranks and N micro-batches see the same samples with the same noise.
+    given_prob: None gives no frames; a folder of ODE pairs says itself which are given.
+    Raises ValueError when a latent is not finite.
+    """
+    total = data.starts[-1]
+    ids, rng = [], []
+    for slot in range(part * size, (part + 1) * size):
+        epoch, position = divmod(step * parts * size + slot, total)
+        ids.append(shuffled(total, seed, epoch)[position])
+        rng.append(torch.Generator().manual_seed(mix(seed, 2, step, slot)))
+    rows = [read_row(data, row) for row in ids]
+    for row, sample in zip(ids, rows, strict=True):
+        if not sample["latents"].isfinite().all():
+            raise ValueError(f"{data.folder}: latents of row {row} hold NaN or inf")
+
+    def column(name: str) -> Tensor | None:
+        """Of all rows, in fp32 on the device; None where the folder has none."""
+        return torch.stack([row[name] for row in rows]).to(device, torch.float32) if name in rows[0] else None
+
+    x0 = column("latents")
+    generated = column("generated")
+    if generated is None and given_prob is not None:
+        generated = sample_generated(rng, x0.shape[1], given_prob).to(device)
+    elif generated is None:
+        generated = torch.ones(x0.shape[:2], device=device)
+    texts = [read_embeds(data, int(row["prompt_ids"])) for row in rows] + [read_embeds(data, -1)]
+    texts = [{name: z.to(device, torch.float32) for name, z in text.items()} for text in texts]
+    prompt, null = collate_prompts(texts[:-1], texts[-1], data.meta["prompt_length"], column("vision"), x0[:, :1])
+    camera = Camera(column("viewmats"), column("Ks"))
+    return Batch(x0, prompt, null, camera, generated, rng, ids, column("states"))
+
+
+def save_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write safetensors so that a crash or a full disk never leaves half a file under the final name."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file({name: z.cpu().contiguous() for name, z in tensors.items()}, temporary, metadata)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"{path}: could not be written ({error})") from error
+
+
+def save_prompts(path: Path, rows: list[dict[str, Tensor]], about: dict[str, str]) -> None:
+    """The table of encoded prompts, the null prompt's row last."""
+    columns = {name: torch.cat([row[name] for row in rows]).half() for name in rows[0]}
+    ends = {f"{name}_ends": torch.tensor([len(row[name]) for row in rows]).cumsum(0) for name in rows[0]}
+    save_shard(path, columns | ends, about)
+
+
+# What the stages' command lines, logs and pictures share.
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: expected at least 1")
+    return number
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Docstrings as they are written, and behind each flag's help its default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        no_default = action.default is None or action.default is False or action.default is argparse.SUPPRESS
+        return action.help if no_default else f"{action.help} (default: %(default)s)"
+
+
+def set_recipe(parser: argparse.ArgumentParser, recipes: dict[str, dict], argv: list[str] | None) -> None:
+    """Make the numbers of the chosen --preset the parser's defaults, and print those of all presets below its help."""
+    # --preset decides what the other defaults are, so it is read first, by a parser that knows nothing else
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--preset", default="tiny")
+    preset = first.parse_known_args(argv)[0].preset
+    parser.set_defaults(**recipes.get(preset, {}))
+    lines = ["defaults of each preset:", f"  {'':22}" + "".join(f"{name:>14}" for name in recipes)]
+    for name in dict.fromkeys(name for recipe in recipes.values() for name in recipe):
+        values = [recipe.get(name, "") for recipe in recipes.values()]
+        cells = [" ".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in values]
+        lines.append(f"  --{name.replace('_', '-'):20}" + "".join(f"{cell:>14}" for cell in cells))
+    parser.epilog = "\n".join(lines)
+
+
+def open_log(path: Path, step: int) -> None:
+    """Keep the lines of metrics up to `step`: none of an earlier run's, none that a resumed run will write again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]  # a killed run or a full disk may have cut the last one
+    path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+
+
+def write_log(path: Path, row: dict) -> None:
+    """Append one line of metrics."""
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def to_bytes(video: Tensor) -> Tensor:
+    """[-1, 1] -> 0 .. 255."""
+    return ((video + 1) * 127.5).round().byte()
+
+
+def from_bytes(video: Tensor) -> Tensor:
+    """0 .. 255 -> [-1, 1], fp32."""
+    return video.float() / 127.5 - 1
+
+
+def write_sheet(path: Path, videos: list[Tensor], every: int = 4, zoom: int = 3) -> None:
+    """A contact sheet. Each of `videos` [b 3 t h w] gives one strip per sample, every 4th frame; strips of one sample
+    stand below each other, in the order of `videos` (ground truth first, then what was made of it)."""
+    strips = torch.stack([rearrange(video[:, :, ::every], "b c t h w -> b h (t w) c") for video in videos], dim=1)
+    strips = F.pad(strips, (0, 0, 0, 0, 0, 1), value=1.0)  # a white line under each strip
+    sheet = to_bytes(rearrange(strips, "b s h w c -> (b s h) w c").clamp(-1, 1)).cpu().numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    imageio.imwrite(path, sheet.repeat(zoom, 0).repeat(zoom, 1))
+
+
+def write_samples(path: Path, net: nn.Module, meta: Meta, vae: nn.Module, data: Latents, seed: int, size: int) -> None:
+    """A contact sheet of up to four training videos, and below each what the network makes of its prompt and path.
+
+    Every rank must call it, since the network is sharded; rank 0 writes.
+    """
+    device = next(vae.parameters()).device
+    batch = get_batch(data, seed, -1, 0, 1, min(4, size), device)
+    chunks = rollout(net, meta, batch.rng, batch.x0.shape[1:], batch.prompt, batch.null, batch.camera)
+    x0 = torch.cat(list(chunks), dim=1)
+    if dist.get_rank() == 0:
+        write_sheet(path, [vae.decode(batch.x0)[0], vae.decode(x0)[0]])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Making the toy world.
+
+
+def train_vae(vae: nn.Module, video: Tensor, steps: int, lr: float, seed: int) -> None:
+    """Reconstruct random clips of video [n 3 t h w]; a little KL keeps the latents smooth. In place.
+
+    Many small steps learn faster here than few large ones. Every fourth step sees one long clip, at times forth and
+    back again: a VAE that has only seen short ones drifts off in colour later in a video.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    t = video.shape[2]
+    for step in (bar := tqdm(range(steps), "vae")):
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 50, 2 * (1 - step / steps) + 0.02)
+        if step % 4:
+            rooms, length = 3, 5
+        else:
+            rooms, length = 1, t if step % 16 else 2 * t - 1
+        rows = torch.randint(len(video), (rooms,), generator=rng)
+        start = torch.randint(2 * t - length, (), generator=rng)
+        forth_and_back = torch.cat([video[rows], video[rows].flip(2)[:, :, 1:]], dim=2)
+        clip = from_bytes(forth_and_back[:, :, start : start + length])
+
+        mu, logvar = vae.moments(clip, {})
+        logvar = logvar.clamp(-20, 10)
+        z = mu + (0.5 * logvar).exp() * torch.randn(mu.shape, generator=rng)
+        error = F.mse_loss(vae.reconstruct(z, {}), clip)
+        kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean()
+        optimizer.zero_grad()
+        (error + 3e-5 * kl).backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        bar.set_postfix(psnr=f"{10 * math.log10(4 / error.item()):.2f}", kl=f"{kl.item():.2f}", refresh=False)
+
+
+def make_vae(args: argparse.Namespace, video: Tensor) -> None:
+    """Train a VAE on video [n 3 t h w] uint8 and save it with the mean and std of its latents."""
+    torch.manual_seed(args.seed)
+    vae = build_vae(args.preset)
+    vae.init_weights()
+    train_vae(vae, video, args.vae_steps, args.vae_lr, args.seed)
+    with torch.no_grad():
+        z = torch.cat([vae.encode(from_bytes(v[None]))[0] for v in video[:256]])
+    mean, std = z.mean((0, 1, 3, 4)).tolist(), z.std((0, 1, 3, 4)).tolist()
+    weights = vae.state_dict()
+    meta = {"stage": "vae", "preset": args.preset, "mean": mean, "std": std, "fingerprint": fingerprint(weights)}
+    save_checkpoint(args.vae, weights, meta)
+
+
+def make_toy(args: argparse.Namespace) -> None:
+    """Render the toy world, train its VAE if there is none, and write its latents folder."""
+    if args.vae.exists():
+        _, about_vae = load_checkpoint(args.vae, "vae")
+        if about_vae["preset"] != args.preset:
+            raise ValueError(f"{args.vae}: a VAE of preset {about_vae['preset']}, but --preset is {args.preset}")
+    size = args.size[0]
+    prompts, paths, scene = sample_toy(args.count, args.seed, args.frames - 1, held=False)
+    viewmats, K = torch.stack([parse_trajectory(path) for path in paths]), intrinsics(K_SQUARE)
+    video = torch.empty(args.count, 3, 1 + 4 * (args.frames - 1), size, size, dtype=torch.uint8)
+    for i in tqdm(range(0, args.count, 16), "render"):
+        rooms = Scene(*(z[i : i + 16] for z in scene))
+        video[i : i + 16] = to_bytes(render(rooms, viewmats[i : i + 16], K, size))
+
+    if not args.vae.exists():
+        make_vae(args, video)
+    _, about_vae = load_checkpoint(args.vae, "vae")
+    vae = load_vae(args.vae, torch.device("cpu"), about_vae["fingerprint"])
+    encoder = load_encoder(args.preset, None, torch.device("cpu"))
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    for old in [args.out / "prompts.safetensors", *args.out.glob("latents-*.safetensors")]:
+        old.unlink(missing_ok=True)  # the prompts first and written last: without them the folder does not open
+    meta = {"preset": args.preset, "K": list(K_SQUARE), "size": args.size, "fps": FPS, "frames": args.frames,
+            "vae": str(args.vae), "vae_fingerprint": about_vae["fingerprint"], "prompt_length": encoder.length}
+    if encoder.encode_image:
+        meta["image_share"] = args.image_share
+    with_image = torch.rand(args.count, 1, 1, generator=torch.Generator().manual_seed(args.seed)) < args.image_share
+    for start in tqdm(range(0, args.count, 512), "encode"):
+        rows = slice(start, min(start + 512, args.count))
+        with torch.no_grad():
+            latents = torch.cat([vae.encode(from_bytes(v))[0] for v in video[rows].split(16)])
+        shard = {"latents": latents.half(), "viewmats": viewmats[rows], "prompt_ids": torch.arange(args.count)[rows],
+                 "Ks": K.expand(len(latents), args.frames, 3, 3)}
+        if encoder.encode_image:
+            shard["vision"] = (encoder.encode_image(from_bytes(video[rows, :, 0])) * with_image[rows]).half()
+        save_shard(args.out / f"latents-{start:06d}.safetensors", shard, {"meta": json.dumps(meta)})
+    encoded = [encoder.encode_text(prompt) for prompt in [*prompts, encoder.null]]
+    save_prompts(args.out / "prompts.safetensors", encoded, {"prompts": json.dumps(prompts)})
+
+
+# ======================================================================================================================
+# The course ends here. Nothing above refers to what follows, but for load_encoder and collate_hy_prompts, one call each.
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Pose files.
 
 
 def check_poses(poses: Tensor, name: str) -> Tensor:
@@ -215,241 +859,70 @@ def _camera_path(spec: str | dict, name: str) -> CameraPath:
     return CameraPath(viewmats, None if K is None else tuple(K), name, prompt)
 
 
-def pixel_cameras(viewmats: Tensor) -> Tensor:
-    """One pose per latent frame [b f 4 4] -> one per pixel frame [b t 4 4], t = 1 + 4 (f - 1).
-
-    Latent frame i shows pixel frames 4i-3 .. 4i, so pose i belongs to the last of them; between two poses the camera
-    turns about a fixed axis and its centre moves on a straight line.
-    """
-    c2w = invert_se3(viewmats.double())
-    a, b = c2w[:, :-1, None], c2w[:, 1:, None]
-    s = torch.arange(1, 5, dtype=torch.float64, device=viewmats.device).view(1, 1, 4, 1, 1) / 4
-    turn = a[..., :3, :3].mT @ b[..., :3, :3]
-    angle = torch.arccos(((turn.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2).clamp(-1, 1))[..., None, None]
-    axis = (turn - turn.mT) / (2 * angle.sin()).clamp_min(1e-12)  # cross-product matrix of the unit axis
-    partial = torch.eye(3, dtype=torch.float64, device=viewmats.device)
-    partial = partial + (s * angle).sin() * axis + (1 - (s * angle).cos()) * (axis @ axis)  # Rodrigues
-    R = a[..., :3, :3] @ partial
-    centre = torch.lerp(a[..., :3, 3:], b[..., :3, 3:], s)
-    poses = invert_se3(F.pad(torch.cat([R, centre], dim=-1), (0, 0, 0, 1)))  # the padded row is rewritten by invert_se3
-    return torch.cat([viewmats[:, :1].double(), rearrange(poses, "b f s i j -> b (f s) i j")], dim=1).float()
-
-
-def pressed(viewmats: Tensor) -> list[set[str]]:
-    """Which keys would make each step of a path [f 4 4]: one set per latent frame, the first empty."""
-    c2w, keys = invert_se3(viewmats.double()), [set()]
-    for a, b in zip(c2w, c2w[1:]):
-        step = invert_se3(a) @ b
-        move, turn = step[:3, :3].T @ step[:3, 3], step[:3, 2]
-        amounts = {"d": move[0], "a": -move[0], "dn": move[1], "u": -move[1], "w": move[2], "s": -move[2],
-                   "l": turn[0], "j": -turn[0], "i": -turn[1], "k": turn[1]}
-        keys.append({key for key, amount in amounts.items() if amount > (STEP if key in "wasdudn" else TURN) / 3})
-    return keys
+def read_poses(poses: str | dict, folder: Path) -> tuple[Tensor, list | None]:
+    """The `poses` of a row, in any format of TABLE -> viewmats [n 4 4] fp64, the first the identity, and K: one or n
+    times (fx, fy, cx, cy), or None. Raises ValueError."""
+    try:
+        if not isinstance(poses, str):
+            spec = poses
+        elif poses.endswith("images.txt"):
+            spec = _colmap(folder / poses)
+        elif poses.endswith(".txt"):
+            spec = _realestate((folder / poses).read_text().splitlines())
+        else:
+            spec = json.loads((folder / poses).read_text()) if poses.endswith(".json") else {"trajectory": poses}
+        if not isinstance(spec, dict):
+            raise ValueError(f"expected a pose string or an object, found {spec!r:.80}")
+        viewmats, K, _ = _poses(spec)
+    except OSError as error:
+        raise ValueError(f"{Path(error.filename).name}: {error.strerror}") from None
+    except KeyError as error:
+        raise ValueError(f"an entry has no {error}") from None
+    except (TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot be read ({error})") from None
+    if K is not None and not (isinstance(K, (list, tuple)) and K and isinstance(K[0], (list, tuple))):
+        K = [K]  # one for all
+    return viewmats @ invert_se3(viewmats[:1]), K
 
 
-ACTIONS = torch.tensor([[8, 2, 7], [4, 0, 3], [6, 1, 5]])  # back, none, forward x left, none, right; or yaw x pitch
+def _colmap(images: Path) -> dict:
+    """COLMAP's images.txt, with cameras.txt beside it: quaternions, w first, and translations are world-to-camera."""
+    text = [line for line in images.read_text().splitlines() if not line.startswith("#")]
+    cameras = {}
+    for line in images.with_name("cameras.txt").read_text().splitlines():
+        if line.strip() and not line.startswith("#"):
+            name, model, *numbers = line.split()
+            width, height, *numbers = map(float, numbers)
+            focals = {"SIMPLE_PINHOLE": 1, "PINHOLE": 2, "SIMPLE_RADIAL": 1, "RADIAL": 1, "OPENCV": 2}.get(model)
+            if focals is None or any(abs(k) > 1e-3 for k in numbers[focals + 2 :]):
+                raise ValueError(f"cameras.txt: camera {name} is {model} {numbers}, expected no distortion: undistort")
+            cx, cy = numbers[focals : focals + 2]
+            cameras[name] = (numbers[0] / width, numbers[focals - 1] / height, cx / width, cy / height)
+    views = {}
+    for line in text[::2]:  # every second line holds an image's points, and may be empty
+        if line.strip():
+            _, *pose, camera, name = line.split(maxsplit=9)
+            w, x, y, z, *t = map(float, pose)
+            R = [[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y), t[0]],
+                 [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x), t[1]],
+                 [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y), t[2]], [0, 0, 0, 1]]
+            views[name] = (R, cameras[camera])
+    ordered = [views[name] for name in sorted(views)]
+    return {"w2c": [pose for pose, _ in ordered], "K": [K for _, K in ordered]}
 
 
-def action_labels(viewmats: Tensor) -> Tensor:
-    """HY-WorldPlay's label of each step of a path [... f 4 4] -> [... f] int64: 9 * translation + rotation, first 0.
-
-    Class 0 is none, 1 forward (a turn right), 2 backward (left), 3 right (up), 4 left (down), 5 to 8 are pairs of them.
-    None is less than 0.01 units or 0.05 degrees, and any motion along y. The poses alone decide: minWM's table of keys
-    exchanges left and right, its training data and WorldPlay do not.
-    """
-    w2c = viewmats.double()
-    step = w2c[..., :-1, :, :] @ invert_se3(w2c[..., 1:, :, :])  # each camera in the axes of the one before
-    R, move, classes = step[..., :3, :3], step[..., :3, 3], ACTIONS.to(w2c.device)
-    distance = move.norm(dim=-1, keepdim=True)
-    cosines = torch.where(distance > 0.01, move / distance.clamp_min(1e-12), 0)  # 0.5: within 60 degrees of an axis
-    yaw, pitch = -torch.asin(R[..., 2, 0].clamp(-1, 1)).rad2deg(), torch.atan2(R[..., 2, 1], R[..., 2, 2]).rad2deg()
-    side = lambda amount, least: (amount > least).long() - (amount < -least).long() + 1
-    translation = classes[side(cosines[..., 2], 0.5), side(cosines[..., 0], 0.5)]
-    return F.pad(9 * translation + classes[side(yaw, 0.05), side(pitch, 0.05)], (1, 0))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. Toy world. A room seen from inside, with two pillars. The prompt names every colour and where the pillars stand;
-# each panel of the walls, 1 unit long, carries one of four patterns that the prompt does *not* name. So a generated
-# video can be checked against the one room that explains it best, and a model still has something to invent.
-
-PALETTE = {
-    "red": (0.86, 0.16, 0.16), "orange": (0.95, 0.55, 0.12), "yellow": (0.93, 0.88, 0.20), "green": (0.16, 0.66, 0.24),
-    "cyan": (0.20, 0.80, 0.84), "blue": (0.18, 0.30, 0.88), "purple": (0.62, 0.22, 0.78), "white": (0.92, 0.92, 0.90),
-}
-SURFACES = ("left wall", "right wall", "far wall", "floor", "ceiling", "pillar", "pillar", "back wall")
-NAMED = len(SURFACES) - 1  # nobody names the wall behind the first camera; it is grey
-LOOKS = ("level stripes", "upright stripes", "checks", "slanted stripes")
-ROOM = ((-1.0, 1.0), (-0.7, 0.7), (-0.9, 1.6))  # x, y, z around the first camera
-PILLAR = 0.13  # half width
-PILLAR_X, PILLAR_Z = {"left": -0.5, "middle": 0.0, "right": 0.5}, {"near": 0.85, "far": 1.25}
-PERIOD = 0.66  # of every pattern, in world units
-FPS = 16
-# Panels are counted surface by surface, (first panel, panels across); along z each surface has three, from z = -1.4.
-PANELS = {"left wall": (0, 1), "right wall": (3, 1), "far wall": (6, 2), "floor": (8, 1), "ceiling": (11, 1),
-          "pillar": (16, 1), "back wall": (14, 2)}
-N_PANELS = 16  # with a pattern; the pillars, plain, count as one more
-SURFACE_OF_PANEL = [0] * 3 + [1] * 3 + [2] * 2 + [3] * 3 + [4] * 3 + [7] * 2  # index into SURFACES
-
-
-class Scene(NamedTuple):
-    """A batch of rooms."""
-    colours: Tensor  # [b 8] index into PALETTE, per surface (the back wall's is ignored)
-    pillars: Tensor  # [b 2 2] x and z of the two centres
-    looks: Tensor  # [b 16] index into LOOKS, per panel: the part that is chance
-
-
-class Hits(NamedTuple):
-    """What each ray meets, at twice the image size (2x2 rays a pixel), each [b t 2h 2w]."""
-    surface: Tensor
-    panel: Tensor
-    u: Tensor
-    v: Tensor
-    shade: Tensor
-
-
-def sample_prompt(rng: torch.Generator) -> str:
-    names = list(PALETTE)
-    colours = [names[i] for i in torch.randint(len(names), (NAMED,), generator=rng)]
-    xs = torch.randperm(3, generator=rng)[:2]
-    zs = torch.randint(2, (2,), generator=rng)
-    parts = [f"{colour} {surface}" for colour, surface in zip(colours[:5], SURFACES)]
-    parts += [f"{list(PILLAR_Z)[z]} {list(PILLAR_X)[x]} {colour} pillar" for x, z, colour in zip(xs, zs, colours[5:])]
-    return ", ".join(parts)
-
-
-def read_prompt(prompt: str) -> tuple[Tensor, Tensor]:
-    """A toy prompt -> colours [8], pillars [2 2]. Raises ValueError when it is not of the toy world's form."""
-    words = [part.split() for part in prompt.lower().split(",")]
-    colours, pillars = [], []
-    for part, surface in zip(words, SURFACES):
-        n = len(surface.split())
-        if len(part) <= n or part[-n:] != surface.split() or part[-n - 1] not in PALETTE:
-            raise ValueError(f"prompt {prompt!r}: expected '<colour> {surface}', found {' '.join(part)!r}")
-        colours.append(list(PALETTE).index(part[-n - 1]))
-        if surface == "pillar":
-            if len(part) != 4 or part[0] not in PILLAR_Z or part[1] not in PILLAR_X:
-                raise ValueError(f"prompt {prompt!r}: expected 'near|far left|middle|right <colour> pillar'")
-            pillars.append((PILLAR_X[part[1]], PILLAR_Z[part[0]]))
-    if len(words) != NAMED:
-        raise ValueError(f"prompt {prompt!r}: expected {NAMED} parts as in {sample_prompt(torch.Generator())!r}")
-    return torch.tensor([*colours, 0]), torch.tensor(pillars)
-
-
-def sample_path(rng: torch.Generator, steps: int) -> str:
-    """A random trajectory of one to three movements that stays clear of walls and pillars."""
-    moves, turns = ["w", "s", "a", "d", "u", "dn"], ["j", "l", "i", "k"]
-    while True:
-        cuts = torch.randperm(steps - 1, generator=rng)[: torch.randint(3, (), generator=rng)].sort().values + 1
-        lengths = torch.tensor([0, *cuts, steps]).diff().tolist()
-        parts = []
-        for length in lengths:
-            move = moves[torch.multinomial(torch.tensor([3, 3, 3, 3, 1, 1.0]), 1, generator=rng)]
-            turn = turns[torch.multinomial(torch.tensor([3, 3, 1, 1.0]), 1, generator=rng)]
-            kind = torch.multinomial(torch.tensor([4, 3, 3.0]), 1, generator=rng).item()
-            parts.append(f"{(move, turn, f'{move}+{turn}')[kind]}*{length}")
-        path = ",".join(parts)
-        centre = invert_se3(parse_trajectory(path))[:, :3, 3]
-        if (centre.abs() < torch.tensor([0.7, 0.4, 0.6])).all():
-            return path
-
-
-def held_out(text: str) -> bool:
-    """One prompt, and one path, in eight is never trained on: which ones is a property of the text alone."""
-    return zlib.crc32(text.encode()) % 8 == 0
-
-
-def sample_toy(count: int, seed: int, steps: int, held: bool) -> tuple[list[str], list[str], Scene]:
-    """Prompts, paths and scenes, all held out or none."""
-    rng = torch.Generator().manual_seed(seed)
-    prompts, paths = [], []
-    while len(prompts) < count:
-        if held_out(text := sample_prompt(rng)) == held:
-            prompts.append(text)
-    while len(paths) < count:
-        if held_out(text := sample_path(rng, steps)) == held:
-            paths.append(text)
-    colours, pillars = (torch.stack(z) for z in zip(*map(read_prompt, prompts)))
-    return prompts, paths, Scene(colours, pillars, torch.randint(len(LOOKS), (count, N_PANELS), generator=rng))
-
-
-def cast(pillars: Tensor, viewmats: Tensor, K: Tensor, size: int) -> Hits:
-    """pillars [b 2 2], viewmats [b t 4 4], K [3 3] -> what each ray of a size x size image meets."""
-    grid = (torch.arange(2 * size, dtype=torch.float32) + 0.5) / (2 * size)
-    y, x = torch.meshgrid((grid - K[1, 2]) / K[1, 1], (grid - K[0, 2]) / K[0, 0], indexing="ij")
-    ray = torch.stack([x, y, torch.ones_like(x)])
-    c2w = invert_se3(viewmats)
-    d = torch.einsum("btij,jhw->ibthw", c2w[..., :3, :3], ray)
-    d = torch.where(d.abs() < 1e-6, 1e-6, d)
-    o = rearrange(c2w[..., :3, 3], "b t i -> i b t 1 1")
-
-    lo, hi = (torch.tensor(bound).view(3, 1, 1, 1, 1) for bound in zip(*ROOM))
-    distance, axis = ((torch.where(d > 0, hi, lo) - o) / d).min(dim=0)
-    positive = d.gather(0, axis[None])[0] > 0
-    wall = torch.where(positive, torch.tensor([1, 3, 2])[axis], torch.tensor([0, 4, 7])[axis])  # +y is the floor
-    for n in range(2):
-        centre = rearrange(pillars[:, n], "b i -> i b 1 1 1")
-        a, b = ((centre + side * PILLAR - o[[0, 2]]) / d[[0, 2]] for side in (-1, 1))
-        enter, face = torch.minimum(a, b).max(dim=0)
-        hit = (enter < torch.maximum(a, b).min(dim=0).values) & (enter > 0) & (enter < distance)
-        distance, wall, axis = (torch.where(hit, new, old) for new, old in
-                                ((enter, distance), (5 + n, wall), (2 * face, axis)))
-
-    x, y, z = o + distance * d
-    side, flat, pillar = axis == 0, (wall == 3) | (wall == 4), (wall == 5) | (wall == 6)
-    first, across = (torch.tensor(column)[wall] for column in zip(*[PANELS[name] for name in SURFACES]))
-    row = torch.where((side | flat) & ~pillar, (z + 1.4).floor().clamp(0, 2).long(), 0)
-    panel = first + row + torch.where(across == 2, (x > 0).long(), 0)
-    facing = torch.tensor([0.80, 0.88, 0.95, 1.0, 0.90, 0.95, 0.95, 0.85])[wall] - 0.15 * (pillar & side).float()
-    return Hits(wall, panel, torch.where(side, z, x), torch.where(flat, z, y), facing / (1 + 0.12 * distance))
-
-
-def paint(hits: Hits, colours: Tensor, looks: Tensor) -> Tensor:
-    """Colours [b 8] and looks [b 16] on what the rays met -> video [b 3 t h w] in [-1, 1]."""
-    rgb = torch.tensor([*PALETTE.values(), (0.5, 0.5, 0.5)])
-    batch = torch.arange(len(colours)).view(-1, 1, 1, 1)
-    colour = torch.where(hits.surface == NAMED, len(PALETTE), colours[batch, hits.surface])
-    look, turn = F.pad(looks, (0, 1), value=-1)[batch, hits.panel], 2 * math.pi / PERIOD
-    su, sv = torch.sin(turn * hits.u), torch.sin(turn * hits.v)
-    wave = torch.where(look == 0, sv, torch.where(look == 1, su, torch.where(
-        look == 2, 1.4 * su * sv, torch.sin(turn * 0.75 * (hits.u + hits.v)))))
-    tone = hits.shade * torch.where(look < 0, 0.9, 0.74 + 0.26 * torch.tanh(2.5 * wave))
-    return reduce(2 * tone[..., None] * rgb[colour] - 1, "b t (h p) (w q) c -> b c t h w", "mean", p=2, q=2)
-
-
-def render(scene: Scene, viewmats: Tensor, K: Tensor, size: int) -> Tensor:
-    """scene of b rooms, one pose per latent frame [b f 4 4] -> video [b 3 t size size] in [-1, 1]."""
-    return paint(cast(scene.pillars, pixel_cameras(viewmats), K, size), scene.colours, scene.looks)
-
-
-def look_errors(video: Tensor, hits: Hits, colours: Tensor) -> Tensor:
-    """Squared error of every panel under every look [b 17 4], summed over the rays that meet it; last, the pillars."""
-    errors = []
-    for look in range(len(LOOKS)):
-        image = paint(hits, colours, torch.full((len(colours), N_PANELS), look))
-        error = repeat((image - video).square().sum(1), "b t h w -> b (t h p w q)", p=2, q=2)
-        errors.append(torch.zeros(len(colours), N_PANELS + 1).scatter_add_(1, hits.panel.flatten(1), error))
-    return torch.stack(errors, dim=-1)
-
-
-def panels_seen(hits: Hits, least: float) -> Tensor:
-    """Which panels cover at least `least` pixels in some frame [b 16]."""
-    panel = hits.panel.flatten(2)
-    rays = torch.zeros(*panel.shape[:2], N_PANELS + 1).scatter_add_(2, panel, torch.ones(panel.shape))
-    return (rays / 4).amax(1)[:, :N_PANELS] >= least
+def _realestate(lines: list[str]) -> dict:
+    rows = [list(map(float, line.split())) for line in lines if line.strip() and not line.startswith("http")]
+    for n, row in enumerate(rows):
+        if len(row) != 19 or abs(row[5]) > 1e-3 or abs(row[6]) > 1e-3:
+            raise ValueError(f"line {n} of the poses: expected time fx fy cx cy k1 k2 (no distortion) and 12 numbers, "
+                             f"found {len(row)} numbers, k {row[5:7]}")
+    return {"w2c": [[row[7:11], row[11:15], row[15:19], [0, 0, 0, 1]] for row in rows],
+            "K": [row[1:5] for row in rows]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. Prompts. What reads them is frozen, and the toy world has a stand-in for it that needs no download.
-
-
-class Encoder(NamedTuple):
-    """What turns prompts, and for HY the first frames of videos, into what a network reads."""
-    name: str
-    read: Callable[[str], dict[str, Tensor]]  # a prompt -> embeds [l d], or for HY text and byt5, each as long as it is
-    length: int | None  # that prompts are padded to with zeros; None: to the longest of a batch, with masks
-    see: Callable[[Tensor], Tensor] | None  # images [b 3 H W] in [-1, 1] -> [b l d]; Wan knows none
-    null: str  # the prompt that guidance steers away from
+# 7. Encoders.
 
 
 def load_encoder(preset: str, path: Path | None, device: torch.device) -> Encoder:
@@ -469,57 +942,6 @@ def load_encoder(preset: str, path: Path | None, device: torch.device) -> Encode
     umt5 = lru_cache(lambda: load_text_encoder(path, device))
     read = lambda prompt: {"embeds": trimmed(encode_prompts([prompt], umt5())[0])}
     return Encoder("umt5", read, UMT5_LEN, None, NULL_PROMPT)
-
-
-def trimmed(z: Tensor) -> Tensor:
-    """One prompt [l d] without the zeros past its end."""
-    return z[: int(z.any(-1).sum())]
-
-
-def pair(rows: list[dict[str, Tensor]], null: dict[str, Tensor], length: int | None, vision: Tensor | None = None,
-         first: Tensor | None = None) -> tuple:
-    """What an encoder read from the prompts of a batch, and from the null prompt -> both as networks take them, b each.
-
-    Wan: [b length d], zero past their ends. HY: HYPrompts, padded to the longest, with masks, and with an image to go
-    on from: vision [b l d] is how it was seen, all zero where there is none, and first [b 1 c h w] are its latents.
-    """
-    joined = {}
-    for name in null:
-        parts = [*(row[name] for row in rows), null[name]]
-        ends = torch.tensor([len(part) for part in parts], device=parts[0].device)
-        z = nn.utils.rnn.pad_sequence(parts, batch_first=True)
-        joined[name] = F.pad(z, (0, 0, 0, max(length or 1, z.shape[1]) - z.shape[1]))
-        if length is None:
-            joined[f"{name}_mask"] = torch.arange(joined[name].shape[1], device=z.device) < ends[:, None]
-    texts = {name: z[:-1] for name, z in joined.items()}
-    nulls = {name: z[-1:].expand_as(texts[name]) for name, z in joined.items()}
-    if "embeds" in null:
-        return texts["embeds"], nulls["embeds"]
-    from model import HYPrompt
-    image = F.pad(first, (0, 0, 0, 0, 0, 1), value=1.0) * vision.flatten(1).any(1).view(-1, 1, 1, 1, 1)
-    return HYPrompt(**texts, vision=vision, image=image), HYPrompt(**nulls, vision=vision, image=image)
-
-
-# The stand-in for umT5 gives each word a fixed random vector and lets a token carry its own word and the two before it,
-# so that "red left wall" is not "left red wall". Zero rows pad, as in Wan.
-
-WORD_DIM = 32
-TEXT_LEN, TEXT_DIM = 32, 3 * WORD_DIM
-
-
-@lru_cache(maxsize=4096)
-def word_vector(word: str) -> Tensor:
-    return torch.randn(WORD_DIM, generator=torch.Generator().manual_seed(zlib.crc32(word.encode())))
-
-
-def encode_words(prompt: str) -> Tensor:
-    """prompt -> [32 96], zero past its end; the empty prompt is the null prompt. Raises ValueError past 32 words."""
-    words = prompt.lower().replace(",", " ").split()
-    if len(words) > TEXT_LEN:
-        raise ValueError(f"prompt {prompt!r}: {len(words)} words, expected at most {TEXT_LEN}")
-    vectors = [torch.zeros(WORD_DIM)] * 2 + [word_vector(word) for word in words]
-    rows = [torch.cat([vectors[i], vectors[i - 1], vectors[i - 2]]) for i in range(2, len(vectors))]
-    return F.pad(torch.stack(rows), (0, 0, 0, TEXT_LEN - len(rows))) if rows else torch.zeros(TEXT_LEN, TEXT_DIM)
 
 
 def read_hy_words(prompt: str) -> dict[str, Tensor]:
@@ -796,199 +1218,7 @@ def see(image: Tensor, encoders: HYEncoders) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. Latents. A folder of safetensors shards, read through memory maps: latents [n f c h w] fp16, viewmats [n f 4 4] and
-# Ks [n f 3 3] fp32, prompt_ids [n], for HY also vision [n l d]; and prompts.safetensors, what was read from one prompt
-# after another, the null prompt last: embeds [l d] fp16, or for HY text and byt5; embeds_ends [n] is where each ends.
-
-
-class Batch(NamedTuple):
-    """What a stage trains on; every random number a sample needs comes from that sample's own generator in `rng`."""
-    x0: Tensor  # [b f c h w] fp32
-    prompt: Tensor  # [b l d], or HY's HYPrompt
-    null: Tensor  # alike, the prompt that guidance steers away from; HY's keeps the image
-    camera: tuple[Tensor, Tensor, Tensor]  # viewmats [b f 4 4], Ks [b f 3 3], action labels [b f]
-    rng: list[torch.Generator]
-    ids: list[int]  # rows of the data set
-    held: dict[str, Tensor]  # all else that the folder says of these rows
-    states: Tensor | None  # [b n f c h w], of an ODE-pair folder (distill_ode.py): along the way from noise to x0
-
-
-class Latents(NamedTuple):
-    """An open latents folder: memory maps, nothing read yet."""
-    folder: Path
-    shards: list
-    starts: list[int]  # first row of each shard, and the total
-    prompts: object
-    ends: dict[str, list[int]]  # in the table of prompts
-    meta: dict
-
-
-def open_latents(folder: str | Path, preset: str | None = None) -> Latents:
-    """Raises ValueError when the folder is missing, empty, holds a file that is not safetensors, or has latents or
-    prompts that the preset's network, if one is named, cannot read."""
-    folder = Path(folder)
-    files = sorted(folder.glob("latents-*.safetensors"))
-    if not files or not (folder / "prompts.safetensors").exists():
-        raise ValueError(f"{folder}: no latents here; `python data.py --out {folder}` makes the toy world's")
-    try:
-        shards = [safe_open(file, "pt") for file in files]
-        prompts = safe_open(folder / "prompts.safetensors", "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{folder}: a file is truncated or not safetensors ({error})") from None
-    starts = [0]
-    for file, shard in zip(files, shards, strict=True):
-        held, missing = shard.metadata() or {}, {"latents", "viewmats", "Ks", "prompt_ids"} - set(shard.keys())
-        if missing or "meta" not in held:
-            raise ValueError(f"{file}: not a shard of latents, it holds {sorted(shard.keys())[:5]}")
-        starts.append(starts[-1] + shard.get_slice("prompt_ids").get_shape()[0])
-    if preset:
-        from model import PRESETS, HYConfig
-        dit = PRESETS[preset].dit
-        name = "text" if isinstance(dit, HYConfig) else "embeds"
-        channels = shards[0].get_slice("latents").get_shape()[2]
-        text_dim = prompts.get_slice(name).get_shape()[1] if name in prompts.keys() else 0
-        if (channels, text_dim) != (dit.channels, dit.text_dim):
-            raise ValueError(f"{folder}: made by the VAE or text encoder of another network than {preset}: {channels} "
-                             f"channels, prompts with {text_dim} of {name}, expected {dit.channels} and {dit.text_dim}")
-    ends = {name: prompts.get_tensor(f"{name}_ends").tolist() for name in ("embeds", "text", "byt5")
-            if f"{name}_ends" in prompts.keys()}
-    if not ends:
-        raise ValueError(f"{folder}/prompts.safetensors: no table of prompts; data.py makes the folder anew")
-    return Latents(folder, shards, starts, prompts, ends, json.loads(shards[0].metadata()["meta"]))
-
-
-def check_data(data: Latents, source: dict, path: Path) -> dict:
-    """Raises ValueError when latents are not of the kind that the checkpoint at path, described by `source`, knows.
-
-    Returns `source`. A released checkpoint (made "from" None) may be shown any videos, and knows their kind from then
-    on; what is made of it has none of its habits.
-    """
-    kind = {name: data.meta[name] for name in ("K", "size", "fps", "frames")}
-    for name in ("vae_fingerprint", *(kind if source["from"] else ())):
-        if data.meta[name] != source[name]:
-            raise ValueError(f"{data.folder}: its {name} is {data.meta[name]}, that of {path} {source[name]}")
-    return source | kind | {habit: False for habit in ("timed_text", "released_cache") if habit in source}
-
-
-def read_prompt_row(data: Latents, i: int) -> dict[str, Tensor]:
-    """What the encoder read from prompt i, the null prompt's -1."""
-    return {name: data.prompts.get_slice(name)[ends[i - 1] if i % len(ends) else 0 : ends[i]]
-            for name, ends in data.ends.items()}
-
-
-def save_prompts(path: Path, rows: list[dict[str, Tensor]], about: dict[str, str]) -> None:
-    """The table of prompts, the null prompt's row last."""
-    columns = {name: torch.cat([row[name] for row in rows]).half() for name in rows[0]}
-    ends = {f"{name}_ends": torch.tensor([len(row[name]) for row in rows]).cumsum(0) for name in rows[0]}
-    save_shard(path, columns | ends, about)
-
-
-@lru_cache(maxsize=8)
-def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, 1, epoch))).tolist()
-
-
-def save_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write safetensors so that a crash or a full disk never leaves half a file under the final name."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save_file({name: z.cpu().contiguous() for name, z in tensors.items()}, temporary, metadata)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise ValueError(f"{path}: could not be written ({error})") from error
-
-
-def mix(*numbers: int) -> int:
-    """Integers -> a well-spread 62-bit seed, so that neighbouring (seed, step, sample) share no stream."""
-    digest = 0
-    for number in numbers:
-        digest = (digest ^ (number + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9 % 2**64
-        digest ^= digest >> 29
-    return digest >> 2
-
-
-def get_batch(data: Latents, seed: int, step: int, part: int, parts: int, size: int, device: torch.device) -> Batch:
-    """Samples part * size ... of the parts * size that make up `step`: a pure function, so a run can stop anywhere.
-
-    part is rank + world_size * micro-batch, so N ranks and N micro-batches see the same samples with the same noise.
-    Raises ValueError when a latent is not finite.
-    """
-    total, rows, rng, ids = data.starts[-1], [], [], []
-    for slot in range(part * size, (part + 1) * size):
-        epoch, position = divmod(step * parts * size + slot, total)
-        row = _shuffled(total, seed, epoch)[position]
-        n = next(i for i, start in enumerate(data.starts[1:]) if row < start)
-        shard, at = data.shards[n], row - data.starts[n]
-        rows.append({name: shard.get_slice(name)[at] for name in shard.keys()})
-        rng.append(torch.Generator().manual_seed(mix(seed, 2, step, slot)))
-        ids.append(row)
-    held = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    x0, states = held.pop("latents").float(), held.pop("states", None)
-    if not x0.isfinite().all():
-        bad = [row for row, x in zip(ids, x0) if not x.isfinite().all()]
-        raise ValueError(f"{data.folder}: latents of row {bad[0]} hold NaN or inf")
-    on = lambda z: z.to(device, torch.float32 if z.is_floating_point() else None)
-    x0, vision = on(x0), on(held["vision"]) if "vision" in held else None
-    texts = [{name: on(z) for name, z in read_prompt_row(data, i).items()} for i in (*held["prompt_ids"].tolist(), -1)]
-    prompt, null = pair(texts[:-1], texts[-1], data.meta["prompt_length"], vision, x0[:, :1])
-    camera = on(held["viewmats"]), on(held["Ks"]), on(action_labels(held["viewmats"]))
-    return Batch(x0, prompt, null, camera, rng, ids, held, None if states is None else on(states))
-
-
-def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: expected at least 1")
-    return number
-
-
-def randn(rng: list[torch.Generator], *shape: int) -> Tensor:
-    """Normal noise [b *shape], each sample from its own generator: the same on any device and any number of ranks."""
-    return torch.stack([torch.randn(shape, generator=g) for g in rng])
-
-
-def rand(rng: list[torch.Generator], *shape: int) -> Tensor:
-    """Uniform numbers [b *shape], each sample from its own generator."""
-    return torch.stack([torch.rand(shape, generator=g) for g in rng])
-
-
-def open_log(path: Path, step: int) -> None:
-    """Keep the lines of metrics up to `step`: none of an earlier run's, none that a resumed run will write again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]  # a killed run or a full disk may have cut the last one
-    path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-
-
-def sample_prefix(rng: list[torch.Generator], f: int, prob: float) -> Tensor:
-    """Which of f frames are to be made [b f]: 1 but for the first one or two, with probability `prob`, where they are
-    0: given, as an image or a short video that the world goes on from."""
-    draw = rand(rng, 1)
-    given = torch.where(draw < prob / 2, 1, torch.where(draw < prob, 2, 0)).clamp_max(f - 1)
-    return (torch.arange(f) >= given).float()
-
-
-def write_log(path: Path, row: dict) -> None:
-    """Append one line of metrics."""
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def write_sheet(path: Path, videos: list[Tensor], every: int = 4, zoom: int = 3) -> None:
-    """A contact sheet. Each of `videos` [b 3 t h w] gives one strip per sample, every 4th frame; strips of one sample
-    stand below each other, in the order of `videos` (ground truth first, then what was made of it)."""
-    strips = torch.stack([rearrange(video[:, :, ::every], "b c t h w -> b h (t w) c") for video in videos], dim=1)
-    strips = F.pad(strips, (0, 0, 0, 0, 0, 1), value=1.0)  # a white line under each strip
-    image = rearrange(strips, "b s h w c -> (b s h) w c")
-    image = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    imageio.imwrite(path, image.repeat(zoom, 0).repeat(zoom, 1))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. Videos. A folder of them and a table of captions and cameras become a folder of latents in three passes: look at
+# 8. Videos. A folder of them and a table of captions and cameras become a folder of latents in three passes: look at
 # every clip, judge it beside all others, encode what is kept. What a pass makes depends on its input alone, so a run
 # can be killed and started again, and any number of processes write the same files.
 
@@ -1162,68 +1392,6 @@ def survey(clips: list[Clip], folder: Path, out: Path, rank: int, world_size: in
     return rows
 
 
-def read_poses(poses: str | dict, folder: Path) -> tuple[Tensor, list | None]:
-    """The `poses` of a row, in any format of TABLE -> viewmats [n 4 4] fp64, the first the identity, and K: one or n
-    times (fx, fy, cx, cy), or None. Raises ValueError."""
-    try:
-        if not isinstance(poses, str):
-            spec = poses
-        elif poses.endswith("images.txt"):
-            spec = _colmap(folder / poses)
-        elif poses.endswith(".txt"):
-            spec = _realestate((folder / poses).read_text().splitlines())
-        else:
-            spec = json.loads((folder / poses).read_text()) if poses.endswith(".json") else {"trajectory": poses}
-        if not isinstance(spec, dict):
-            raise ValueError(f"expected a pose string or an object, found {spec!r:.80}")
-        viewmats, K, _ = _poses(spec)
-    except OSError as error:
-        raise ValueError(f"{Path(error.filename).name}: {error.strerror}") from None
-    except KeyError as error:
-        raise ValueError(f"an entry has no {error}") from None
-    except (TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot be read ({error})") from None
-    if K is not None and not (isinstance(K, (list, tuple)) and K and isinstance(K[0], (list, tuple))):
-        K = [K]  # one for all
-    return viewmats @ invert_se3(viewmats[:1]), K
-
-
-def _colmap(images: Path) -> dict:
-    """COLMAP's images.txt, with cameras.txt beside it: quaternions, w first, and translations are world-to-camera."""
-    text = [line for line in images.read_text().splitlines() if not line.startswith("#")]
-    cameras = {}
-    for line in images.with_name("cameras.txt").read_text().splitlines():
-        if line.strip() and not line.startswith("#"):
-            name, model, *numbers = line.split()
-            width, height, *numbers = map(float, numbers)
-            focals = {"SIMPLE_PINHOLE": 1, "PINHOLE": 2, "SIMPLE_RADIAL": 1, "RADIAL": 1, "OPENCV": 2}.get(model)
-            if focals is None or any(abs(k) > 1e-3 for k in numbers[focals + 2 :]):
-                raise ValueError(f"cameras.txt: camera {name} is {model} {numbers}, expected no distortion: undistort")
-            cx, cy = numbers[focals : focals + 2]
-            cameras[name] = (numbers[0] / width, numbers[focals - 1] / height, cx / width, cy / height)
-    views = {}
-    for line in text[::2]:  # every second line holds an image's points, and may be empty
-        if line.strip():
-            _, *pose, camera, name = line.split(maxsplit=9)
-            w, x, y, z, *t = map(float, pose)
-            R = [[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y), t[0]],
-                 [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x), t[1]],
-                 [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y), t[2]], [0, 0, 0, 1]]
-            views[name] = (R, cameras[camera])
-    ordered = [views[name] for name in sorted(views)]
-    return {"w2c": [pose for pose, _ in ordered], "K": [K for _, K in ordered]}
-
-
-def _realestate(lines: list[str]) -> dict:
-    rows = [list(map(float, line.split())) for line in lines if line.strip() and not line.startswith("http")]
-    for n, row in enumerate(rows):
-        if len(row) != 19 or abs(row[5]) > 1e-3 or abs(row[6]) > 1e-3:
-            raise ValueError(f"line {n} of the poses: expected time fx fy cx cy k1 k2 (no distortion) and 12 numbers, "
-                             f"found {len(row)} numbers, k {row[5:7]}")
-    return {"w2c": [[row[7:11], row[11:15], row[15:19], [0, 0, 0, 1]] for row in rows],
-            "K": [row[1:5] for row in rows]}
-
-
 def every_frame(viewmats: Tensor, frames: int) -> Tensor:
     """Poses [n 4 4] of each of a video's frames, or of its latent frames -> one per frame, fp64."""
     n, latents = len(viewmats), 1 + (frames - 1) // 4
@@ -1389,158 +1557,6 @@ def keys_of(viewmats: Tensor) -> str:
     parts = ["+".join(key for key in KEYS if key in keys) or "still" for keys in pressed(viewmats)[1:]]
     edges = [n for n in range(len(parts)) if n == 0 or parts[n] != parts[n - 1]]
     return ",".join(f"{parts[a]}*{b - a}" for a, b in zip(edges, [*edges[1:], len(parts)]))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 6. main: the toy world, or videos, as a latents folder.
-
-
-def pixels(text: str) -> list[int]:
-    """An argparse type: '32', or height x width as in '480x832'."""
-    size = [positive(side) for side in text.split("x")]
-    if len(size) > 2:
-        raise argparse.ArgumentTypeError(f"{text}: expected pixels, or height x width")
-    return [size[0], size[-1]]
-
-
-def translation_scale(text: str) -> str | float:
-    """An argparse type: 'set', 'clip' or a number above 0."""
-    if text in ("set", "clip"):
-        return text
-    if not 0 < (number := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: expected 'set', 'clip' or a number above 0")
-    return number
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    reasons = "\n".join(f"  {name:11}{text}" for name, text in (UNUSABLE | DOUBTFUL).items())
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"--table: {TABLE}\n\nreport.jsonl has a line for every clip; why one may be dropped:\n{reasons}")
-    p.add_argument("--out", type=Path, help="latents folder to write; default data/toy, or data/videos")
-    p.add_argument("--vae", type=Path, default=Path("ckpt/vae.pt"), help="the toy world's is trained if there is none")
-    p.add_argument("--frames", type=positive, default=8, help="latent frames per video: 1 + 4 (frames - 1) of pixels")
-    p.add_argument("--size", type=pixels, default=[32, 32], help="pixels, as in 32 or, height x width, 480x832")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--image-share", type=float, help="HY: how many of the videos come with their first frame as an "
-                   "image to go on from; default 0.25, of your own videos 1")
-    toy = p.add_argument_group("the toy world")
-    toy.add_argument("--preset", default="tiny", choices=["tiny", "tiny-hy"])
-    toy.add_argument("--count", type=positive, default=4096, help="videos")
-    toy.add_argument("--vae-steps", type=positive, default=3000)
-    toy.add_argument("--vae-lr", type=float, help="default 4e-3; tiny-hy 1e-3")
-    own = p.add_argument_group("your own videos")
-    own.add_argument("--videos", type=Path, help="folder of them; instead of the toy world")
-    own.add_argument("--table", type=Path, help="default: the table.jsonl, table.json or table.csv in that folder")
-    own.add_argument("--fps", type=float, default=FPS, help="frames a second to choose; a video must have as many")
-    own.add_argument("--K", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"),
-                     help="of clips that bring none, over the width and height of the video")
-    own.add_argument("--scale", type=translation_scale, default=1.0, help=f"factor on all translations (1 for pose "
-                     f"strings); or 'set': the one that makes the median step of the whole folder {STEP} units, for "
-                     "metric poses; or 'clip': one for each clip, for poses whose scale is arbitrary (COLMAP's)")
-    own.add_argument("--text-encoder", type=Path, help="umT5, or for HY the folder of HunyuanVideo-1.5; without it "
-                     "prompts are read word by word, as the toy's")
-    own.add_argument("--negative", help="the prompt that guidance steers away from; default: empty, or Wan's for umT5")
-    own.add_argument("--keep", nargs="+", default=[], choices=DOUBTFUL, metavar="REASON",
-                     help="do not drop clips for: " + ", ".join(DOUBTFUL))
-    own.add_argument("--at-most", type=positive, metavar="N", help="clips of one action class, the key pressed most")
-    own.add_argument("--shard-size", type=positive, default=64, help="clips per file, and per turn of a process")
-    own.add_argument("--inspect", type=Path, metavar="FOLDER", help="only draw up to 24 rows of a latents folder: the "
-                     "path from above, from blue to red, beside the frames")
-    args = p.parse_args(argv)
-    args.out = args.out or Path("data/videos" if args.videos else "data/toy")
-    args.vae_lr = args.vae_lr or {"tiny": 4e-3, "tiny-hy": 1e-3}[args.preset]
-    if any(side % 8 for side in args.size) or args.frames < 2:
-        p.error(f"--size {args.size[0]}x{args.size[1]} --frames {args.frames}: expected multiples of 8 pixels, and at "
-                "least 2 frames")
-    if args.image_share is None:
-        args.image_share = 1.0 if args.videos else 0.25
-    if not args.videos and args.size[0] != args.size[1]:
-        p.error(f"--size {args.size[0]}x{args.size[1]}: the toy world is square")
-    if not 0 < args.fps < math.inf:
-        p.error(f"--fps {args.fps}: expected a number above 0")
-    return args
-
-
-def train_vae(vae, video: Tensor, steps: int, lr: float, seed: int) -> None:
-    """Reconstruct random clips of video [n 3 t h w]; a little KL keeps the latents smooth. In place.
-
-    Many small steps learn faster here than few large ones. Every fourth step sees one long clip, at times forth and
-    back again: a VAE that has only seen short ones drifts off in colour later in a video.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    t = video.shape[2]
-    for step in (bar := tqdm(range(steps), "vae")):
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 50, 2 * (1 - step / steps) + 0.02)
-        rooms, length = (3, 5) if step % 4 else (1, t) if step % 16 else (1, 2 * t - 1)
-        rows = torch.randint(len(video), (rooms,), generator=rng)
-        at = torch.randint(2 * t - length, (), generator=rng)
-        there_and_back = torch.cat([video[rows], video[rows].flip(2)[:, :, 1:]], dim=2)
-        clip = there_and_back[:, :, at : at + length].float() / 127.5 - 1
-        mu, logvar = vae.moments(clip, {})
-        logvar = logvar.clamp(-20, 10)
-        z = mu + (0.5 * logvar).exp() * torch.randn(mu.shape, generator=rng)
-        image = vae.image(z, {})
-        error = F.mse_loss(image, clip)
-        kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean()
-        optimizer.zero_grad()
-        (error + 3e-5 * kl).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        bar.set_postfix(psnr=f"{10 * math.log10(4 / error.item()):.2f}", kl=f"{kl.item():.2f}", refresh=False)
-
-
-def make_toy(args: argparse.Namespace) -> None:
-    from dataclasses import replace
-
-    from model import PRESETS, build_vae, fingerprint, load_checkpoint, load_vae, save_checkpoint
-
-    about = load_checkpoint(args.vae, "vae")[1] if args.vae.exists() else None
-    if about and about["preset"] != args.preset:
-        raise ValueError(f"{args.vae}: a VAE of preset {about['preset']}, but --preset is {args.preset}")
-    size = args.size[0]
-    prompts, paths, scene = sample_toy(args.count, args.seed, args.frames - 1, held=False)
-    viewmats, K = torch.stack([parse_trajectory(path) for path in paths]), intrinsics(K_SQUARE)
-    video = torch.empty(args.count, 3, 1 + 4 * (args.frames - 1), size, size, dtype=torch.uint8)
-    for i in tqdm(range(0, args.count, 16), "render"):
-        part = Scene(*(z[i : i + 16] for z in scene))
-        video[i : i + 16] = ((render(part, viewmats[i : i + 16], K, size) + 1) * 127.5).round().byte()
-
-    if about is None:
-        torch.manual_seed(args.seed)
-        vae = build_vae(PRESETS[args.preset].vae)
-        vae.init_weights()
-        train_vae(vae, video, args.vae_steps, args.vae_lr, args.seed)
-        with torch.no_grad():
-            z = torch.cat([vae.encode(v[None].float() / 127.5 - 1)[0] for v in video[:256]])
-        mean, std = z.mean((0, 1, 3, 4)).tolist(), z.std((0, 1, 3, 4)).tolist()
-        vae.cfg = replace(vae.cfg, mean=tuple(mean), std=tuple(std))
-        save_checkpoint(args.vae, vae.state_dict(), {"stage": "vae", "preset": args.preset, "mean": mean, "std": std,
-                                                     "fingerprint": fingerprint(vae.state_dict())})
-        about = load_checkpoint(args.vae, "vae")[1]
-    encoder = load_encoder(args.preset, None, torch.device("cpu"))
-    vae = load_vae(args.vae, torch.device("cpu"), about["fingerprint"])
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    for old in [args.out / "prompts.safetensors", *args.out.glob("latents-*.safetensors")]:
-        old.unlink(missing_ok=True)  # the prompts first and written last: without them the folder does not open
-    meta = {"preset": args.preset, "K": list(K_SQUARE), "size": args.size, "fps": FPS, "frames": args.frames,
-            "vae": str(args.vae), "vae_fingerprint": about["fingerprint"], "prompt_length": encoder.length}
-    if encoder.see:
-        meta["image_share"] = args.image_share
-    pictured = torch.rand(args.count, 1, 1, generator=torch.Generator().manual_seed(args.seed)) < args.image_share
-    for start in tqdm(range(0, args.count, 512), "encode"):
-        rows = slice(start, min(start + 512, args.count))
-        with torch.no_grad():
-            latents = torch.cat([vae.encode(v.float() / 127.5 - 1)[0] for v in video[rows].split(16)])
-        shard = {"latents": latents.half(), "viewmats": viewmats[rows], "prompt_ids": torch.arange(args.count)[rows],
-                 "Ks": K.expand(len(latents), args.frames, 3, 3)}
-        if encoder.see:
-            shard["vision"] = (encoder.see(video[rows, :, 0].float() / 127.5 - 1) * pictured[rows]).half()
-        save_shard(args.out / f"latents-{start:06d}.safetensors", shard, {"meta": json.dumps(meta)})
-    rows = [encoder.read(prompt) for prompt in [*prompts, encoder.null]]
-    save_prompts(args.out / "prompts.safetensors", rows, {"prompts": json.dumps(prompts)})
 
 
 def judge(clips: list[Clip], seen: list[dict], bad_captions: dict[str, str], args: argparse.Namespace):
@@ -1765,6 +1781,77 @@ def inspect(folder: Path) -> None:
                   f"{math.degrees(angle.max()):.3g} degrees at most | {prompts[int(prompt)]}")
         write_sheet(folder / f"inspect-{first // 8}.png", [torch.stack(strips)], every=1, zoom=1)
     print(f"{folder}/inspect-*.png: {len(rows)} of {data.starts[-1]} rows")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. main: the toy world, or videos, as a latents folder.
+
+
+def pixels(text: str) -> list[int]:
+    """An argparse type: '32', or height x width as in '480x832'."""
+    size = [positive(side) for side in text.split("x")]
+    if len(size) > 2:
+        raise argparse.ArgumentTypeError(f"{text}: expected pixels, or height x width")
+    return [size[0], size[-1]]
+
+
+def translation_scale(text: str) -> str | float:
+    """An argparse type: 'set', 'clip' or a number above 0."""
+    if text in ("set", "clip"):
+        return text
+    if not 0 < (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected 'set', 'clip' or a number above 0")
+    return number
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    reasons = "\n".join(f"  {name:11}{text}" for name, text in (UNUSABLE | DOUBTFUL).items())
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"--table: {TABLE}\n\nreport.jsonl has a line for every clip; why one may be dropped:\n{reasons}")
+    p.add_argument("--out", type=Path, help="latents folder to write; default data/toy, or data/videos")
+    p.add_argument("--vae", type=Path, default=Path("ckpt/vae.pt"), help="the toy world's is trained if there is none")
+    p.add_argument("--frames", type=positive, default=8, help="latent frames per video: 1 + 4 (frames - 1) of pixels")
+    p.add_argument("--size", type=pixels, default=[32, 32], help="pixels, as in 32 or, height x width, 480x832")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--image-share", type=float, help="HY: how many of the videos come with their first frame as an "
+                   "image to go on from; default 0.25, of your own videos 1")
+    toy = p.add_argument_group("the toy world")
+    toy.add_argument("--preset", default="tiny", choices=["tiny", "tiny-hy"])
+    toy.add_argument("--count", type=positive, default=4096, help="videos")
+    toy.add_argument("--vae-steps", type=positive, default=3000)
+    toy.add_argument("--vae-lr", type=float, help="default 4e-3; tiny-hy 1e-3")
+    own = p.add_argument_group("your own videos")
+    own.add_argument("--videos", type=Path, help="folder of them; instead of the toy world")
+    own.add_argument("--table", type=Path, help="default: the table.jsonl, table.json or table.csv in that folder")
+    own.add_argument("--fps", type=float, default=FPS, help="frames a second to choose; a video must have as many")
+    own.add_argument("--K", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"),
+                     help="of clips that bring none, over the width and height of the video")
+    own.add_argument("--scale", type=translation_scale, default=1.0, help=f"factor on all translations (1 for pose "
+                     f"strings); or 'set': the one that makes the median step of the whole folder {STEP} units, for "
+                     "metric poses; or 'clip': one for each clip, for poses whose scale is arbitrary (COLMAP's)")
+    own.add_argument("--text-encoder", type=Path, help="umT5, or for HY the folder of HunyuanVideo-1.5; without it "
+                     "prompts are read word by word, as the toy's")
+    own.add_argument("--negative", help="the prompt that guidance steers away from; default: empty, or Wan's for umT5")
+    own.add_argument("--keep", nargs="+", default=[], choices=DOUBTFUL, metavar="REASON",
+                     help="do not drop clips for: " + ", ".join(DOUBTFUL))
+    own.add_argument("--at-most", type=positive, metavar="N", help="clips of one action class, the key pressed most")
+    own.add_argument("--shard-size", type=positive, default=64, help="clips per file, and per turn of a process")
+    own.add_argument("--inspect", type=Path, metavar="FOLDER", help="only draw up to 24 rows of a latents folder: the "
+                     "path from above, from blue to red, beside the frames")
+    args = p.parse_args(argv)
+    args.out = args.out or Path("data/videos" if args.videos else "data/toy")
+    args.vae_lr = args.vae_lr or {"tiny": 4e-3, "tiny-hy": 1e-3}[args.preset]
+    if any(side % 8 for side in args.size) or args.frames < 2:
+        p.error(f"--size {args.size[0]}x{args.size[1]} --frames {args.frames}: expected multiples of 8 pixels, and at "
+                "least 2 frames")
+    if args.image_share is None:
+        args.image_share = 1.0 if args.videos else 0.25
+    if not args.videos and args.size[0] != args.size[1]:
+        p.error(f"--size {args.size[0]}x{args.size[1]}: the toy world is square")
+    if not 0 < args.fps < math.inf:
+        p.error(f"--fps {args.fps}: expected a number above 0")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
