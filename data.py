@@ -418,6 +418,11 @@ class Batch(NamedTuple):
         """Uniform numbers in [0, 1), [b *shape]."""
         return torch.stack([torch.rand(shape, generator=g) for g in self.rng]).to(self.x0.device)
 
+    def rand_per_chunk(self, chunk: int) -> Tensor:
+        """Uniform numbers in [0, 1), one per chunk of frames, the last of which may be short: [b f]."""
+        f = self.x0.shape[1]
+        return self.rand(math.ceil(f / chunk)).repeat_interleave(chunk, dim=1)[:, :f]
+
     def noise(self) -> Tensor:
         """Normal noise of the latents' shape [b f c h w]."""
         return torch.stack([torch.randn(self.x0.shape[1:], generator=g) for g in self.rng]).to(self.x0.device)
@@ -610,12 +615,17 @@ def set_recipe(parser: argparse.ArgumentParser, recipes: dict[str, dict], argv: 
     parser.epilog = "\n".join(lines)
 
 
-def open_log(path: Path, step: int) -> None:
-    """Keep the lines of metrics up to `step`: none of an earlier run's, none that a resumed run will write again."""
+def open_log(out: Path, step: int, steps: int) -> None:
+    """Say where the run that writes `out` stands, and keep the lines of its metrics up to `step`: none of an earlier
+    run's, none that a resumed run will write again. On rank 0."""
+    if dist.get_rank() > 0:
+        return
+    path = out.with_suffix("") / "metrics.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     whole = [line for line in lines if line.endswith("\n")]  # a killed run or a full disk may have cut the last one
     path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+    print(f"{out}: step {step} of {steps}" + (", nothing left to do" if step >= steps else ""))
 
 
 def write_log(path: Path, row: dict) -> None:

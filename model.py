@@ -921,8 +921,11 @@ def load_state(folder: Path, nets: Nets, optimizers: Optimizers) -> int:
     for name, net in nets.items():
         set_model_state_dict(net, state[name])
     for name, optimizer in optimizers.items():
+        flags = [{key: z for key, z in group.items() if key != "params"} for group in optimizer.param_groups]
         options = StateDictOptions(strict=False)
         set_optimizer_state_dict(nets[name], optimizer, state[f"{name}.optimizer"], options=options)
+        for group, asked in zip(optimizer.param_groups, flags, strict=True):
+            group.update(asked)  # learning rate, betas ... are this run's, not those of the run that was saved
     return int(state["step"])
 
 
