@@ -24,13 +24,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import (
-    GRAMMAR, VIDEOS, CameraPath, Encoder, HelpFormatter, collate_prompts, from_bytes, intrinsics, load_encoder,
-    parse_trajectory, pressed, read_camera, resize_and_crop, to_bytes, write_sheet,
-)
 from data import (  # for the scores
-    LOOKS, N_PANELS, NAMED, PALETTE, SURFACE_OF_PANEL, Scene, cast, look_errors, mix, paint, panels_seen, pixel_cameras,
-    read_prompt, render, rotation, sample_toy,
+    GRAMMAR, LOOKS, N_PANELS, NAMED, PALETTE, SURFACE_OF_PANEL, VIDEOS, CameraPath, Encoder, HelpFormatter, Scene, cast,
+    collate_prompts, from_bytes, intrinsics, load_encoder, look_errors, mix, paint, panels_seen, parse_trajectory,
+    pixel_cameras, pressed, read_camera, read_prompt, render, resize_and_crop, rotation, sample_toy, to_bytes,
+    write_sheet,
 )
 from model import Camera, Meta, Prompt, invert_se3, load_net, load_vae, rollout, timed, use_released_cache
 

@@ -25,9 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import (
-    Batch, HelpFormatter, get_batch, open_latents, open_log, positive, set_recipe, write_log, write_samples,
-)
+from data import Batch, HelpFormatter, get_batch, open_latents, open_log, positive, set_recipe, write_log, write_samples
 from model import (
     Meta, add_noise, build, check_finite, fresh_weights, full_state_dict, load_checkpoint, load_state, load_vae,
     masked_mse, save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema, where_prompt,
