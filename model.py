@@ -142,7 +142,7 @@ def projections(camera: Camera) -> tuple[Tensor, Tensor]:
 
 def apply_projection(x: Tensor, P: Tensor) -> Tensor:
     """Multiply every group of four channels of x [b f s d] by its frame's matrix P [b f 4 4], in P's precision."""
-    y = rearrange(x.to(P.dtype), "b f s (g j) -> b f (s g) j", j=4) @ P.mT
+    y = rearrange(x.to(P.dtype), "b f s (g j) -> b f (s g) j", j=4) @ P.mT  # rows of vectors: y = P x is y^T = x^T P^T
     return rearrange(y, "b f (s g) i -> b f s (g i)", s=x.shape[2]).to(x.dtype)
 
 
@@ -158,14 +158,14 @@ class DiTConfig:
     layers: int
     channels: int  # of the latents
     text_dim: int
-    freq_dim: int = 256
-    patch: int = 2
+    freq_dim: int = 256  # of the sinusoid that the noise level becomes
+    patch: int = 2  # latents along height and width that make a token
 
     @property
     def rope_bands(self) -> tuple[int, int, int]:
         """How many channels of a head turn with the frame, the row and the column."""
         head_dim = self.dim // self.heads
-        third = 2 * (head_dim // 6)
+        third = 2 * (head_dim // 6)  # even: channels turn in pairs; what is left over goes to time
         return head_dim - 2 * third, third, third
 
 
@@ -214,6 +214,7 @@ def rope_table(frames: Tensor, h: int, w: int, bands: tuple[int, int, int], thet
     rows, columns = (torch.arange(n, device=frames.device) for n in (h, w))
     angles = []
     for position, width in zip((frames, rows, columns), bands, strict=True):
+        # fp64: in bf16 the angle at position 1000 would be off by up to a third of a turn
         speed = theta ** -(torch.arange(0, width, 2, device=frames.device).double() / width)
         angles.append(torch.outer(position.double(), speed))  # [positions width/2]
     t, y, x = angles
@@ -226,6 +227,7 @@ def rope_table(frames: Tensor, h: int, w: int, bands: tuple[int, int, int], thet
 
 def apply_rope(x: Tensor, rope: Tensor, heads: int) -> Tensor:
     """Turn x [b f s d] by rope [f*s 1 hd/2], two neighbouring channels forming one complex number."""
+    # a rotation of q and k by their own positions leaves q . k a function of the difference alone
     pairs = rearrange(x.float(), "b f s (nh e two) -> b (f s) nh e two", nh=heads, two=2).contiguous()
     turned = torch.view_as_complex(pairs) * rope
     return torch.view_as_real(turned).flatten(2).view_as(x).type_as(x)
@@ -272,7 +274,7 @@ def sdpa(q: Tensor, seen: list[tuple[Tensor, Tensor]], mask: Tensor | None = Non
     if len(seen) == 1:
         k, v = seen[0]
     else:
-        k, v = (torch.cat(pieces, dim=2) for pieces in zip(*seen, strict=True))
+        k, v = (torch.cat(pieces, dim=2) for pieces in zip(*seen, strict=True))  # softmax needs all keys at once
     if mask is not None:  # every key after the first piece counts
         mask = F.pad(mask, (0, k.shape[2] - mask.shape[1]), value=True)[:, None, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -320,12 +322,14 @@ class SelfAttention(nn.Module):
         Each branch caches what it attends to, after its own transform, so a cached key is never touched again.
         """
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)  # [b f s d]
+        # where tokens are: RoPE turns queries and keys, values stay
         q_rope, k_rope = apply_rope(q, rope, self.heads), apply_rope(k, rope, self.heads)
         past = [cached[:2]] if cached is not None else []
         y, kv = segment_attention(q_rope, k_rope, v, self.heads, segments, past)
         y = self.o(y)
         if projection is not None:
             P, P_inv = projection
+            # how their cameras stand to each other: PRoPE, on queries and keys without RoPE, and on values, too
             # (P_i^T q_i) . (P_j^-1 k_j) = q_i . (P_i P_j^-1 k_j): the score sees the motion from frame j to frame i
             q, k, v = apply_projection(q, P.mT), apply_projection(k, P_inv), apply_projection(v, P_inv)
             past = [cached[2:]] if cached is not None else []
@@ -374,7 +378,7 @@ class Block(nn.Module):
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = m
         y, kv = self.self_attn(self.norm1(x) * (1 + scale_sa) + shift_sa, rope, projection, segments, cached)
         x = x + gate_sa * y
-        x = x + self.cross_attn(self.norm3(x), text)
+        x = x + self.cross_attn(self.norm3(x), text)  # as Wan has it: not modulated, not gated
         x = x + gate_ffn * self.ffn(self.norm2(x) * (1 + scale_ffn) + shift_ffn)
         return x, kv if update_cache else None
 
@@ -438,11 +442,11 @@ class WanDiT(nn.Module):
         """
         b, f, _, h, w = x_t.shape
         check_shapes(x_t, sigma, camera)
-        start = kv_cache.frames if kv_cache else 0
+        start = kv_cache.frames if kv_cache else 0  # a stream's positions go on from what was cached
         frames = torch.arange(start, start + f, device=x_t.device)
-        rope = rope_table(frames, h // 2, w // 2, self.cfg.rope_bands, theta=10000)
+        rope = rope_table(frames, h // 2, w // 2, self.cfg.rope_bands, theta=10000)  # once a pass, for all blocks
         projection = None if camera is None else projections(camera)
-        segments = None
+        segments = None  # every frame sees every frame, and the cache
         if clean is not None:  # [clean | noisy] along the frames; both halves stand at the same places and times
             x_t = torch.cat([clean, x_t], dim=1)
             sigma = torch.cat([torch.zeros_like(sigma), sigma], dim=1)
@@ -461,7 +465,7 @@ class WanDiT(nn.Module):
             cached = kv_cache.layers[i] if kv_cache else None
             x, kv = block(x, modulation, text, rope, projection, segments, cached, update_cache)
             layers.append(kv)
-        if update_cache:
+        if update_cache:  # the velocity of clean frames means nothing: what this pass was for is its keys and values
             return KVCache(start + f, append_layers(kv_cache, layers))
         v = self.head(x[:, -f:], e[:, -f:])  # under teacher forcing the noisy half alone
         return rearrange(v, "b f (h w) (p q c) -> b f c (h p) (w q)", h=h // 2, p=2, q=2).float()
@@ -553,7 +557,7 @@ def few_step(net: nn.Module, noise: list[Tensor], sigmas: list[float], prompt: P
     """
     x_t = noise[0]
     for i, (upper, lower) in enumerate(zip(sigmas, sigmas[1:])):
-        sigma = upper * generated
+        sigma = upper * generated  # [b f]
         v = velocity_with_guidance(net, x_t, sigma, prompt, camera, guidance, kv_cache)
         x0 = velocity_to_x0(v, x_t, sigma)
         x_t = add_noise(x0, noise[i + 1], lower * generated) if lower > 0 else x0
@@ -599,9 +603,10 @@ def rollout(net: nn.Module, meta: "Meta", rng: list[torch.Generator], shape: tup
     sampler = SAMPLERS[meta["sampler"]]
     # UniPC works in log-SNR, which pure noise has at -inf
     sigmas = noise_levels(meta["sampling_steps"], meta["shift"], start=0.999 if meta["sampler"] == "unipc" else 1.0)
-    if not meta["camera"]:
+    if not meta["camera"]:  # the base model is shown no camera, whatever the path
         camera = None
 
+    # all noise is drawn now, level after level
     count = meta["sampling_steps"] if meta["sampler"] == "few_step" else 1
     noise = [torch.stack([torch.randn(shape, generator=g) for g in rng]).to(device) for _ in range(count)]
     generated = torch.ones(b, f, device=device)

@@ -24,7 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import (  # for the scores
+from data import (
     GRAMMAR, LOOKS, N_PANELS, NAMED, PALETTE, SURFACE_OF_PANEL, VIDEOS, CameraPath, Encoder, HelpFormatter, Scene, cast,
     collate_prompts, from_bytes, intrinsics, load_encoder, look_errors, mix, paint, panels_seen, parse_trajectory,
     pixel_cameras, pressed, read_camera, read_prompt, render, resize_and_crop, rotation, sample_toy, to_bytes,
