@@ -1251,8 +1251,8 @@ class HYConfig:
     patch: int = 1
 
 
-# classes of a motion; rows: backward, none, forward; columns: left, none, right.
-# Or of a turn; rows: left, none, right; columns: down, none, up.
+# The class of a motion: rows backward, none, forward; columns left, none, right.
+# The class of a turn: rows left, none, right; columns down, none, up.
 ACTIONS = torch.tensor([[8, 2, 7], [4, 0, 3], [6, 1, 5]])
 
 
@@ -1260,17 +1260,17 @@ def action_labels(viewmats: Tensor, last_pose: Tensor | None = None) -> Tensor:
     """HY-WorldPlay's label of the step that leads to each frame: viewmats [... f 4 4] -> [... f] int64.
 
     last_pose [... 4 4]: the viewmat of the frame before; without it the first label is 0, no step.
-    A label is 9 * motion + turn, both classes of ACTIONS. No motion is less than 0.01 units, or along y; no turn less
-    than 0.05 degrees. The poses alone decide: minWM's table of keys exchanges left and right, its training data and
-    WorldPlay do not.
+    A label is 9 * motion + turn, both classes of ACTIONS. Motion of less than 0.01 units or along y counts as none, and
+    so does a turn of less than 0.05 degrees. Only poses count: minWM's table of keys exchanges left and right, its
+    training data and WorldPlay do not.
     """
     def side(amount: Tensor, least: float) -> Tensor:
         """0 below -least, 1 between, 2 above least: a row or column of ACTIONS."""
         return (amount > least).long() - (amount < -least).long() + 1
 
     classes = ACTIONS.to(viewmats.device)
-    first = viewmats[..., :1, :, :] if last_pose is None else last_pose[..., None, :, :]
-    w2c = torch.cat([first, viewmats], dim=-3).double()
+    before = viewmats[..., :1, :, :] if last_pose is None else last_pose[..., None, :, :]
+    w2c = torch.cat([before, viewmats], dim=-3).double()
     step = w2c[..., :-1, :, :] @ invert_se3(w2c[..., 1:, :, :])  # each camera in the axes of the one before
     R, move = step[..., :3, :3], step[..., :3, 3]
     distance = move.norm(dim=-1, keepdim=True)
@@ -1384,8 +1384,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 class DoubleBlock(nn.ModuleDict):
     """The same layers twice over, for the streams "img" (the video) and "txt", by their released names."""
-    # Of a cached (k, v, PRoPE's k, v), what PRoPE's queries read: PRoPE's. See use_released_cache.
-    prope_cache = slice(2, None)
+    prope_cache = slice(2, None)  # where in a cached (k, v, PRoPE's k, v) PRoPE's queries read; see use_released_cache
 
     def __init__(self, cfg: HYConfig, camera: bool):
         super().__init__()
@@ -1436,19 +1435,19 @@ class DoubleBlock(nn.ModuleDict):
             text_q, text_k, text_v = (rearrange(z, "b 1 l (nh hd) -> b nh l hd", nh=heads) for z in qkv)
             text_kv = (text_k, text_v)
 
-        # the video sees the text, the cached past and itself; with a camera twice, as in Wan's SelfAttention
+        # the video sees the text, the cached past and itself; with a camera twice over, as in Wan's SelfAttention
         attn, mlp = self.modulation("img", e)
         shift, scale, gate = attn
-        q, k, v = self.qkv("img", modulated_norm(x, shift, scale))
+        q, k, v = self.qkv("img", modulated_norm(x, shift, scale))  # [b f s d]
         q_rope, k_rope = apply_rope(q, rope, heads), apply_rope(k, rope, heads)
         context = [text_kv] if cached is None else [text_kv, cached[:2]]
         y, kv = segment_attention(q_rope, k_rope, v, heads, segments, context, mask)
-        seen_by_text = [text_kv, kv] if text_sees_video else [text_kv]
+        seen_by_text = [text_kv, kv] if text_sees_video else [text_kv]  # of the video, RoPE's keys
         y = self["img_attn_proj"](y)
         if projection is not None:
             P, P_inv = projection
             q, k, v = apply_projection(q, P.mT), apply_projection(k, P_inv), apply_projection(v, P_inv)
-            # the text has no camera: its keys and values are read here as they are
+            # the text has no camera: its keys and values are read as they are
             context = [text_kv] if cached is None else [text_kv, cached[self.prope_cache]]
             z, kv_prope = segment_attention(q, k, v, heads, segments, context, mask)
             y = y + self["img_attn_prope_proj"](apply_projection(z, P))
@@ -1456,7 +1455,8 @@ class DoubleBlock(nn.ModuleDict):
         x = self.mlp("img", x + gate * y, *mlp)
 
         if text_q is not None:
-            if mask is not None:  # an empty prompt sees its own padding: softmax over an empty set is NaN
+            # an empty prompt sees its own padding, or softmax over an empty set is NaN; nobody reads what comes of it
+            if mask is not None:
                 mask = mask | ~mask.any(1, keepdim=True)
             y = rearrange(sdpa(text_q, seen_by_text, mask), "b nh l hd -> b 1 l (nh hd)")
             text = self.mlp("txt", text + text_gate * self["txt_attn_proj"](y), *text_mlp)
@@ -1478,8 +1478,8 @@ class FinalLayer(nn.Module):
 class HYDiT(nn.Module):
     """HunyuanVideo-1.5's transformer; with `camera`, plus HY-WorldPlay's PRoPE and, if cfg has them, action labels."""
     text_column = "text"  # which column of a table of prompts (data.py) its text_dim is the width of
-    # Some released networks show the text the video's noise level in a bidirectional pass (load_net). Ours, as minWM's,
-    # hold it at zero there, too, as wherever the text is cached.
+    # Does the text stand at the video's noise level in a bidirectional pass? HunyuanVideo-1.5 was trained so; load_net
+    # sets it. Ours, as minWM's, hold the text at zero there, too, as all must where it is cached.
     timed_text = False
 
     def __init__(self, cfg: HYConfig, camera: bool = True):
@@ -1525,6 +1525,7 @@ class HYDiT(nn.Module):
         kind = self.cond_type_embedding.weight
         tokens = [self.vision_in(vision) + kind[2], self.byt5_in(byt5) + kind[1],
                   self.txt_in(text, prompt.text_mask.bool(), sigma) + kind[0]]  # each [b l d]
+        # where there is no image, its tokens are padding
         has_image = (vision != 0).flatten(1).any(1, keepdim=True).expand(vision.shape[:2])
         mask = torch.cat([has_image, prompt.byt5_mask.bool(), prompt.text_mask.bool()], dim=1)
         used = mask.any(0)
@@ -1534,10 +1535,10 @@ class HYDiT(nn.Module):
     def forward(self, x_t: Tensor, sigma: Tensor, prompt: HYPrompt, camera: Camera | None = None, *,
                 clean: Tensor | None = None, chunk: int = 0, kv_cache: KVCache | None = None,
                 update_cache: bool = False) -> Tensor | KVCache:
-        """x_t [b f c h w], sigma [b f], prompt -> v [b f c h w], fp32. As WanDiT's, with one difference:
+        """x_t [b f c h w], sigma [b f], prompt -> v [b f c h w], fp32. The keywords are WanDiT's.
 
-        a stream must start with `prefill`. A pass with neither `clean` nor a kv_cache is bidirectional, and in it the
-        text sees the video.
+        Unlike Wan's, a stream must start with `prefill`: a pass with neither `clean` nor a kv_cache is bidirectional,
+        and in it the text sees the video.
         """
         b, f, _, h, w = x_t.shape
         check_shapes(x_t, sigma, camera)
@@ -1553,8 +1554,9 @@ class HYDiT(nn.Module):
             if f > 0:
                 last_pose = camera.viewmats[:, -1]
 
+        # beside each noisy frame its given one, [b f c+1 h w], zeros where nothing is given
         given = prompt.given_latents[:, start : start + f]
-        given = F.pad(given, (0, 0, 0, 0, 0, 0, 0, f - given.shape[1]))  # [b f c+1 h w], zeros where nothing is given
+        given = F.pad(given, (0, 0, 0, 0, 0, 0, 0, f - given.shape[1]))
         x_t = torch.cat([x_t, given], dim=2)
         text_sees_video = clean is None and kv_cache is None and not update_cache
         text_sigma = sigma.amax(1) if self.timed_text and text_sees_video else sigma.new_zeros(b)
@@ -1575,7 +1577,7 @@ class HYDiT(nn.Module):
         e = self.time_in(1000 * sigma)  # [b f d]
         if action is not None:
             e = e + self.action_in(action)
-        if kv_cache and kv_cache.text:  # the text has run before
+        if kv_cache and kv_cache.text:  # its keys and values are all that is needed of the text
             text, e_text = None, None
             text_kvs, mask = kv_cache.text
         else:
@@ -1982,11 +1984,6 @@ def read_released_folder(path: Path, want_vae: bool) -> tuple[dict[str, Tensor],
             raise ValueError(f"{config_path}: expected {key} {value}, found {config[key]}")
     if "attention_head_dim" in config:  # diffusers'
         weights = from_diffusers(weights)
-        config["dim"] = config.get("num_attention_heads", 0) * config["attention_head_dim"]
-    sizes = {}
-    for theirs, ours in SIZES.get(kind, {}).items():
-        if theirs in config:
-            sizes[ours] = tuple(config[theirs]) if isinstance(config[theirs], list) else config[theirs]
 
     meta_path = find_meta_json(path, folder)
     # a base says what it is; of minWM's and HY-WorldPlay's networks only the name of a folder does
@@ -1996,7 +1993,7 @@ def read_released_folder(path: Path, want_vae: bool) -> tuple[dict[str, Tensor],
         if "distilled" in folder.name or size != ("480p", 640):
             raise ValueError(f"{folder}: not at 480p, or distilled, so it wants other settings than those we know: "
                              f"expected its size, shift, sampling_steps and guidance in {meta_path}")
-    return describe_net(path, meta_path, weights, stage, sizes)
+    return describe_net(path, meta_path, weights, stage, sizes_of(config))
 
 
 def read_released_file(path: Path, saved: dict) -> tuple[dict[str, Tensor], Meta]:
@@ -2019,6 +2016,17 @@ def find_weights(path: Path, part: str) -> Path:
     folder = path / part if (path / part).is_dir() else path
     # HunyuanVideo-1.5 has one for every size and task
     return folder / "480p_i2v" if (folder / "480p_i2v").is_dir() else folder
+
+
+def sizes_of(config: dict) -> dict[str, Any]:
+    """Of a config.json, in our words."""
+    if "attention_head_dim" in config:  # diffusers' does not say the width
+        config = config | {"dim": config.get("num_attention_heads", 0) * config["attention_head_dim"]}
+    sizes = {}
+    for theirs, ours in SIZES.get(config.get("_class_name"), {}).items():
+        if theirs in config:
+            sizes[ours] = tuple(config[theirs]) if isinstance(config[theirs], list) else config[theirs]
+    return sizes
 
 
 def find_meta_json(path: Path, folder: Path) -> Path:
