@@ -1224,22 +1224,23 @@ def build_vae(preset: str) -> nn.Module:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. HY DiT, with HunyuanVideo-1.5's structure and parameter names, and HY-WorldPlay's names for camera and actions.
-# Video and text are two streams of tokens with weights of their own that meet in one attention (MMDiT,
-# arXiv:2403.03206). Text is a stream like any other, of one "frame" of l tokens: [b 1 l d].
+# Video and text are two streams of tokens, each with weights of its own, that meet in one attention (MMDiT,
+# arXiv:2403.03206). The text is a stream like any other, of one "frame" of l tokens: [b 1 l d].
 #
-# The text stream is causal like the rest: in a stream, and under teacher forcing, text sees only text and stands at
-# noise level zero. So it depends on the prompt alone, and its keys and values are computed once and kept in the Past.
+# In a bidirectional pass the text attends to the video, too. In a stream and under teacher forcing it must not: it sees
+# only itself, at noise level zero, and so depends on the prompt alone. Its keys and values are computed once, by
+# `prefill`, and stay in the KV cache.
 
 
 class HYPrompt(NamedTuple):
-    """What HY's encoders make of a prompt and of an image to go on from. Every leaf is batch-first, so a batch, a null
-    prompt or a prompt dropped with some probability is `stack`, `cat` or `where` leaf by leaf."""
+    """What HY's encoders make of a prompt and of an image to go on from. Every leaf is batch-first, so that prompts are
+    stacked, joined and chosen leaf by leaf (tree_map)."""
     text: Tensor  # [b l text_dim] of the language model (Qwen2.5-VL)
     text_mask: Tensor  # [b l], 0 on padding
     byt5: Tensor  # [b l byt5[0]] of the glyph encoder: the words that the video is to show in quotes
     byt5_mask: Tensor  # [b l]
     vision: Tensor  # [b l vision_dim], the image as SigLIP sees it; all zero: there is no image
-    image: Tensor  # [b p c+1 h w], what is given of the first p latent frames: clean latents and a channel of ones
+    given_latents: Tensor  # [b p c+1 h w], what is given of the first p latent frames, and a channel of ones
 
 
 @dataclass(frozen=True)
@@ -1256,12 +1257,39 @@ class HYConfig:
     action: bool  # with the camera also its discrete labels
     refiner_layers: int = 2
     patch: int = 1
-    # Two habits of public checkpoints that ours do not have. HunyuanVideo-1.5 shows the text stream the video's noise
-    # level; minWM, all of whose stages we match, holds it at zero, without which the text could not be cached.
-    timed_text: bool = False
-    # minWM's cached rollout lets PRoPE's queries read the RoPE branch's old keys and values, which no training stage
-    # but DMD does; checkpoints that its DMD made expect that.
-    released_cache: bool = False
+
+
+# The class of a motion: rows backward, none, forward; columns left, none, right.
+# The class of a turn: rows left, none, right; columns down, none, up.
+ACTIONS = torch.tensor([[8, 2, 7], [4, 0, 3], [6, 1, 5]])
+
+
+def action_labels(viewmats: Tensor, last_pose: Tensor | None = None) -> Tensor:
+    """HY-WorldPlay's label of the step that leads to each frame: viewmats [... f 4 4] -> [... f] int64.
+
+    last_pose [... 4 4]: the viewmat of the frame before; without it the first label is 0, no step.
+    A label is 9 * motion + turn, both classes of ACTIONS. Motion of less than 0.01 units or along y counts as none, and
+    so does a turn of less than 0.05 degrees. Only poses count: minWM's table of keys exchanges left and right, its
+    training data and WorldPlay do not.
+    """
+    def side(amount: Tensor, least: float) -> Tensor:
+        """0 below -least, 1 between, 2 above least: a row or column of ACTIONS."""
+        return (amount > least).long() - (amount < -least).long() + 1
+
+    classes = ACTIONS.to(viewmats.device)
+    before = viewmats[..., :1, :, :] if last_pose is None else last_pose[..., None, :, :]
+    w2c = torch.cat([before, viewmats], dim=-3).double()
+    step = w2c[..., :-1, :, :] @ invert_se3(w2c[..., 1:, :, :])  # each camera in the axes of the one before
+    R, move = step[..., :3, :3], step[..., :3, 3]
+    distance = move.norm(dim=-1, keepdim=True)
+    cosines = torch.where(distance > 0.01, move / distance.clamp_min(1e-12), 0)
+    motion = classes[side(cosines[..., 2], 0.5), side(cosines[..., 0], 0.5)]  # 0.5: within 60 degrees of an axis
+    yaw = -torch.asin(R[..., 2, 0].clamp(-1, 1)).rad2deg()
+    pitch = torch.atan2(R[..., 2, 1], R[..., 2, 2]).rad2deg()
+    labels = 9 * motion + classes[side(yaw, 0.05), side(pitch, 0.05)]
+    if last_pose is None:
+        labels[..., :1] = 0  # also where the first pose is not quite rigid
+    return labels
 
 
 class NumberEmbedding(nn.Module):
@@ -1285,6 +1313,8 @@ class MLP(nn.Module):
 
 
 class RefinerBlock(nn.Module):
+    """A transformer block over the text alone. adaLN gates its two branches, but neither shifts nor scales them."""
+
     def __init__(self, d: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -1298,7 +1328,8 @@ class RefinerBlock(nn.Module):
         gate_attn, gate_mlp = rearrange(self.adaLN_modulation(e), "b (two d) -> two b 1 d", two=2)
         qkv = self.self_attn_qkv(self.norm1(x))
         q, k, v = rearrange(qkv, "b l (three nh hd) -> three b nh l hd", three=3, nh=self.heads)
-        x = x + gate_attn * self.self_attn_proj(rearrange(look(q, [(k, v)], mask), "b nh l hd -> b l (nh hd)"))
+        y = rearrange(sdpa(q, [(k, v)], mask), "b nh l hd -> b l (nh hd)")
+        x = x + gate_attn * self.self_attn_proj(y)
         return x + gate_mlp * self.mlp(self.norm2(x))
 
 
@@ -1316,11 +1347,14 @@ class TokenRefiner(nn.Module):
 
     def forward(self, text: Tensor, mask: Tensor, sigma: Tensor) -> Tensor:
         """text [b l text_dim], mask [b l], sigma [b] -> [b l d]; rows of padding hold anything."""
-        n = rearrange(mask.sum(1), "b -> b 1").clamp(min=1)
-        mean = ((text.float() * mask[..., None]).sum(1) / n).to(text.dtype)  # in bf16 a thousand tokens do not add up
+        # gates from the noise level and the mean of the words; summed in fp32, since in bf16 a sum over a thousand
+        # tokens stops growing
+        count = rearrange(mask.sum(1), "b -> b 1").clamp(min=1)
+        mean = ((text.float() * mask[..., None]).sum(1) / count).to(text.dtype)  # [b text_dim]
         e = self.t_embedder(1000 * sigma)
-        e = e + self.c_embedder["linear_2"](F.silu(self.c_embedder["linear_1"](mean)))
-        mask = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)  # an empty prompt: never attend to nothing
+        e = e + self.c_embedder["linear_2"](F.silu(self.c_embedder["linear_1"](mean)))  # [b d]
+        # of an empty prompt keep one key, or softmax over an empty set is NaN
+        mask = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)
         x = self.input_embedder(text)
         for block in self.individual_token_refiner["blocks"]:
             x = block(x, e, mask)
@@ -1328,16 +1362,21 @@ class TokenRefiner(nn.Module):
 
 
 class GlyphMapper(nn.Module):
+    """byT5's tokens [b l widths[0]] -> [b l d]."""
+
     def __init__(self, widths: tuple[int, int, int], d: int):
         super().__init__()
         self.layernorm = nn.LayerNorm(widths[0])
-        self.fc1, self.fc2, self.fc3 = (nn.Linear(a, b) for a, b in zip(widths, [*widths[1:], d]))
+        self.fc1, self.fc2 = nn.Linear(widths[0], widths[1]), nn.Linear(widths[1], widths[2])
+        self.fc3 = nn.Linear(widths[2], d)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(self.layernorm(x))))))
 
 
 class VisionProjection(nn.Module):
+    """SigLIP's tokens [b l c] -> [b l d]."""
+
     def __init__(self, c: int, d: int):
         super().__init__()
         self.proj = nn.Sequential(nn.LayerNorm(c), nn.Linear(c, c), nn.GELU(), nn.Linear(c, d), nn.LayerNorm(d))
@@ -1346,8 +1385,14 @@ class VisionProjection(nn.Module):
         return self.proj(x)
 
 
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: x [b f s d] normalised, then moved and stretched by shift, scale [b f 1 d]."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
 class DoubleBlock(nn.ModuleDict):
     """The same layers twice over, for the streams "img" (the video) and "txt", by their released names."""
+    prope_cache = slice(2, None)  # where in a cached (k, v, PRoPE's k, v) PRoPE's queries read; see use_released_cache
 
     def __init__(self, cfg: HYConfig, camera: bool):
         super().__init__()
@@ -1357,58 +1402,73 @@ class DoubleBlock(nn.ModuleDict):
             self[f"{stream}_mod"] = nn.ModuleDict({"linear": nn.Linear(d, 6 * d)})
             for layer in ("q", "k", "v", "proj"):
                 self[f"{stream}_attn_{layer}"] = nn.Linear(d, d)
-            self[f"{stream}_attn_q_norm"], self[f"{stream}_attn_k_norm"] = RMSNorm(head_dim), RMSNorm(head_dim)
+            self[f"{stream}_attn_q_norm"] = RMSNorm(head_dim)
+            self[f"{stream}_attn_k_norm"] = RMSNorm(head_dim)
             self[f"{stream}_mlp"] = MLP(d, cfg.mlp_dim, nn.GELU("tanh"))
         if camera:
             self["img_attn_prope_proj"] = nn.Linear(d, d)
 
     def modulation(self, stream: str, e: Tensor) -> Tensor:
-        """e [b f d] -> shift, scale, gate of the attention, then of the MLP. Per frame: tokens need no copy of it."""
-        return rearrange(self[f"{stream}_mod"]["linear"](F.silu(e)), "b f (six d) -> six b f 1 d", six=6)
+        """e [b f d] -> (shift, scale, gate) of attention and of MLP, [2 3 b f 1 d]: tokens of a frame share them."""
+        m = self[f"{stream}_mod"]["linear"](F.silu(e))
+        return rearrange(m, "b f (two three d) -> two three b f 1 d", two=2, three=3)
 
-    def qkv(self, stream: str, x: Tensor, shift: Tensor, scale: Tensor) -> list[Tensor]:
+    def qkv(self, stream: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [b f s d] -> q, k, v [b f s d]; q and k with every head at its own unit scale."""
-        x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
         q, k, v = (self[f"{stream}_attn_{name}"](x) for name in ("q", "k", "v"))
-        heads = (rearrange(z, "b f s (nh hd) -> b f s nh hd", nh=self.cfg.heads) for z in (q, k))
-        q, k = (self[f"{stream}_attn_{name}_norm"](z).flatten(3) for name, z in zip(("q", "k"), heads))
-        return [q, k, v]
+        q, k = (rearrange(z, "b f s (nh hd) -> b f s nh hd", nh=self.cfg.heads) for z in (q, k))
+        q, k = self[f"{stream}_attn_q_norm"](q), self[f"{stream}_attn_k_norm"](k)
+        return q.flatten(3), k.flatten(3), v
 
     def mlp(self, stream: str, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        return x + gate * self[f"{stream}_mlp"](F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+        return x + gate * self[f"{stream}_mlp"](modulated_norm(x, shift, scale))
 
-    def forward(self, x, e, text, e_text, text_kv, mask, rope, camera, spans, past, joint, commit):
-        """One layer of both streams. x [b f s d], e [b f d], text [b 1 l d], e_text [b 1 d], mask [b l].
+    def forward(self, x: Tensor, e: Tensor, text: Tensor | None, e_text: Tensor | None,
+                text_kv: tuple[Tensor, Tensor] | None, mask: Tensor | None, rope: Tensor,
+                projection: tuple[Tensor, Tensor] | None, segments: Segments, cached: tuple[Tensor, ...] | None,
+                text_sees_video: bool, update_cache: bool):
+        """One layer of both streams: x [b f s d], text [b 1 l d] with their time embeddings e [b f d], e_text [b 1 d].
 
-        text_kv: cached keys and values of the text, whose stream then need not run. joint: text sees the video, too.
-        Returns x, text, and both streams' keys and values if they are to be committed.
+        text_kv: the text's keys and values [b nh l hd] from the cache; its stream then does not run, and text is None.
+        mask: [b l], False on the text's padding; None if nothing is padding.
+        projection, segments, cached: as in Wan's Block.
+        Returns x, text, and of both streams the keys and values if they are to be cached.
         """
-        heads, text_q = self.cfg.heads, None
+        heads = self.cfg.heads
+        text_q = None
         if text_kv is None:
-            m_text = self.modulation("txt", e_text)
-            text_q, *text_kv = (rearrange(z, "b 1 l (nh hd) -> b nh l hd", nh=heads)
-                                for z in self.qkv("txt", text, *m_text[:2]))
+            text_attn, text_mlp = self.modulation("txt", e_text)
+            shift, scale, text_gate = text_attn
+            qkv = self.qkv("txt", modulated_norm(text, shift, scale))  # no rope: the text has no place in the video
+            text_q, text_k, text_v = (rearrange(z, "b 1 l (nh hd) -> b nh l hd", nh=heads) for z in qkv)
+            text_kv = (text_k, text_v)
 
-        m = self.modulation("img", e)
-        q, k, v = self.qkv("img", x, *m[:2])
-        q_rope, k_rope = rotate(q, rope, heads), rotate(k, rope, heads)
-        y, kv = attend(q_rope, k_rope, v, heads, spans, past and past[:2], (*text_kv, mask))
-        seen_by_text = [tuple(text_kv), kv] if joint else [tuple(text_kv)]
+        # the video sees the text, the cached past and itself; with a camera twice over, as in Wan's SelfAttention
+        attn, mlp = self.modulation("img", e)
+        shift, scale, gate = attn
+        q, k, v = self.qkv("img", modulated_norm(x, shift, scale))  # [b f s d]
+        q_rope, k_rope = apply_rope(q, rope, heads), apply_rope(k, rope, heads)
+        context = [text_kv] if cached is None else [text_kv, cached[:2]]
+        y, kv = segment_attention(q_rope, k_rope, v, heads, segments, context, mask)
+        seen_by_text = [text_kv, kv] if text_sees_video else [text_kv]  # of the video, RoPE's keys
         y = self["img_attn_proj"](y)
-        if camera is not None:
-            P, P_inv = camera
-            q, k, v = per_frame(q, P.mT), per_frame(k, P_inv), per_frame(v, P_inv)
-            old = past and (past[:2] if self.cfg.released_cache else past[2:])
-            z, kv_camera = attend(q, k, v, heads, spans, old, (*text_kv, mask))
-            y, kv = y + self["img_attn_prope_proj"](per_frame(z, P)), kv + kv_camera
-        x = self.mlp("img", x + m[2] * y, *m[3:])
+        if projection is not None:
+            P, P_inv = projection
+            q, k, v = apply_projection(q, P.mT), apply_projection(k, P_inv), apply_projection(v, P_inv)
+            # the text has no camera: its keys and values are read as they are
+            context = [text_kv] if cached is None else [text_kv, cached[self.prope_cache]]
+            z, kv_prope = segment_attention(q, k, v, heads, segments, context, mask)
+            y = y + self["img_attn_prope_proj"](apply_projection(z, P))
+            kv = kv + kv_prope
+        x = self.mlp("img", x + gate * y, *mlp)
 
         if text_q is not None:
-            # an empty prompt, whose output nobody reads, sees its own padding: to see nothing is NaN in some kernels
-            mask = mask if mask is None else mask | ~mask.any(1, keepdim=True)
-            y = rearrange(look(text_q, seen_by_text, mask), "b nh l hd -> b 1 l (nh hd)")
-            text = self.mlp("txt", text + m_text[2] * self["txt_attn_proj"](y), *m_text[3:])
-        return x, text, kv if commit else None, tuple(text_kv) if commit else None
+            # an empty prompt sees its own padding, or softmax over an empty set is NaN; nobody reads what comes of it
+            if mask is not None:
+                mask = mask | ~mask.any(1, keepdim=True)
+            y = rearrange(sdpa(text_q, seen_by_text, mask), "b nh l hd -> b 1 l (nh hd)")
+            text = self.mlp("txt", text + text_gate * self["txt_attn_proj"](y), *text_mlp)
+        return x, text, kv if update_cache else None, text_kv if update_cache else None
 
 
 class FinalLayer(nn.Module):
@@ -1418,23 +1478,29 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(d, c_out)
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        """x [b f s d], time embedding e [b f d] -> [b f s c_out]."""
         shift, scale = rearrange(self.adaLN_modulation(e), "b f (two d) -> two b f 1 d", two=2)
-        return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+        return self.linear(modulated_norm(x, shift, scale))
 
 
 class HYDiT(nn.Module):
     """HunyuanVideo-1.5's transformer; with `camera`, plus HY-WorldPlay's PRoPE and, if cfg has them, action labels."""
+    text_column = "text"  # which column of a table of prompts (data.py) its text_dim is the width of
+    # Does the text stand at the video's noise level in a bidirectional pass? HunyuanVideo-1.5 was trained so; load_net
+    # sets it. Ours, as minWM's, hold the text at zero there, too, as all must where it is cached.
+    timed_text = False
 
     def __init__(self, cfg: HYConfig, camera: bool = True):
         super().__init__()
         self.cfg = cfg
         d, p = cfg.dim, cfg.patch
+        # a frame is its noisy latents, its given latents, and a channel that is one where it is given
         self.img_in = nn.ModuleDict({"proj": nn.Conv3d(2 * cfg.channels + 1, d, (1, p, p), stride=(1, p, p))})
         self.time_in = NumberEmbedding(d)
         self.txt_in = TokenRefiner(cfg)
         self.byt5_in = GlyphMapper(cfg.byt5, d)
         self.vision_in = VisionProjection(cfg.vision_dim, d)
-        self.cond_type_embedding = nn.Embedding(3, d)
+        self.cond_type_embedding = nn.Embedding(3, d)  # tells text, glyphs and image apart
         self.action_in = NumberEmbedding(d) if camera and cfg.action else None
         self.double_blocks = nn.ModuleList([DoubleBlock(cfg, camera) for _ in range(cfg.layers)])
         self.final_layer = FinalLayer(d, p * p * cfg.channels)
@@ -1446,7 +1512,7 @@ class HYDiT(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Training from scratch: every residual branch is closed, and the network starts by predicting nothing."""
-        closed = "_mod.linear", "adaLN_modulation", "prope_proj", "final_layer.linear", "action_in.mlp.2"
+        closed = ("_mod.linear", "adaLN_modulation", "prope_proj", "final_layer.linear", "action_in.mlp.2")
         for name, p in self.named_parameters():
             if name.endswith("bias") or any(part in name for part in closed):
                 nn.init.zeros_(p)
@@ -1457,99 +1523,111 @@ class HYDiT(nn.Module):
             else:
                 nn.init.xavier_uniform_(p.flatten(1))
 
-    def read(self, prompt: HYPrompt, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
+    def embed_prompt(self, prompt: HYPrompt, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
         """The prompt as one sequence [b 1 l d], image, glyphs and text, and its mask [b l], None if nothing is padding.
 
         Attention knows no order among these tokens. Those that are padding for the whole batch are dropped.
         """
-        vision, byt5, text = (z.to(self.time_in.mlp[0].weight.dtype) for z in (prompt.vision, prompt.byt5, prompt.text))
+        dtype = self.time_in.mlp[0].weight.dtype
+        vision, byt5, text = prompt.vision.to(dtype), prompt.byt5.to(dtype), prompt.text.to(dtype)
         kind = self.cond_type_embedding.weight
         tokens = [self.vision_in(vision) + kind[2], self.byt5_in(byt5) + kind[1],
-                  self.txt_in(text, prompt.text_mask.bool(), sigma) + kind[0]]
-        pictured = (vision != 0).flatten(1).any(1, keepdim=True).expand(vision.shape[:2])
-        mask = torch.cat([pictured, prompt.byt5_mask.bool(), prompt.text_mask.bool()], dim=1)
+                  self.txt_in(text, prompt.text_mask.bool(), sigma) + kind[0]]  # each [b l d]
+        # where there is no image, its tokens are padding
+        has_image = (vision != 0).flatten(1).any(1, keepdim=True).expand(vision.shape[:2])
+        mask = torch.cat([has_image, prompt.byt5_mask.bool(), prompt.text_mask.bool()], dim=1)
         used = mask.any(0)
         mask = mask[:, used]
         return torch.cat(tokens, dim=1)[:, None, used], None if mask.all() else mask
 
-    def forward(self, x_t: Tensor, sigma: Tensor, prompt: HYPrompt, camera: tuple[Tensor, ...] | None = None, *,
-                clean: Tensor | None = None, chunk: int = 0, past: Past | None = None, commit: bool = False):
-        """x_t [b f c h w], sigma [b f], prompt, camera ([b f 4 4], [b f 3 3]) -> v [b f c h w], fp32. As WanDiT, but:
+    def forward(self, x_t: Tensor, sigma: Tensor, prompt: HYPrompt, camera: Camera | None = None, *,
+                clean: Tensor | None = None, chunk: int = 0, kv_cache: KVCache | None = None,
+                update_cache: bool = False) -> Tensor | KVCache:
+        """x_t [b f c h w], sigma [b f], prompt -> v [b f c h w], fp32. The keywords are WanDiT's.
 
-        if cfg has actions, camera's third part is read if there is one: HY-WorldPlay's labels [b f], 9 * translation +
-        rotation.
-        past=None is a bidirectional pass, in which text sees the video. A stream starts with a commit of no frames.
+        Unlike Wan's, a stream must start with `prefill`: a pass with neither `clean` nor a kv_cache is bidirectional,
+        and in it the text sees the video.
         """
-        b, f, c, h, w = x_t.shape
-        viewmats, Ks, action = (*camera, None)[:3] if camera else (None, None, None)
-        if sigma.shape != (b, f) or (camera and viewmats.shape != (b, f, 4, 4)):
-            raise ValueError(f"x_t {list(x_t.shape)} needs sigma [{b} {f}] and viewmats [{b} {f} 4 4], found "
-                             f"{list(sigma.shape)} and {camera and list(viewmats.shape)}")
-        action = None if self.action_in is None else action
-        if action is not None and action.shape != (b, f):
-            raise ValueError(f"x_t {list(x_t.shape)} needs [{b} {f}] action labels, found {list(action.shape)}")
-        start = past.frames if past else 0
+        b, f, _, h, w = x_t.shape
+        check_shapes(x_t, sigma, camera)
+        p = self.cfg.patch
+        start = kv_cache.frames if kv_cache else 0
         frames = torch.arange(start, start + f, device=x_t.device)
-        p, joint = self.cfg.patch, clean is None and past is None and not commit
         rope = rope_table(frames, h // p, w // p, self.cfg.rope_bands, theta=256)
-        cameras = None if camera is None else projections(viewmats, Ks)
-        image = prompt.image[:, start : start + f]  # one noisy frame, one given frame, or zeros where none is given
-        x_t = torch.cat([x_t, F.pad(image, (0, 0, 0, 0, 0, 0, 0, f - image.shape[1]))], dim=2)
-        spans = None
-        text_sigma = sigma.amax(1) if self.cfg.timed_text and joint else sigma.new_zeros(b)
-        if clean is not None:  # [clean | noisy] along the frames, the clean half at noise level zero
-            x_t, sigma = torch.cat([torch.cat([clean, x_t[:, :, c:]], dim=2), x_t], dim=1), F.pad(sigma, (f, 0))
-            rope, cameras = torch.cat([rope, rope]), cameras and tuple(torch.cat([P, P], dim=1) for P in cameras)
-            action = None if action is None else torch.cat([action, action], dim=1)
-            spans = teacher_forcing_spans(f, chunk)
+        projection = None if camera is None else projections(camera)
+        last_pose = kv_cache.last_pose if kv_cache else None
+        action = None
+        if self.action_in is not None and camera is not None:
+            action = action_labels(camera.viewmats, last_pose)  # [b f]
+            if f > 0:
+                last_pose = camera.viewmats[:, -1]
 
-        weight = self.img_in["proj"].weight.flatten(1)
+        # beside each noisy frame its given one, [b f c+1 h w], zeros where nothing is given
+        given = prompt.given_latents[:, start : start + f]
+        given = F.pad(given, (0, 0, 0, 0, 0, 0, 0, f - given.shape[1]))
+        x_t = torch.cat([x_t, given], dim=2)
+        text_sees_video = clean is None and kv_cache is None and not update_cache
+        text_sigma = sigma.amax(1) if self.timed_text and text_sees_video else sigma.new_zeros(b)
+        segments = None
+        if clean is not None:  # [clean | noisy] along the frames; both halves stand at the same places and times
+            x_t = torch.cat([torch.cat([clean, given], dim=2), x_t], dim=1)
+            sigma = torch.cat([torch.zeros_like(sigma), sigma], dim=1)
+            rope = torch.cat([rope, rope])
+            if projection is not None:
+                projection = tuple(torch.cat([P, P], dim=1) for P in projection)
+            if action is not None:
+                action = torch.cat([action, action], dim=1)
+            segments = teacher_forcing_segments(f, chunk)
+
+        weight = self.img_in["proj"].weight.flatten(1)  # a convolution whose stride is its kernel is a linear map
         x = rearrange(x_t, "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=p).to(weight.dtype)
         x = F.linear(x, weight, self.img_in["proj"].bias)  # [b f s d]
         e = self.time_in(1000 * sigma)  # [b f d]
         if action is not None:
             e = e + self.action_in(action)
-        if past and past.text:
-            text, e_text, (text_kvs, mask) = None, None, past.text
+        if kv_cache and kv_cache.text:  # its keys and values are all that is needed of the text
+            text, e_text = None, None
+            text_kvs, mask = kv_cache.text
         else:
-            (text, mask), text_kvs = self.read(prompt, text_sigma), [None] * len(self.double_blocks)
-            e_text = self.time_in(1000 * text_sigma)[:, None]
-        kvs, new_text_kvs = [], []
-        for i, block in enumerate(self.double_blocks):
-            old = past.layers[i] if past and past.layers else None
-            x, text, *new = block(x, e, text, e_text, text_kvs[i], mask, rope, cameras, spans, old, joint, commit)
-            kvs.append(new[0])
-            new_text_kvs.append(new[1])
-        if commit:
-            if past and past.layers:
-                kvs = [tuple(torch.cat(z, dim=2) for z in zip(*pair)) for pair in zip(past.layers, kvs)]
-            return Past(start + f, kvs, (new_text_kvs, mask))
-        v = self.final_layer(x[:, -f:], e[:, -f:])
+            text, mask = self.embed_prompt(prompt, text_sigma)
+            e_text = self.time_in(1000 * text_sigma)[:, None]  # [b 1 d]
+            text_kvs = [None] * len(self.blocks)
+
+        layers, new_text_kvs = [], []
+        for i, block in enumerate(self.blocks):
+            cached = kv_cache.layers[i] if kv_cache and kv_cache.layers else None
+            x, text, kv, text_kv = block(x, e, text, e_text, text_kvs[i], mask, rope, projection, segments, cached,
+                                         text_sees_video, update_cache)
+            layers.append(kv)
+            new_text_kvs.append(text_kv)
+        if update_cache:
+            return KVCache(start + f, append_layers(kv_cache, layers), (new_text_kvs, mask), last_pose)
+        v = self.final_layer(x[:, -f:], e[:, -f:])  # under teacher forcing the noisy half alone
         v = rearrange(v, "b f (h w) (c p q) -> b f c (h p) (w q)", h=h // p, p=p, q=p)
         return v.float().contiguous()  # no view: FSDP's hook is on the tensor that is returned
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 9. HY VAE, with HunyuanVideo-1.5's parameter names. Same pixels, same pieces and the same `memory` as Wan's. A grid
-# becomes smaller by folding neighbours into channels, past which a skip leads around every convolution; the borders are
-# padded with their own pixels, the start of the video with its first frame.
+# 9. HY VAE, with HunyuanVideo-1.5's parameter names. Same pixels, same pieces and the same `feat_cache` as Wan's. The
+# grid is made smaller by moving neighbouring pixels into channels (pixel unshuffle), and a skip without weights leads
+# around every such step. The borders are padded with their own pixels, the start of the video with its first frame.
 
 
-def fold(x: Tensor, frames: int) -> Tensor:
-    """Neighbours 2 x 2 in a frame, and as many `frames`, become channels."""
+def pixel_unshuffle(x: Tensor, frames: int) -> Tensor:
+    """Neighbours, 2 x 2 in a frame and as many `frames`, become channels."""
     return rearrange(x, "b c (t r) (h p) (w q) -> b (r p q c) t h w", r=frames, p=2, q=2)
 
 
-def unfold(x: Tensor, frames: int) -> Tensor:
+def pixel_shuffle(x: Tensor, frames: int) -> Tensor:
     return rearrange(x, "b (r p q c) t h w -> b c (t r) (h p) (w q)", r=frames, p=2, q=2)
 
 
-def narrow(x: Tensor, c: int) -> Tensor:
+def group_mean(x: Tensor, c: int) -> Tensor:
     """Neighbouring channels averaged down to c."""
     return reduce(x, "b (c g) t h w -> b c t h w", "mean", c=c)
 
 
-def widen(x: Tensor, c: int) -> Tensor:
+def repeat_channels(x: Tensor, c: int) -> Tensor:
     """Every channel repeated in place up to c."""
     return repeat(x, "b i t h w -> b (i g) t h w", g=c // x.shape[1])
 
@@ -1561,10 +1639,10 @@ class EdgeConv3d(nn.Module):
         super().__init__()
         self.conv = nn.Conv3d(c_in, c_out, 3)
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        past = memory[self] if self in memory else repeat(x[:, :, 0], "b c h w -> b c two h w", two=2)
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        past = feat_cache[self] if self in feat_cache else repeat(x[:, :, 0], "b c h w -> b c two h w", two=2)
         x = torch.cat([past, x], dim=2)
-        memory[self] = x[:, :, -2:].clone()  # a view would keep the whole piece in memory
+        feat_cache[self] = x[:, :, -2:].clone()  # a view would keep the whole piece in memory
         return self.conv(F.pad(x, (1, 1, 1, 1, 0, 0), mode="replicate"))
 
 
@@ -1574,13 +1652,13 @@ class HYResidualBlock(nn.Module):
         self.norm1, self.norm2 = ChannelNorm(c, 3), ChannelNorm(c, 3)
         self.conv1, self.conv2 = EdgeConv3d(c, c), EdgeConv3d(c, c)
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)), memory)
-        return x + self.conv2(F.silu(self.norm2(y)), memory)
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)), feat_cache)
+        return x + self.conv2(F.silu(self.norm2(y)), feat_cache)
 
 
 class PastAttention(nn.Module):
-    """Single-head attention in which a frame sees itself and all before it, so its memory grows with the video.
+    """Single-head attention in which a frame sees itself and all before it, so its cache grows with the video.
 
     recall=False: every frame sees itself only, in constant memory. That is another function, and minWM's latents were
     made with it: its streamed copy of this VAE forgets the keys and values that the released one attends to.
@@ -1592,22 +1670,25 @@ class PastAttention(nn.Module):
         self.norm = ChannelNorm(c, 3)
         self.q, self.k, self.v, self.proj_out = (nn.Conv3d(c, c, 1) for _ in range(4))
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
         t, h = x.shape[2:4]
         y = self.norm(x)
         q, k, v = (rearrange(layer(y), "b c t h w -> b 1 t (h w) c") for layer in (self.q, self.k, self.v))
-        kv = torch.stack([k, v])
+        kv = torch.stack([k, v])  # [2 b 1 t s c]
         if self.recall:
-            kv = torch.cat([memory[self], kv], dim=3) if self in memory else kv
-            memory[self] = kv
-        frames, before = [], kv.shape[3] - t
+            if self in feat_cache:
+                kv = torch.cat([feat_cache[self], kv], dim=3)
+            feat_cache[self] = kv
+        before = kv.shape[3] - t  # frames in the cache
+        frames = []
         for i in range(t):
-            k, v = kv[:, :, :, 0 if self.recall else i : before + i + 1].flatten(3, 4)  # [b 1 n c]
+            first = 0 if self.recall else i
+            k, v = kv[:, :, :, first : before + i + 1].flatten(3, 4)  # each [b 1 n c]
             frames.append(F.scaled_dot_product_attention(q[:, :, i], k, v))
         return x + self.proj_out(rearrange(frames, "t b 1 (h w) c -> b c t h w", h=h))
 
 
-class FoldDown(nn.Module):
+class HYDownsample(nn.Module):
     """Halve the grid; with `time`, also the frame rate, the first frame of the video passing through unpaired."""
 
     def __init__(self, c_in: int, c_out: int, time: bool):
@@ -1615,18 +1696,20 @@ class FoldDown(nn.Module):
         self.c_out, self.time = c_out, time
         self.conv = EdgeConv3d(c_in, c_out // (8 if time else 4))
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        y = self.conv(x, memory)
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        y = self.conv(x, feat_cache)
         if not self.time:
-            return fold(y, 1) + narrow(fold(x, 1), self.c_out)
-        n = 0 if self in memory else 1
-        memory[self] = x.new_empty(0)  # only a mark: the first frame is over
-        first = fold(y[:, :, :n], 1)  # half the channels: twice the same
-        return torch.cat([torch.cat([first, first], dim=1) + narrow(fold(x[:, :, :n], 1), self.c_out),
-                          fold(y[:, :, n:], 2) + narrow(fold(x[:, :, n:], 2), self.c_out)], dim=2)
+            return pixel_unshuffle(y, 1) + group_mean(pixel_unshuffle(x, 1), self.c_out)
+        alone = 0 if self in feat_cache else 1  # the video's first frame stays one frame
+        feat_cache[self] = x.new_empty(0)  # only a mark: the first frame is over
+        first = pixel_unshuffle(y[:, :, :alone], 1)
+        first = torch.cat([first, first], dim=1)  # half the channels of a pair: twice the same
+        first = first + group_mean(pixel_unshuffle(x[:, :, :alone], 1), self.c_out)
+        pairs = pixel_unshuffle(y[:, :, alone:], 2) + group_mean(pixel_unshuffle(x[:, :, alone:], 2), self.c_out)
+        return torch.cat([first, pairs], dim=2)
 
 
-class UnfoldUp(nn.Module):
+class HYUpsample(nn.Module):
     """Double the grid; with `time`, also double the frame rate, except for the first frame."""
 
     def __init__(self, c_in: int, c_out: int, time: bool):
@@ -1634,15 +1717,16 @@ class UnfoldUp(nn.Module):
         self.c_out, self.time = c_out, time
         self.conv = EdgeConv3d(c_in, c_out * (8 if time else 4))
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        y = self.conv(x, memory)
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        y = self.conv(x, feat_cache)
         if not self.time:
-            return unfold(y + widen(x, 4 * self.c_out), 1)
-        n = 0 if self in memory else 1
-        memory[self] = x.new_empty(0)
-        first = unfold(y[:, :, :n], 1)[:, : self.c_out]  # the other half would be a second frame
-        return torch.cat([first + widen(unfold(x[:, :, :n], 1), self.c_out),
-                          unfold(y[:, :, n:], 2) + widen(unfold(x[:, :, n:], 2), self.c_out)], dim=2)
+            return pixel_shuffle(y + repeat_channels(x, 4 * self.c_out), 1)
+        alone = 0 if self in feat_cache else 1
+        feat_cache[self] = x.new_empty(0)
+        first = pixel_shuffle(y[:, :, :alone], 1)[:, : self.c_out]  # the other half would be a second frame
+        first = first + repeat_channels(pixel_shuffle(x[:, :, :alone], 1), self.c_out)
+        pairs = pixel_shuffle(y[:, :, alone:], 2) + repeat_channels(pixel_shuffle(x[:, :, alone:], 2), self.c_out)
+        return torch.cat([first, pairs], dim=2)
 
 
 @dataclass(frozen=True)
@@ -1656,40 +1740,71 @@ class HYVAEConfig:
 
     @property
     def stride(self) -> int:
+        """Pixels per latent, along height and width."""
         return 2 ** (len(self.widths) - 1)
 
 
-class HYCoder(nn.Module):
-    """Encoder (`down`) or decoder (`up`): levels of residual blocks with samplers between them, and a middle where the
-    grid is smallest. On the latents' side, conv_in or conv_out has a skip around it, too."""
+def hy_middle(c: int, recall: bool) -> nn.ModuleDict:
+    return nn.ModuleDict({"block_1": HYResidualBlock(c), "attn_1": PastAttention(c, recall),
+                          "block_2": HYResidualBlock(c)})
 
-    def __init__(self, c_in: int, widths: tuple[int, ...], c_out: int, blocks: int, up: bool, recall: bool):
+
+class HYEncoder3d(nn.Module):
+    """Pixels [b 3 t H W] -> moments [b 2c f h w]: down to the small grid, then the middle."""
+
+    def __init__(self, widths: tuple[int, ...], c_out: int, blocks: int, recall: bool):
         super().__init__()
-        levels, last = [], len(widths) - 1
-        for i, (a, b) in enumerate(zip(widths, [*widths[1:], None])):
-            level = nn.ModuleDict({"block": nn.ModuleList([HYResidualBlock(a) for _ in range(blocks)])})
-            if i < last and up:  # the two steps next to the latents are also in time
-                level["upsample"] = UnfoldUp(a, b, time=i < 2)
-            elif i < last:
-                level["downsample"] = FoldDown(a, b, time=i >= last - 2)
+        levels = []
+        for i, width in enumerate(widths):
+            level = nn.ModuleDict({"block": nn.ModuleList([HYResidualBlock(width) for _ in range(blocks)])})
+            if i < len(widths) - 1:  # the two steps next to the latents are also in time
+                level["downsample"] = HYDownsample(width, widths[i + 1], time=i >= len(widths) - 3)
             levels.append(level)
-        wide = widths[0] if up else widths[-1]
-        self.conv_in = EdgeConv3d(c_in, widths[0])
-        setattr(self, "up" if up else "down", nn.ModuleList(levels))
-        self.mid = nn.ModuleDict({"block_1": HYResidualBlock(wide), "attn_1": PastAttention(wide, recall),
-                                  "block_2": HYResidualBlock(wide)})
+        self.conv_in = EdgeConv3d(3, widths[0])
+        self.down = nn.ModuleList(levels)
+        self.mid = hy_middle(widths[-1], recall)
         self.norm_out, self.conv_out = ChannelNorm(widths[-1], 3), EdgeConv3d(widths[-1], c_out)
-        layers = [layer for level in levels for layer in [*level["block"], *list(level.values())[1:]]]
-        self.layers = [*self.mid.values(), *layers] if up else [*layers, *self.mid.values()]
-        self.is_decoder = up
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        y = self.conv_in(x, memory)
-        x = y + widen(x, y.shape[1]) if self.is_decoder else y
-        for layer in self.layers:
-            x = layer(x, memory)
-        y = self.conv_out(F.silu(self.norm_out(x)), memory)
-        return y if self.is_decoder else y + narrow(x, y.shape[1])
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        x = self.conv_in(x, feat_cache)
+        for level in self.down:
+            for block in level["block"]:
+                x = block(x, feat_cache)
+            if "downsample" in level:
+                x = level["downsample"](x, feat_cache)
+        for layer in self.mid.values():
+            x = layer(x, feat_cache)
+        y = self.conv_out(F.silu(self.norm_out(x)), feat_cache)
+        return y + group_mean(x, y.shape[1])
+
+
+class HYDecoder3d(nn.Module):
+    """Raw latents [b c f h w] -> pixels [b 3 t H W]: the middle, then up from the small grid."""
+
+    def __init__(self, c_in: int, widths: tuple[int, ...], blocks: int, recall: bool):
+        super().__init__()
+        levels = []
+        for i, width in enumerate(widths):
+            level = nn.ModuleDict({"block": nn.ModuleList([HYResidualBlock(width) for _ in range(blocks)])})
+            if i < len(widths) - 1:  # the two steps next to the latents are also in time
+                level["upsample"] = HYUpsample(width, widths[i + 1], time=i < 2)
+            levels.append(level)
+        self.conv_in = EdgeConv3d(c_in, widths[0])
+        self.up = nn.ModuleList(levels)
+        self.mid = hy_middle(widths[0], recall)
+        self.norm_out, self.conv_out = ChannelNorm(widths[-1], 3), EdgeConv3d(widths[-1], 3)
+
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        y = self.conv_in(x, feat_cache)
+        x = y + repeat_channels(x, y.shape[1])
+        for layer in self.mid.values():
+            x = layer(x, feat_cache)
+        for level in self.up:
+            for block in level["block"]:
+                x = block(x, feat_cache)
+            if "upsample" in level:
+                x = level["upsample"](x, feat_cache)
+        return self.conv_out(F.silu(self.norm_out(x)), feat_cache)
 
 
 class HYVAE(nn.Module):
@@ -1698,8 +1813,8 @@ class HYVAE(nn.Module):
     def __init__(self, cfg: HYVAEConfig):
         super().__init__()
         self.cfg = cfg
-        self.encoder = HYCoder(3, cfg.widths, 2 * cfg.z_dim, cfg.res_blocks, False, cfg.recall)
-        self.decoder = HYCoder(cfg.z_dim, cfg.widths[::-1], 3, cfg.res_blocks + 1, True, cfg.recall)
+        self.encoder = HYEncoder3d(cfg.widths, 2 * cfg.z_dim, cfg.res_blocks, cfg.recall)
+        self.decoder = HYDecoder3d(cfg.z_dim, cfg.widths[::-1], cfg.res_blocks + 1, cfg.recall)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -1714,13 +1829,13 @@ class HYVAE(nn.Module):
         nn.init.zeros_(out.weight[self.cfg.z_dim :])
         nn.init.constant_(out.bias[self.cfg.z_dim :], -5.0)  # log-variance
 
-    def moments(self, video: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+    def moments(self, video: Tensor, feat_cache: FeatCache) -> tuple[Tensor, Tensor]:
         """video [b 3 t H W] -> mean and log-variance of the raw latents, each [b c f h w]. Only training needs both."""
-        return self.encoder(video, memory).chunk(2, dim=1)
+        return self.encoder(video, feat_cache).chunk(2, dim=1)
 
-    def image(self, z: Tensor, memory: Memory) -> Tensor:
+    def reconstruct(self, z: Tensor, feat_cache: FeatCache) -> Tensor:
         """Raw latents [b c f h w] -> video [b 3 t H W]: what `moments` started from."""
-        return self.decoder(z, memory)
+        return self.decoder(z, feat_cache)
 
     encode, decode = WanVAE.encode, WanVAE.decode  # the same scale, the same pieces, the same refusals
 
@@ -1737,42 +1852,67 @@ PRESETS["hy-8b"] = Preset(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 10. UniPC, public Wan's sampler.
+# 10. UniPC (arXiv:2302.04867), the multistep sampler that public Wan is used with: Euler's result in fewer steps.
+#
+# Between two levels the network's x0 is taken for a smooth function of log-SNR. Each step is made twice. `predict`
+# extends the line through the last two predictions of x0; the network then sees the result and predicts x0 at the
+# step's own end, which the next step needs anyway; with it, `correct` makes the step once more.
 
 
 @torch.no_grad()
-def unipc(net: nn.Module, x_t: Tensor, levels: list[float], prompt, camera, guidance: float = 1.0,
-          past: Past | None = None, free: Tensor | None = None) -> Tensor:
-    """As `denoise` without renoise, in fewer steps: UniPC (arXiv:2302.04867), the sampler public Wan is used with.
+def unipc(net: nn.Module, noise: list[Tensor], sigmas: list[float], prompt: Prompt, camera: Camera | None,
+          guidance: float, kv_cache: KVCache | None, generated: Tensor) -> Tensor:
+    """As `euler`. The first and the last step are of first order, all others of second.
 
-    Of second order in log-SNR, x0 being taken for a straight line there. Each step is made twice: first through the two
-    predictions of x0 at hand, then again with the one at its own end, which the next step needs anyway. The first and
-    the last step are of first order. levels[0] must be under 1, where log-SNR is -inf: noise_levels(..., start=0.999).
+    sigmas[0] must be under 1, where log-SNR is -inf: noise_levels(..., start=0.999).
     """
-    log_snr = [math.log((1 - s) / s) if s > 0 else math.inf for s in levels]
-    free, start, x0s = x_t.new_ones(x_t.shape[:2]) if free is None else free, x_t, []
+    log_snr = [math.log((1 - s) / s) if s > 0 else math.inf for s in sigmas]
+    steps = len(sigmas) - 1
+    x0s: list[Tensor] = []  # the network's prediction at each level so far
 
-    def leap(x: Tensor, i: int, end: Tensor | None) -> Tensor:
-        """From levels[i] to levels[i + 1]; end: x0 as predicted there, once it is known."""
+    def advance(x: Tensor, i: int, x0: Tensor) -> Tensor:
+        """From sigmas[i] to sigmas[i + 1], exact if x0 stayed the same on the way."""
         h = log_snr[i + 1] - log_snr[i]
-        B, x0 = math.expm1(-h), x0s[i]
-        if 0 < i < len(levels) - 2:
-            r = (log_snr[i - 1] - log_snr[i]) / h
-            slope = (x0s[i - 1] - x0s[i]) / r
-            # weights that make the step exact where x0 is of first or second order in log-SNR (eq. 9, B(h) = e^h - 1)
-            b = -1 / h - 1 / B, 2 * (1 / h + 1 / B) / h - 1 / B
-            w = (b[0] - b[1]) / (1 - r)
-            x0 = x0 + (slope / 2 if end is None else w * slope + (b[0] - w) * (end - x0s[i]))
-        elif end is not None:
-            x0 = x0 + (end - x0s[i]) / 2
-        return levels[i + 1] / levels[i] * x - (1 - levels[i + 1]) * B * x0
+        return sigmas[i + 1] / sigmas[i] * x - (1 - sigmas[i + 1]) * math.expm1(-h) * x0
 
-    for i, upper in enumerate(levels[:-1]):
-        sigma = upper * free
-        x0s.append(velocity_to_x0(guided(net, x_t, sigma, prompt, camera, guidance, past), x_t, sigma))
-        x = leap(x, i - 1, x0s[i]) if i else x_t
-        x_t = torch.where(free[..., None, None, None] > 0, leap(x, i, None), start)  # given frames stay
+    def slope(i: int) -> tuple[Tensor, float]:
+        """How x0 changes over step i by the line through the predictions at i - 1 and i; and where i - 1 lies, in
+        steps from i."""
+        r = (log_snr[i - 1] - log_snr[i]) / (log_snr[i + 1] - log_snr[i])  # negative
+        return (x0s[i - 1] - x0s[i]) / r, r
+
+    def predict(x: Tensor, i: int) -> Tensor:
+        """Step i, by the predictions at its start and before it."""
+        x0 = x0s[i]
+        if 0 < i < steps - 1:
+            x0 = x0 + slope(i)[0] / 2
+        return advance(x, i, x0)
+
+    def correct(x: Tensor, i: int) -> Tensor:
+        """Step i once more, also by the prediction at its end. The last step has none to be corrected by."""
+        change = x0s[i + 1] - x0s[i]
+        if i == 0:
+            return advance(x, i, x0s[i] + change / 2)
+        # weights that make the step exact where x0 is of first or second order in log-SNR (eq. 9, B(h) = e^h - 1)
+        before, r = slope(i)
+        h = log_snr[i + 1] - log_snr[i]
+        decay = math.expm1(-h)
+        b_1, b_2 = -1 / h - 1 / decay, 2 * (1 / h + 1 / decay) / h - 1 / decay
+        w = (b_1 - b_2) / (1 - r)
+        return advance(x, i, x0s[i] + (w * before + (b_1 - w) * change))
+
+    x = x_t = noise[0]  # x_t, what the network sees, is the prediction; x, what the steps start from, its correction
+    for i in range(steps):
+        sigma = sigmas[i] * generated
+        v = velocity_with_guidance(net, x_t, sigma, prompt, camera, guidance, kv_cache)
+        x0s.append(velocity_to_x0(v, x_t, sigma))
+        if i > 0:
+            x = correct(x, i - 1)
+        x_t = torch.where(generated[..., None, None, None] > 0, predict(x, i), noise[0])  # given frames stay
     return x_t
+
+
+SAMPLERS["unipc"] = unipc
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1780,32 +1920,36 @@ def unipc(net: nn.Module, x_t: Tensor, levels: list[float], prompt, camera, guid
 # HunyuanVideo-1.5 (a folder in its own or in diffusers' names, and the VAE), HY-WorldPlay and minWM. What they leave
 # unsaid is written out here; a meta.json beside the weights has the last word, {"size": [480, 832]} say.
 
-_RELEASED = {  # Wan2.1's and minWM's settings
+WAN_STUDENT = {  # Wan2.1's and minWM's settings
     "K": [0.5050505, 0.89786756, 0.5, 0.5], "size": [480, 832], "fps": 16, "frames": 20, "vae_fingerprint": "Wan2.1",
-    "prefix_prob": 0.0, "camera": True, "chunk": 4, "shift": 5.0, "sampler": "renoise", "steps": 4, "guidance": 1.0,
-    "step": 0, "from": None,
+    "given_prob": 0.0, "camera": True, "chunk": 4, "shift": 5.0, "sampler": "few_step", "sampling_steps": 4,
+    "guidance": 1.0, "step": 0, "from": None,
 }
+WAN_TEACHER = WAN_STUDENT | {"sampler": "unipc", "sampling_steps": 50}
 RELEASED = {  # stage: its meta
-    "base": _RELEASED | {"camera": False, "chunk": 0, "sampler": "unipc", "steps": 50, "guidance": 5.0},
-    "camera": _RELEASED | {"chunk": 0, "sampler": "unipc", "steps": 50, "guidance": 8.0},
-    "ar": _RELEASED | {"sampler": "unipc", "steps": 50, "guidance": 3.0},
-    "ode": _RELEASED, "cd": _RELEASED, "dmd": _RELEASED,
+    "base": WAN_TEACHER | {"camera": False, "chunk": 0, "guidance": 5.0},
+    "camera": WAN_TEACHER | {"chunk": 0, "guidance": 8.0},
+    "ar": WAN_TEACHER | {"guidance": 3.0},
+    "ode": WAN_STUDENT, "cd": WAN_STUDENT, "dmd": WAN_STUDENT,
 }
-_HY = _RELEASED | {"vae_fingerprint": "HunyuanVideo-1.5", "timed_text": False, "released_cache": False}
-_HY_50 = _HY | {"sampler": "euler", "steps": 50, "guidance": 6.0}
+# two keys that only these have: timed_text (HYDiT), and released_cache, of files that use_released_cache is meant for
+HY_STUDENT = WAN_STUDENT | {"vae_fingerprint": "HunyuanVideo-1.5", "timed_text": False, "released_cache": False}
+HY_TEACHER = HY_STUDENT | {"sampler": "euler", "sampling_steps": 50, "guidance": 6.0}
 RELEASED_HY = {  # HunyuanVideo-1.5 at 480p (base), and minWM's networks made of it
-    # Its habit of timed text is kept where the base is sampled. Stages start from it without: so does minWM.
-    "base": _HY_50 | {"camera": False, "chunk": 0, "fps": 24, "frames": 31, "timed_text": True},
-    "camera": _HY_50 | {"chunk": 0}, "ar": _HY_50,
-    # "renoise" is how they were trained, though the public scripts take Euler steps. Their latents are of the released
-    # VAE, but for PastAttention's recall: close enough to share its name, so that its latents may train them further.
-    "ode": _HY, "cd": _HY, "dmd": _HY | {"released_cache": True},
+    # sampled with timed text, as released; trained further without, as by minWM
+    "base": HY_TEACHER | {"camera": False, "chunk": 0, "fps": 24, "frames": 31, "timed_text": True},
+    "camera": HY_TEACHER | {"chunk": 0},
+    "ar": HY_TEACHER,
+    # The students were trained for "few_step", though the public scripts take Euler steps. Their latents are those of
+    # the released VAE but for PastAttention's recall: close enough to train them further on the released VAE's.
+    "ode": HY_STUDENT, "cd": HY_STUDENT, "dmd": HY_STUDENT | {"released_cache": True},
 }
 # HY-WorldPlay. Its own runtime makes a chunk after at most 20 frames, which it picks and reads anew, renumbered and at
 # noise level 0.014; ours after all of them, read once. So its weights are a start to train from, more than to stream.
 WORLDPLAY = {"fps": 24, "frames": 32, "released_cache": False}
+# Where the files of minWM and HY-WorldPlay lie is all that tells their stage.
 MINWM_FOLDERS = {"bidirectional": "camera", "ar_diffusion_tf": "ar", "causal_ode": "ode", "causal_cd": "cd",
-                 "dmd": "dmd", "dmd_ourbi": "dmd"}  # where minWM's files lie: their only word about their stage
+                 "dmd": "dmd", "dmd_ourbi": "dmd"}
 WORLDPLAY_FOLDERS = {"bidirectional_model": "camera", "ar_model": "ar", "ar_rl_model": "ar",
                      "ar_distilled_action_model": "dmd"}
 SIZES = {  # class of network: what its config.json calls our sizes
@@ -1823,7 +1967,308 @@ SIZES = {  # class of network: what its config.json calls our sizes
         "num_refiner_layers": "refiner_layers", "patch_size": "patch"},
 }
 SIZES["ARHunyuanVideo_1_5_DiffusionTransformer"] = SIZES["HunyuanVideo_1_5_DiffusionTransformer"]  # minWM's
-VAES = "AutoencoderKLWan", "AutoencoderKLConv3D", "AutoencoderKLHunyuanVideo15"  # the second is Tencent's
+VAE_CLASSES = ("AutoencoderKLWan", "AutoencoderKLConv3D", "AutoencoderKLHunyuanVideo15")  # the second is Tencent's
+
+
+def read_released_folder(path: Path, want_vae: bool) -> tuple[dict[str, Tensor], Meta]:
+    """A released folder, or the one around it: its transformer, or with want_vae its VAE. Or one file of safetensors,
+    its config.json beside it."""
+    if want_vae and (path / "Wan2.1_VAE.pth").exists():
+        return read_file(path / "Wan2.1_VAE.pth")
+    folder = find_weights(path, "vae" if want_vae else "transformer")
+    weights = read_safetensors(path if path.is_file() else folder)
+    config_path, config = folder / "config.json", {}
+    if config_path.exists() or not is_hy(weights):  # HY-WorldPlay's weights need none: their shapes say it all
+        config = read_json(config_path)
+
+    kind = config.get("_class_name")
+    if kind in VAE_CLASSES:
+        weights = from_diffusers(weights)
+        return weights, describe_vae(folder, weights, config)
+    if kind not in SIZES and (kind is not None or not is_hy(weights)):
+        raise ValueError(f"{config_path}: expected a {', '.join([*SIZES, *VAE_CLASSES])}, found {kind}")
+    for key, value in {"eps": 1e-6, "rope_theta": 256}.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{config_path}: expected {key} {value}, found {config[key]}")
+    if "attention_head_dim" in config:  # diffusers'
+        weights = from_diffusers(weights)
+
+    meta_path = find_meta_json(path, folder)
+    # a base says what it is; of minWM's and HY-WorldPlay's networks only the name of a folder does
+    stage = None if has_prope(weights) or kind is None or kind.startswith("AR") else "base"
+    if is_hy(weights) and stage == "base" and not meta_path.exists():
+        size = (config.get("ideal_resolution", "480p"), config.get("target_size", 640))
+        if "distilled" in folder.name or size != ("480p", 640):
+            raise ValueError(f"{folder}: not at 480p, or distilled, so it wants other settings than those we know: "
+                             f"expected its size, shift, sampling_steps and guidance in {meta_path}")
+    return describe_net(path, meta_path, weights, stage, sizes_of(config))
+
+
+def read_released_file(path: Path, saved: dict) -> tuple[dict[str, Tensor], Meta]:
+    """What torch.load made of minWM's model.pt, HY-WorldPlay's .pt or Wan2.1_VAE.pth."""
+    if is_state_dict(saved) and "encoder.conv1.weight" in saved:
+        return saved, describe_vae(path, saved, {})
+    found = [key for key in ("generator_ema", "generator", "module") if key in saved]  # the average, if there is one
+    if found and is_state_dict(saved[found[0]]):
+        # FSDP, torch.compile and activation checkpointing have each put their own into the names
+        wrappers = r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\."
+        weights = renamed(saved[found[0]], ((wrappers, ""), (r"^model\.", "")))
+        return describe_net(path, find_meta_json(path, path.parent), weights, None, {})
+    raise ValueError(f"{path}: not a checkpoint of ours, of minWM or Wan's VAE: it holds {[*saved][:3]}")
+
+
+def find_weights(path: Path, part: str) -> Path:
+    """The folder in which the weights of a part, "transformer" or "vae", lie."""
+    if path.is_file():
+        return path.parent
+    folder = path / part if (path / part).is_dir() else path
+    # HunyuanVideo-1.5 has one for every size and task
+    return folder / "480p_i2v" if (folder / "480p_i2v").is_dir() else folder
+
+
+def sizes_of(config: dict) -> dict[str, Any]:
+    """Of a config.json, in our words."""
+    if "attention_head_dim" in config:  # diffusers' does not say the width
+        config = config | {"dim": config.get("num_attention_heads", 0) * config["attention_head_dim"]}
+    sizes = {}
+    for theirs, ours in SIZES.get(config.get("_class_name"), {}).items():
+        if theirs in config:
+            sizes[ours] = tuple(config[theirs]) if isinstance(config[theirs], list) else config[theirs]
+    return sizes
+
+
+def find_meta_json(path: Path, folder: Path) -> Path:
+    """The meta.json in `folder`, beside the weights, or in one between it and the `path` that the user named; or where
+    one could be."""
+    root = path if path.is_dir() else path.parent
+    for place in (folder, *folder.parents):
+        if place.is_relative_to(root) and (place / "meta.json").exists():
+            return place / "meta.json"
+    return folder / "meta.json"
+
+
+def find_maker_folder(path: Path, folders: dict[str, str]) -> str | None:
+    """The innermost folder around the files whose name tells their stage."""
+    for place in (path.absolute(), *path.absolute().parents):
+        if place.name in folders:
+            return place.name
+    return None
+
+
+def describe_net(path: Path, meta_path: Path, weights: dict[str, Tensor], stage: str | None,
+                 sizes: dict[str, Any]) -> tuple[dict[str, Tensor], Meta]:
+    """Weights, and what a checkpoint of ours would have said of them.
+
+    path: what the user named. stage: None if only the name of a folder tells, as with minWM and HY-WorldPlay.
+    sizes: of a config.json in our words, or empty.
+    """
+    hy = is_hy(weights)
+    folders = MINWM_FOLDERS | WORLDPLAY_FOLDERS if hy else MINWM_FOLDERS
+    maker_folder = find_maker_folder(path, folders) if stage is None else None
+    overrides = upgrade(read_json(meta_path)) if meta_path.exists() else {}
+    stage = overrides.pop("stage", folders.get(maker_folder, stage))
+    if stage is None and not meta_path.exists():
+        raise ValueError(f"{path}: these files do not say their stage, expected one in a folder {', '.join(folders)}, "
+                         f"or {{\"stage\": ...}} in {meta_path}")
+    released = RELEASED_HY if hy else RELEASED
+    if stage not in released or not overrides.keys() <= released[stage].keys():
+        raise ValueError(f"{meta_path}: expected a stage of {', '.join(released)} and some of "
+                         f"{', '.join(released['dmd'])}, found stage {stage} and {', '.join(overrides) or 'nothing'}")
+
+    meta = released[stage] | {"stage": stage}
+    if maker_folder in WORLDPLAY_FOLDERS:
+        meta |= WORLDPLAY | {"timed_text": stage == "camera", "sampler": "euler"}
+    if hy and not has_prope(weights):  # minWM's TI2V models, which have no camera at any stage
+        meta |= {"camera": False, "released_cache": False, "stage": "base" if stage == "camera" else stage}
+    preset = find_preset(path, weights, sizes)
+    meta |= overrides | {"preset": preset}
+    if hy and meta["camera"] and PRESETS[preset].dit.action:
+        weights = with_action_labels(path, weights, preset)
+    return weights, meta
+
+
+def find_preset(path: Path, weights: dict[str, Tensor], sizes: dict[str, Any]) -> str:
+    """The first preset of these sizes; of width and layers, if no config.json said any."""
+    hy = is_hy(weights)
+    if not sizes:
+        blocks = [name for name in weights if name.endswith((".cross_attn.o.bias", ".img_attn_proj.bias"))]
+        width = axis_length(weights, "img_in.proj.bias" if hy else "patch_embedding.bias", 0)
+        sizes = {"dim": width, "layers": len(blocks)}
+    for name, preset in PRESETS.items():
+        differ = [key for key, value in sizes.items() if getattr(preset.dit, key, None) != value]
+        if preset.net is (HYDiT if hy else WanDiT) and not differ:
+            return name
+    raise ValueError(f"{path}: a network with {sizes}, known presets are {', '.join(PRESETS)}")
+
+
+def with_action_labels(path: Path, weights: dict[str, Tensor], preset: str) -> dict[str, Tensor]:
+    """Add the embedding of action labels, at zero output, unless any of it is there."""
+    if any(name.startswith("action_in.") for name in weights):
+        return weights
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"{path} knows no action labels: 4 tensors of them are added, at zero output", file=sys.stderr)
+    more, _ = with_camera(weights, preset)
+    # not what else may be missing: load_checkpoint is to name that
+    return weights | {name: w for name, w in more.items() if name.startswith("action_in.")}
+
+
+def describe_vae(path: Path, weights: dict[str, Tensor], config: dict) -> Meta:
+    """config: of its config.json, or nothing. Released weights are known by name, all others by fingerprint."""
+    if "encoder.conv_in.conv.bias" in weights:
+        width = axis_length(weights, "encoder.conv_in.conv.bias", 0)
+        z_dim = axis_length(weights, "decoder.conv_in.conv.weight", 1)
+        known = [name for name, preset in PRESETS.items() if preset.vae_net is HYVAE
+                 and (preset.vae.widths[0], preset.vae.z_dim) == (width, z_dim)]
+    else:
+        width, z_dim = axis_length(weights, "encoder.conv1.bias", 0), axis_length(weights, "conv2.bias", 0)
+        known = [name for name, preset in PRESETS.items() if preset.vae_net is WanVAE
+                 and (preset.vae.dim, preset.vae.z_dim) == (width, z_dim)]
+    if not known:
+        raise ValueError(f"{path}: a VAE of width {width} with {z_dim} channels, "
+                         f"known presets are {', '.join(PRESETS)}")
+    cfg = PRESETS[known[0]].vae
+    mean, std = tuple(config.get("latents_mean", cfg.mean)), tuple(config.get("latents_std", cfg.std))
+    if config.get("scaling_factor"):  # HunyuanVideo-1.5's: one for all channels
+        mean = (config.get("shift_factor") or 0.0,) * z_dim
+        std = (1 / config["scaling_factor"],) * z_dim
+    meta = {"stage": "vae", "preset": known[0], "mean": list(mean), "std": list(std)}
+    scaled = replace(cfg, mean=mean, std=std)
+    if scaled == WAN_VAE:
+        meta["fingerprint"] = "Wan2.1"
+    elif scaled == HY_VAE:
+        meta["fingerprint"] = "HunyuanVideo-1.5"
+    return meta
+
+
+def use_released_cache(net: HYDiT, meta: Meta, path: Path) -> None:
+    """Reproduce a defect that minWM's DMD networks were distilled with: in a stream, PRoPE's queries read the keys and
+    values that the RoPE branch cached. Raises ValueError for any other network."""
+    if not meta.get("released_cache"):
+        made = f" made from {meta['from']}" if meta.get("from") else ""
+        raise ValueError(f"{path}: --released-cache is for minWM's DMD of HunyuanVideo-1.5 with a camera, as released, "
+                         f"found stage {meta['stage']} of {meta['preset']}{made}")
+    for block in net.blocks:
+        block.prope_cache = slice(0, 2)
+
+
+def is_hy(weights: dict[str, Tensor]) -> bool:
+    return any(name.startswith("double_blocks.") for name in weights)
+
+
+def has_prope(weights: dict[str, Tensor]) -> bool:
+    """For HY's: has it a camera branch?"""
+    return any(".img_attn_prope_proj." in name for name in weights)
+
+
+def axis_length(weights: dict[str, Tensor], name: str, axis: int) -> int:
+    """0 if there is no such tensor or axis."""
+    return weights[name].shape[axis] if name in weights and weights[name].ndim > axis else 0
+
+
+def read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected an object, found {type(found).__name__}")
+    return found
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """A file, or of a folder diffusion_pytorch_model*.safetensors, one file or the shards that an index names. One of
+    HY-WorldPlay's folders has model.safetensors instead."""
+    index = path / "diffusion_pytorch_model.safetensors.index.json"
+    files = sorted(path.glob("diffusion_pytorch_model*.safetensors")) or sorted(path.glob("model.safetensors"))
+    if path.is_file():
+        files = [path]
+    elif index.exists():
+        names = set(read_json(index).get("weight_map", {}).values())
+        files = [path / name for name in sorted(names)]
+    if not files:
+        raise ValueError(f"{path}: no diffusion_pytorch_model*.safetensors in it")
+    weights = {}
+    for file in files:
+        if not file.exists():
+            raise ValueError(f"{file}: no such file, but {index.name} names it")
+        try:
+            weights |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: truncated, or not safetensors ({error})") from None
+    return weights
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    """python model.py ckpt/ar.pt describes a checkpoint; --half OUT also writes it with its weights rounded to fp16."""
+    p = argparse.ArgumentParser(description=main.__doc__)
+    p.add_argument("checkpoint", type=Path)
+    p.add_argument("--half", type=Path, metavar="OUT", help="write a copy in half precision, to ship")
+    args = p.parse_args(argv)
+    weights, meta = load_checkpoint(args.checkpoint)
+    print(json.dumps(meta | {"parameters": sum(w.numel() for w in weights.values())}, indent=2))
+    if args.half:
+        # views of one tensor: a file has a record for each tensor that is not, half a kilobyte beside the numbers
+        flat = torch.cat([w.half().flatten() for w in weights.values()])
+        parts = flat.split([w.numel() for w in weights.values()])
+        halves = {name: part.view(w.shape) for (name, w), part in zip(weights.items(), parts, strict=True)}
+        save_checkpoint(args.half, halves, meta)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# diffusers' names of the released networks' parameters. The networks are the same functions (tests/test_diffusers*.py).
+
+
+def from_diffusers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' names of Wan's or HunyuanVideo-1.5's transformer or VAE -> their own. Other names stay as they are."""
+    if "encoder.conv_in.conv.weight" in weights:
+        return renamed(weights, DIFFUSERS_HY_VAE)
+    if "x_embedder.proj.weight" in weights:
+        return hy_dit_from_diffusers(weights)
+    if "encoder.conv_in.weight" in weights:
+        return wan_vae_from_diffusers(weights)
+    return renamed(weights, DIFFUSERS_DIT)
+
+
+def renamed(weights: dict[str, Tensor], table: tuple) -> dict[str, Tensor]:
+    """Each name through every (pattern, replacement) of the table in turn. Names that would meet stay as they are."""
+    names = {name: name for name in weights}
+    for pattern, replacement in table:
+        names = {old: re.sub(pattern, replacement, name) for old, name in names.items()}
+    count = Counter(names.values())
+    return {new if count[new] == 1 else old: weights[old] for old, new in names.items()}
+
+
+def hy_dit_from_diffusers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    weights = renamed(weights, DIFFUSERS_HY_DIT)
+    for name in [name for name in weights if ".self_attn_q." in name]:  # the refiner's q, k and v are one tensor
+        parts = [name.replace("attn_q.", f"attn_{part}.") for part in "qkv"]
+        shapes = {weights[part].shape if part in weights else None for part in parts}
+        if len(shapes) == 1:
+            joined = torch.cat([weights.pop(part) for part in parts])
+            weights[name.replace("attn_q.", "attn_qkv.")] = joined
+    for name, w in weights.items():
+        if name.startswith("final_layer.adaLN") and w.ndim:  # scale, shift; HunyuanVideo-1.5's own is shift, scale
+            weights[name] = torch.cat(w.chunk(2)[::-1])
+    return weights
+
+
+def wan_vae_from_diffusers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Wan's file counts the decoder's layers through: of each stage the blocks, then the upsampler."""
+    stage_0 = [name for name in weights if name.startswith("decoder.up_blocks.0.resnets.")]
+    blocks = sum(name.endswith("conv1.bias") for name in stage_0)
+
+    def count_through(match: re.Match) -> str:
+        stage, kind, i = int(match[1]), match[2], int(match[3])
+        return f".upsamples.{stage * (blocks + 1) + (i if kind == 'resnets' else blocks)}."
+
+    return renamed(weights, ((r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", count_through), *DIFFUSERS_VAE))
+
+
 DIFFUSERS_DIT = (  # parameter names: diffusers' -> Wan's, one after the other
     (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
     (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
@@ -1869,217 +2314,6 @@ DIFFUSERS_HY_VAE = (
     (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."), (r"\.to_([qkv])\.", r".\1."), (r"\.resnets\.", ".block."),
     (r"\.(down|up)_blocks\.", r".\1."), (r"\.(down|up)samplers\.0\.", r".\1sample."),
 )
-
-
-def renamed(weights: dict[str, Tensor], table: tuple) -> dict[str, Tensor]:
-    """Each name through every (pattern, replacement) of the table in turn. Names that would meet stay as they are."""
-    names = {name: name for name in weights}
-    for pattern, replacement in table:
-        names = {old: re.sub(pattern, replacement, name) for old, name in names.items()}
-    count = Counter(names.values())
-    return {new if count[new] == 1 else old: weights[old] for old, new in names.items()}
-
-
-def from_diffusers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' names of Wan's or HunyuanVideo-1.5's transformer or VAE -> their own. Other names stay as they are."""
-    if "encoder.conv_in.conv.weight" in weights:
-        return renamed(weights, DIFFUSERS_HY_VAE)
-    if "x_embedder.proj.weight" in weights:
-        weights = renamed(weights, DIFFUSERS_HY_DIT)
-        for name in [name for name in weights if ".self_attn_q." in name]:  # its q, k and v are one
-            parts = [name.replace("attn_q.", f"attn_{part}.") for part in "qkv"]
-            if len({weights[part].shape if part in weights else None for part in parts}) == 1:
-                weights[name.replace("attn_q.", "attn_qkv.")] = torch.cat([weights.pop(part) for part in parts])
-        # diffusers has scale, shift where HunyuanVideo-1.5 has shift, scale
-        return {name: torch.cat(w.chunk(2)[::-1]) if name.startswith("final_layer.adaLN") and w.ndim else w
-                for name, w in weights.items()}
-    if "encoder.conv_in.weight" not in weights:
-        return renamed(weights, DIFFUSERS_DIT)
-    blocks = sum(name.startswith("decoder.up_blocks.0.resnets.") and name.endswith("conv1.bias") for name in weights)
-    # the decoder's layers are counted through in Wan's file: of each stage the blocks, then the upsampler
-    place = lambda m: f".upsamples.{int(m[1]) * (blocks + 1) + (int(m[3]) if m[2] == 'resnets' else blocks)}."
-    return renamed(weights, ((r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", place), *DIFFUSERS_VAE))
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected an object, found {type(found).__name__}")
-    return found
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """A file, or of a folder diffusion_pytorch_model*.safetensors, one file or the shards that an index names. One of
-    HY-WorldPlay's folders has model.safetensors instead."""
-    index = path / "diffusion_pytorch_model.safetensors.index.json"
-    files = sorted(path.glob("diffusion_pytorch_model*.safetensors")) or sorted(path.glob("model.safetensors"))
-    if path.is_file():
-        files = [path]
-    elif index.exists():
-        files = [path / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
-    if not files:
-        raise ValueError(f"{path}: no diffusion_pytorch_model*.safetensors in it")
-    weights = {}
-    for file in files:
-        if not file.exists():
-            raise ValueError(f"{file}: no such file, but {index.name} names it")
-        try:
-            weights |= load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: truncated, or not safetensors ({error})") from None
-    return weights
-
-
-def _width(weights: dict[str, Tensor], name: str, axis: int = 0) -> int:
-    return weights[name].shape[axis] if name in weights and weights[name].ndim > axis else 0
-
-
-def _is_hy(weights: dict[str, Tensor]) -> bool:
-    return any(name.startswith("double_blocks.") for name in weights)
-
-
-def _released(path: Path, folder: Path, weights: dict[str, Tensor], stage: str | None, config: dict, sizes: dict):
-    """Weights, and what a checkpoint of ours would have said of them.
-
-    path: what the user named, folder: where in it the weights lie; any folder between the two may have the meta.json.
-    stage: None if only the name of a folder tells, as with minWM and HY-WorldPlay.
-    config, sizes: of config.json, as it is and in our words; both may be empty.
-    """
-    hy, root = _is_hy(weights), path if path.is_dir() else path.parent
-    homes = [home for home in (folder, *folder.parents) if home.is_relative_to(root)]
-    meta_path = next((home / "meta.json" for home in homes if (home / "meta.json").exists()), folder / "meta.json")
-    usual = (config.get("ideal_resolution", "480p"), config.get("target_size", 640)) == ("480p", 640)
-    if hy and stage and not meta_path.exists() and ("distilled" in folder.name or not usual):
-        raise ValueError(f"{folder}: not at 480p, or distilled, so it wants other settings than those that we know: "
-                         f"expected its size, shift, steps and guidance in {meta_path}")
-    folders = MINWM_FOLDERS | WORLDPLAY_FOLDERS if hy else MINWM_FOLDERS
-    places = (path.absolute(), *path.absolute().parents) if stage is None else ()
-    of = next((place.name for place in places if place.name in folders), None)
-    said = _read_json(meta_path) if meta_path.exists() else {}
-    stage = said.pop("stage", folders.get(of, stage))
-    if stage is None and not meta_path.exists():
-        raise ValueError(f"{path}: these files do not say their stage, expected one in a folder {', '.join(folders)}, "
-                         f"or {{\"stage\": ...}} in {meta_path}")
-    released = RELEASED_HY if hy else RELEASED
-    if stage not in released or not said.keys() <= released[stage].keys():
-        raise ValueError(f"{meta_path}: expected a stage of {', '.join(released)} and some of "
-                         f"{', '.join(released['dmd'])}, found stage {stage} and {', '.join(said) or 'nothing'}")
-    meta = released[stage]
-    if hy:
-        if of in WORLDPLAY_FOLDERS:
-            meta = meta | WORLDPLAY | {"timed_text": stage == "camera", "sampler": "euler"}
-        if not any(".img_attn_prope_proj." in name for name in weights):  # minWM's TI2V models, too, have no camera
-            stage = "base" if stage == "camera" else stage
-            meta = meta | {"camera": False, "released_cache": False}
-    sizes = sizes or {"dim": _width(weights, "img_in.proj.bias" if hy else "patch_embedding.bias"),
-                      "layers": sum(name.endswith((".cross_attn.o.bias", ".img_attn_proj.bias")) for name in weights)}
-    known = [name for name, preset in PRESETS.items() if isinstance(preset.dit, HYConfig if hy else DiTConfig)
-             and all(vars(preset.dit).get(key) == z for key, z in sizes.items())]
-    if not known:
-        raise ValueError(f"{path}: a network with {sizes}, known presets are {', '.join(PRESETS)}")
-    meta = meta | said | {"stage": stage, "preset": known[0]}
-    if hy and meta["camera"] and PRESETS[known[0]].dit.action and not any(z.startswith("action_in.") for z in weights):
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            print(f"{path} knows no action labels: 4 tensors of them are added, at zero output", file=sys.stderr)
-        more, _ = with_camera(weights, known[0])
-        weights = weights | {name: w for name, w in more.items() if name.startswith("action_in.")}
-    return weights, meta
-
-
-def _vae_meta(path: Path, weights: dict[str, Tensor], config: dict) -> dict:
-    """config: of its config.json, or nothing. Released weights are known by name, all others by fingerprint."""
-    hy = "encoder.conv_in.conv.bias" in weights
-    dim, z_dim = _width(weights, "encoder.conv1.bias"), _width(weights, "conv2.bias")
-    if hy:
-        dim = _width(weights, "encoder.conv_in.conv.bias")
-        z_dim = _width(weights, "decoder.conv_in.conv.weight", axis=1)
-    known = [name for name, preset in PRESETS.items() if isinstance(preset.vae, HYVAEConfig if hy else VAEConfig)
-             and (preset.vae.widths[0] if hy else preset.vae.dim, preset.vae.z_dim) == (dim, z_dim)]
-    if not known:
-        raise ValueError(f"{path}: a VAE of width {dim} with {z_dim} channels, known presets are {', '.join(PRESETS)}")
-    cfg = PRESETS[known[0]].vae
-    mean, std = tuple(config.get("latents_mean", cfg.mean)), tuple(config.get("latents_std", cfg.std))
-    if config.get("scaling_factor"):  # HunyuanVideo-1.5's: one for all channels
-        mean, std = (config.get("shift_factor") or 0.0,) * z_dim, (1 / config["scaling_factor"],) * z_dim
-    of = {name: vae for name, vae in (("Wan2.1", WAN_VAE), ("HunyuanVideo-1.5", HY_VAE))
-          if replace(cfg, mean=mean, std=std) == vae}
-    name = {"fingerprint": name for name in of}
-    return {"stage": "vae", "preset": known[0], "mean": list(mean), "std": list(std)} | name
-
-
-def _read_folder(path: Path, want_vae: bool) -> tuple[dict[str, Tensor], dict]:
-    """A released folder, or the one around it: the transformer, or with want_vae its VAE. Or one file of safetensors,
-    its config.json beside it."""
-    if want_vae and (path / "Wan2.1_VAE.pth").exists():
-        return _read_file(path / "Wan2.1_VAE.pth")
-    part = path / ("vae" if want_vae else "transformer")
-    folder = path.parent if path.is_file() else part if part.is_dir() else path
-    if (folder / "480p_i2v").is_dir():  # HunyuanVideo-1.5 has one for every size and task
-        folder = folder / "480p_i2v"
-    weights = _read_safetensors(path if path.is_file() else folder)
-    # HY-WorldPlay's weights need none: their shapes say it all
-    config = {} if _is_hy(weights) and not (folder / "config.json").exists() else _read_json(folder / "config.json")
-    kind = config.get("_class_name")
-    if kind in VAES:
-        weights = from_diffusers(weights)
-        return weights, _vae_meta(folder, weights, config)
-    if kind not in SIZES and not (_is_hy(weights) and kind is None):
-        raise ValueError(f"{folder / 'config.json'}: expected a {', '.join([*SIZES, *VAES])}, found {kind}")
-    for key, value in ("eps", 1e-6), ("rope_theta", 256):
-        if config.get(key, value) != value:
-            raise ValueError(f"{folder / 'config.json'}: expected {key} {value}, found {config[key]}")
-    if "attention_head_dim" in config:  # diffusers'
-        weights = from_diffusers(weights)
-        config["dim"] = config.get("num_attention_heads", 0) * config["attention_head_dim"]
-    sizes = {ours: tuple(config[theirs]) if isinstance(config[theirs], list) else config[theirs]
-             for theirs, ours in SIZES.get(kind, {}).items() if theirs in config}
-    camera = any(".img_attn_prope_proj." in name for name in weights)
-    stage = None if camera or kind is None or kind.startswith("AR") else "base"
-    return _released(path, folder, weights, stage, config, sizes)
-
-
-def _read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Our own checkpoint, minWM's model.pt, HY-WorldPlay's .pt or Wan2.1_VAE.pth."""
-    try:  # without code, and memory-mapped where the format allows it
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:
-        raise ValueError(f"{path}: truncated, or not a checkpoint of ours ({type(error).__name__})") from error
-    saved = saved if isinstance(saved, dict) else {}
-    of = next((key for key in ("model", "generator_ema", "generator", "module") if key in saved), None)
-    weights, meta = saved[of] if of else saved, saved.get("meta")
-    whole = isinstance(weights, dict) and all(isinstance(w, Tensor) for w in weights.values())
-    if whole and of == "model" and isinstance(meta, dict) and "stage" in meta:
-        return weights, meta
-    if whole and of is None and "encoder.conv1.weight" in weights:
-        return weights, _vae_meta(path, weights, {})
-    if whole and of in ("generator_ema", "generator", "module"):
-        # FSDP, torch.compile and activation checkpointing have each put their own into the names
-        wrappers = r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\."
-        return _released(path, path.parent, renamed(weights, ((wrappers, ""), (r"^model\.", ""))), None, {}, {})
-    raise ValueError(f"{path}: not a checkpoint of ours, of minWM or Wan's VAE: it holds {[*saved][:3]}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def main(argv: list[str] | None = None) -> None:
-    """python model.py ckpt/ar.pt describes a checkpoint; --half OUT also writes it with its weights rounded to fp16."""
-    p = argparse.ArgumentParser(description=main.__doc__)
-    p.add_argument("checkpoint", type=Path)
-    p.add_argument("--half", type=Path, metavar="OUT", help="write a copy in half precision, to ship")
-    args = p.parse_args(argv)
-    weights, meta = load_checkpoint(args.checkpoint)
-    print(json.dumps(meta | {"parameters": sum(w.numel() for w in weights.values())}, indent=2))
-    if args.half:
-        parts = torch.cat([w.half().flatten() for w in weights.values()]).split([w.numel() for w in weights.values()])
-        # views of one tensor: a file has a record for each that is not, half a kilobyte beside the numbers
-        halves = {name: part.view(w.shape) for (name, w), part in zip(weights.items(), parts)}
-        save_checkpoint(args.half, halves, meta)
 
 
 if __name__ == "__main__":
