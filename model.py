@@ -670,6 +670,13 @@ Meta = TypedDict("Meta", {  # what a checkpoint says of itself: all that it take
     "sampler": str,  # of SAMPLERS
     "sampling_steps": int,  # denoising steps of a chunk
     "guidance": float,  # w in v_null + w (v_cond - v_null); 1 is off
+    # quirks of released networks, HY's: see HYDiT
+    "timed_text": bool,
+    "released_cache": bool,
+    # of a VAE
+    "mean": list[float],  # of its latents, per channel, and their deviation
+    "std": list[float],
+    "fingerprint": str,  # of its weights
 }, total=False)
 OLD_KEYS = {"steps": "sampling_steps", "prefix_prob": "given_prob"}  # in older files: today
 
