@@ -43,6 +43,7 @@ import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -59,6 +60,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Flow matching. A straight line from data to noise, x_t = (1 - sigma) x0 + sigma noise, and a network that predicts
@@ -160,6 +162,7 @@ class DiTConfig:
     text_dim: int
     freq_dim: int = 256  # of the sinusoid that the noise level becomes
     patch: int = 2  # latents along height and width that make a token
+    recompute: bool = False  # in training, keep of a block its input alone and run it again for backward
 
     @property
     def rope_bands(self) -> tuple[int, int, int]:
@@ -170,12 +173,14 @@ class DiTConfig:
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the finished frames. Never written in place: update_cache=True returns a new one.
+    """Keys and values of the finished frames, a piece for each chunk. Never written in place: update_cache=True returns
+    a new one, which has one piece more and shares the others.
 
-    So a cache may be kept, gone back to or used twice, and no gradient can run through it from one chunk to another.
+    So a cache may be kept, gone back to or used twice, nothing is copied when a chunk joins, and no gradient can run
+    through it from one chunk to another.
     """
     frames: int  # how many it holds; the next chunk's RoPE positions start here
-    layers: list[tuple[Tensor, ...]]  # per block: k, v and, with a camera, PRoPE's k, v, each [b nh n hd]
+    layers: list[list[tuple[Tensor, ...]]]  # per block and piece: k, v and, with a camera, PRoPE's, each [b nh n hd]
     text: tuple[list[tuple[Tensor, Tensor]], Tensor | None] | None = None  # HY: per block k, v of the prompt; its mask
     last_pose: Tensor | None = None  # HY with actions: viewmat of the last frame [b 4 4], to tell the next one's motion
 
@@ -192,7 +197,12 @@ def rolling_cache(kv_cache: KVCache, tokens: int, sink: int, window: int) -> KVC
         if n <= (sink + window) * tokens:
             return z
         return torch.cat([z[:, :, : sink * tokens], z[:, :, n - window * tokens :]], dim=2)
-    return kv_cache._replace(layers=[tuple(cut(z) for z in layer) for layer in kv_cache.layers])
+
+    layers = []
+    for pieces in kv_cache.layers:
+        whole = [torch.cat(z, dim=2) for z in zip(*pieces, strict=True)]
+        layers.append([tuple(cut(z) for z in whole)])
+    return kv_cache._replace(layers=layers)
 
 
 def sinusoid(position: Tensor, width: int) -> Tensor:
@@ -244,29 +254,26 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6).type_as(x) * self.weight
 
 
-# Which queries see which keys, as data: (queries, [keys, ...]) in frames; None lets everything see everything.
-Segments = list[tuple[slice, list[slice]]] | None
+class Segments(NamedTuple):
+    """Which tokens see which, as data: the frames are cut into pieces, and each piece attends to some of them."""
+    lengths: list[int]  # of the pieces, in frames
+    seen: list[list[int]]  # for every piece, which pieces its queries see
 
 
 def teacher_forcing_segments(f: int, chunk: int) -> Segments:
-    """Frames 0 .. f-1 are clean, f .. 2f-1 noisy. Clean chunk i sees clean chunks <= i, noisy i clean < i and itself.
+    """Clean chunks 0 .. n-2, noisy chunks 0 .. n-1. Clean chunk i sees clean <= i, noisy chunk i clean < i and itself.
 
-        keys      clean 0 1 2   noisy 0 1 2          Two full attentions per chunk, no mask: the same numbers as a
-        clean 0         x                            masked pass on any device, with exact gradients, and no work
-        clean 1         x x                          on pairs that the mask would throw away.
-        clean 2         x x x
-        noisy 0                       x
-        noisy 1         x               x
-        noisy 2         x x               x
+        keys      clean 0 1   noisy 0 1 2          Two full attentions per chunk, no mask: the same numbers as a masked
+        clean 0         x                          pass on any device, with exact gradients, and no work on pairs that
+        clean 1         x x                        the mask would throw away. The last clean chunk is left out: no
+        noisy 0                     x              noisy chunk comes after it.
+        noisy 1         x             x
+        noisy 2         x x             x
     """
-    segments = []
-    for start in range(0, f, chunk):
-        stop = min(start + chunk, f)
-        segments.append((slice(start, stop), [slice(0, stop)]))
-    for start in range(0, f, chunk):
-        stop = min(start + chunk, f)
-        segments.append((slice(f + start, f + stop), [slice(0, start), slice(f + start, f + stop)]))
-    return segments
+    noisy = [min(chunk, f - start) for start in range(0, f, chunk)]  # the last one may be short
+    n = len(noisy)
+    seen = [[*range(i + 1)] for i in range(n - 1)] + [[*range(i), n - 1 + i] for i in range(n)]
+    return Segments(noisy[:-1] + noisy, seen)
 
 
 def sdpa(q: Tensor, seen: list[tuple[Tensor, Tensor]], mask: Tensor | None = None) -> Tensor:
@@ -280,7 +287,7 @@ def sdpa(q: Tensor, seen: list[tuple[Tensor, Tensor]], mask: Tensor | None = Non
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def segment_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, segments: Segments,
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, segments: Segments | None,
                       context: list[tuple[Tensor, Tensor]], mask: Tensor | None = None):
     """q, k, v [b f s d] -> attention output [b f s d], and this pass's keys and values [b nh n hd] for the cache.
 
@@ -290,16 +297,14 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, segments: Seg
     s = q.shape[2]
     q, k, v = (rearrange(z, "b f s (nh hd) -> b nh (f s) hd", nh=heads) for z in (q, k, v))
 
-    def tokens_of(z: Tensor, frames: slice) -> Tensor:
-        return z[:, :, frames.start * s : frames.stop * s]
-
-    if segments is None:
+    if segments is None:  # everything sees everything
         y = sdpa(q, [*context, (k, v)], mask)
-    else:  # one attention per segment, over exactly the keys that it sees
+    else:  # one attention per piece, over exactly the keys that it sees
+        tokens = [n * s for n in segments.lengths]
+        qs, ks, vs = (z.split(tokens, dim=2) for z in (q, k, v))  # split, not slices: their gradients come in one piece
         outputs = []
-        for queries, seen in segments:
-            kvs = [(tokens_of(k, frames), tokens_of(v, frames)) for frames in seen]
-            outputs.append(sdpa(tokens_of(q, queries), context + kvs, mask))
+        for piece, seen in zip(qs, segments.seen, strict=True):
+            outputs.append(sdpa(piece, context + [(ks[i], vs[i]) for i in seen], mask))
         y = torch.cat(outputs, dim=2)
     return rearrange(y, "b nh (f s) hd -> b f s (nh hd)", s=s), (k, v)
 
@@ -315,16 +320,16 @@ class SelfAttention(nn.Module):
         if camera:
             self.prope_o = nn.Linear(d, d)
 
-    def forward(self, x: Tensor, rope: Tensor, projection: tuple[Tensor, Tensor] | None, segments: Segments,
-                cached: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """x [b f s d], projection (P, P^-1), cached k, v, PRoPE's k, v -> output [b f s d], this pass's k, v, ...
+    def forward(self, x: Tensor, rope: Tensor, projection: tuple[Tensor, Tensor] | None, segments: Segments | None,
+                cached: list[tuple[Tensor, ...]]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x [b f s d], projection (P, P^-1), cached pieces of k, v, ... -> output [b f s d], this pass's k, v, ...
 
         Each branch caches what it attends to, after its own transform, so a cached key is never touched again.
         """
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)  # [b f s d]
         # where tokens are: RoPE turns queries and keys, values stay
         q_rope, k_rope = apply_rope(q, rope, self.heads), apply_rope(k, rope, self.heads)
-        past = [cached[:2]] if cached is not None else []
+        past = [piece[:2] for piece in cached]
         y, kv = segment_attention(q_rope, k_rope, v, self.heads, segments, past)
         y = self.o(y)
         if projection is not None:
@@ -332,7 +337,7 @@ class SelfAttention(nn.Module):
             # how their cameras stand to each other: PRoPE, on queries and keys without RoPE, and on values, too
             # (P_i^T q_i) . (P_j^-1 k_j) = q_i . (P_i P_j^-1 k_j): the score sees the motion from frame j to frame i
             q, k, v = apply_projection(q, P.mT), apply_projection(k, P_inv), apply_projection(v, P_inv)
-            past = [cached[2:]] if cached is not None else []
+            past = [piece[2:] for piece in cached]
             z, kv_prope = segment_attention(q, k, v, self.heads, segments, past)
             y = y + self.prope_o(apply_projection(z, P))  # values come back into frame i's image
             kv = kv + kv_prope
@@ -370,7 +375,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 6, d))
 
     def forward(self, x: Tensor, modulation: Tensor, text: Tensor, rope: Tensor,
-                projection: tuple[Tensor, Tensor] | None, segments: Segments, cached: tuple[Tensor, ...] | None,
+                projection: tuple[Tensor, Tensor] | None, segments: Segments | None, cached: list[tuple[Tensor, ...]],
                 update_cache: bool) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """x [b f s d], modulation [b f 6 d], text [b l d] -> x, and this pass's k, v, ... if they are to be cached."""
         # every frame has a noise level of its own, so adaLN's six vectors are per frame, not per video
@@ -447,12 +452,13 @@ class WanDiT(nn.Module):
         rope = rope_table(frames, h // 2, w // 2, self.cfg.rope_bands, theta=10000)  # once a pass, for all blocks
         projection = None if camera is None else projections(camera)
         segments = None  # every frame sees every frame, and the cache
-        if clean is not None:  # [clean | noisy] along the frames; both halves stand at the same places and times
-            x_t = torch.cat([clean, x_t], dim=1)
-            sigma = torch.cat([torch.zeros_like(sigma), sigma], dim=1)
-            rope = torch.cat([rope, rope])
+        if clean is not None:  # [clean | noisy] along the frames; both stand at the same places and times
+            past = slice(0, (f - 1) // chunk * chunk)  # nothing comes after the last clean chunk to see it
+            x_t = torch.cat([clean[:, past], x_t], dim=1)
+            sigma = torch.cat([torch.zeros_like(sigma[:, past]), sigma], dim=1)
+            rope = torch.cat([rope[: past.stop * len(rope) // f], rope])
             if projection is not None:
-                projection = tuple(torch.cat([P, P], dim=1) for P in projection)
+                projection = tuple(torch.cat([P[:, past], P], dim=1) for P in projection)
             segments = teacher_forcing_segments(f, chunk)
 
         weight = self.patch_embedding.weight.flatten(1)  # a convolution whose stride is its kernel is a linear map
@@ -462,7 +468,7 @@ class WanDiT(nn.Module):
         e, modulation = self.time(sigma)
         layers = []
         for i, block in enumerate(self.blocks):
-            cached = kv_cache.layers[i] if kv_cache else None
+            cached = kv_cache.layers[i] if kv_cache else []
             x, kv = block(x, modulation, text, rope, projection, segments, cached, update_cache)
             layers.append(kv)
         if update_cache:  # the velocity of clean frames means nothing: what this pass was for is its keys and values
@@ -479,14 +485,12 @@ def check_shapes(x_t: Tensor, sigma: Tensor, camera: Camera | None) -> None:
                          f"{list(sigma.shape)} and {None if camera is None else list(camera.viewmats.shape)}")
 
 
-def append_layers(kv_cache: KVCache | None, new: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-    """Per block, the cached keys and values [b nh n hd] and this pass's behind them."""
-    if kv_cache is None or not kv_cache.layers:
-        return new
-    layers = []
-    for old, added in zip(kv_cache.layers, new, strict=True):
-        layers.append(tuple(torch.cat(z, dim=2) for z in zip(old, added, strict=True)))
-    return layers
+def append_layers(kv_cache: KVCache | None, new: list[tuple[Tensor, ...]]) -> list[list[tuple[Tensor, ...]]]:
+    """Per block, the cached pieces, and this pass's keys and values as one more, unless it was a pass of no frames."""
+    old = kv_cache.layers if kv_cache else [[]] * len(new)
+    if new[0][0].shape[2] == 0:
+        return old
+    return [[*pieces, piece] for pieces, piece in zip(old, new, strict=True)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -725,11 +729,14 @@ def shard(net: nn.Module, weights: dict[str, Tensor], device: torch.device, trai
     """A network built on the meta device -> the same, sharded over all ranks (FSDP2) and filled with rank 0's weights.
 
     One fully_shard per block and one for the rest. fp32 master weights; on a GPU, bf16 compute and fp32 reduction.
+    Where cfg.recompute says so, a trained block runs forward twice: the same gradients, bit for bit, in less memory.
     """
     compute = torch.bfloat16 if device.type == "cuda" else None
     # the networks cast their inputs themselves: sigma and the camera must reach them in fp32
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in net.blocks:
+        if train and net.cfg.recompute:  # within FSDP's hooks, and without a wrapper: no parameter changes its name
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         fully_shard(block, mp_policy=precision)
     # resharded even at the root: between passes every parameter is a shard again, which update_ema relies on
     fully_shard(net, mp_policy=precision, reshard_after_forward=True).to_empty(device=device)
@@ -1209,8 +1216,10 @@ class Preset(NamedTuple):
 PRESETS = {
     "tiny": Preset(WanDiT, DiTConfig(192, 768, 4, 4, channels=8, text_dim=96, freq_dim=128),
                    WanVAE, VAEConfig(16, 8, (1, 2, 2), 1, (True, True), (0.0,) * 8, (1.0,) * 8)),
-    "wan-1.3b": Preset(WanDiT, DiTConfig(1536, 8960, 12, 30, channels=16, text_dim=4096), WanVAE, WAN_VAE),
-    "wan-14b": Preset(WanDiT, DiTConfig(5120, 13824, 40, 40, channels=16, text_dim=4096), WanVAE, WAN_VAE),
+    "wan-1.3b": Preset(WanDiT, DiTConfig(1536, 8960, 12, 30, channels=16, text_dim=4096, recompute=True),
+                       WanVAE, WAN_VAE),
+    "wan-14b": Preset(WanDiT, DiTConfig(5120, 13824, 40, 40, channels=16, text_dim=4096, recompute=True),
+                      WanVAE, WAN_VAE),
 }
 
 
@@ -1264,6 +1273,7 @@ class HYConfig:
     action: bool  # with the camera also its discrete labels
     refiner_layers: int = 2
     patch: int = 1
+    recompute: bool = False  # see DiTConfig
 
 
 # The class of a motion: rows backward, none, forward; columns left, none, right.
@@ -1399,7 +1409,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 class DoubleBlock(nn.ModuleDict):
     """The same layers twice over, for the streams "img" (the video) and "txt", by their released names."""
-    prope_cache = slice(2, None)  # where in a cached (k, v, PRoPE's k, v) PRoPE's queries read; see use_released_cache
+    prope_cache = slice(2, None)  # where in a cached piece k, v, PRoPE's k, v PRoPE's queries read: use_released_cache
 
     def __init__(self, cfg: HYConfig, camera: bool):
         super().__init__()
@@ -1432,7 +1442,7 @@ class DoubleBlock(nn.ModuleDict):
 
     def forward(self, x: Tensor, e: Tensor, text: Tensor | None, e_text: Tensor | None,
                 text_kv: tuple[Tensor, Tensor] | None, mask: Tensor | None, rope: Tensor,
-                projection: tuple[Tensor, Tensor] | None, segments: Segments, cached: tuple[Tensor, ...] | None,
+                projection: tuple[Tensor, Tensor] | None, segments: Segments | None, cached: list[tuple[Tensor, ...]],
                 text_sees_video: bool, update_cache: bool):
         """One layer of both streams: x [b f s d], text [b 1 l d] with their time embeddings e [b f d], e_text [b 1 d].
 
@@ -1455,7 +1465,7 @@ class DoubleBlock(nn.ModuleDict):
         shift, scale, gate = attn
         q, k, v = self.qkv("img", modulated_norm(x, shift, scale))  # [b f s d]
         q_rope, k_rope = apply_rope(q, rope, heads), apply_rope(k, rope, heads)
-        context = [text_kv] if cached is None else [text_kv, cached[:2]]
+        context = [text_kv] + [piece[:2] for piece in cached]
         y, kv = segment_attention(q_rope, k_rope, v, heads, segments, context, mask)
         seen_by_text = [text_kv, kv] if text_sees_video else [text_kv]  # of the video, RoPE's keys
         y = self["img_attn_proj"](y)
@@ -1463,7 +1473,7 @@ class DoubleBlock(nn.ModuleDict):
             P, P_inv = projection
             q, k, v = apply_projection(q, P.mT), apply_projection(k, P_inv), apply_projection(v, P_inv)
             # the text has no camera: its keys and values are read as they are
-            context = [text_kv] if cached is None else [text_kv, cached[self.prope_cache]]
+            context = [text_kv] + [piece[self.prope_cache] for piece in cached]
             z, kv_prope = segment_attention(q, k, v, heads, segments, context, mask)
             y = y + self["img_attn_prope_proj"](apply_projection(z, P))
             kv = kv + kv_prope
@@ -1576,14 +1586,15 @@ class HYDiT(nn.Module):
         text_sees_video = clean is None and kv_cache is None and not update_cache
         text_sigma = sigma.amax(1) if self.timed_text and text_sees_video else sigma.new_zeros(b)
         segments = None
-        if clean is not None:  # [clean | noisy] along the frames; both halves stand at the same places and times
-            x_t = torch.cat([torch.cat([clean, given], dim=2), x_t], dim=1)
-            sigma = torch.cat([torch.zeros_like(sigma), sigma], dim=1)
-            rope = torch.cat([rope, rope])
+        if clean is not None:  # [clean | noisy] along the frames; both stand at the same places and times
+            past = slice(0, (f - 1) // chunk * chunk)  # nothing comes after the last clean chunk to see it
+            x_t = torch.cat([torch.cat([clean, given], dim=2)[:, past], x_t], dim=1)
+            sigma = torch.cat([torch.zeros_like(sigma[:, past]), sigma], dim=1)
+            rope = torch.cat([rope[: past.stop * len(rope) // f], rope])
             if projection is not None:
-                projection = tuple(torch.cat([P, P], dim=1) for P in projection)
+                projection = tuple(torch.cat([P[:, past], P], dim=1) for P in projection)
             if action is not None:
-                action = torch.cat([action, action], dim=1)
+                action = torch.cat([action[:, past], action], dim=1)
             segments = teacher_forcing_segments(f, chunk)
 
         weight = self.img_in["proj"].weight.flatten(1)  # a convolution whose stride is its kernel is a linear map
@@ -1602,7 +1613,7 @@ class HYDiT(nn.Module):
 
         layers, new_text_kvs = [], []
         for i, block in enumerate(self.blocks):
-            cached = kv_cache.layers[i] if kv_cache and kv_cache.layers else None
+            cached = kv_cache.layers[i] if kv_cache else []
             x, text, kv, text_kv = block(x, e, text, e_text, text_kvs[i], mask, rope, projection, segments, cached,
                                          text_sees_video, update_cache)
             layers.append(kv)
@@ -1854,7 +1865,7 @@ PRESETS["tiny-hy"] = Preset(
     HYVAE, HYVAEConfig((16, 16, 32), 8, 1, (0.0,) * 8, (1.0,) * 8))
 PRESETS["hy-8b"] = Preset(
     HYDiT, HYConfig(2048, 8192, 16, 54, channels=32, text_dim=3584, vision_dim=1152, byt5=(1472, 2048, 2048),
-                    rope_bands=(16, 56, 56), action=True),
+                    rope_bands=(16, 56, 56), action=True, recompute=True),
     HYVAE, HY_VAE)
 
 
