@@ -39,7 +39,7 @@ from data import (
 from model import (
     Meta, add_noise, build, check_finite, euler, full_state_dict, load_checkpoint, load_state, load_vae, masked_mse,
     noise_levels, prefill, save_checkpoint, save_state, shard, start_process_group, update_cache, update_ema,
-    velocity_to_x0, with_null,
+    velocity_to_x0,
 )
 
 
@@ -49,21 +49,23 @@ def integrate(teacher: nn.Module, batch: Batch, sigmas: list[float], meta: Meta,
 
     meta: the teacher's. Given frames are clean in every state.
     """
-    guidance, chunk = meta["guidance"], meta["chunk"]
+    f, guidance, chunk = batch.x0.shape[1], meta["guidance"], meta["chunk"]
     stride = (len(sigmas) - 1) // keep  # Euler steps from one kept state to the next
     noise = add_noise(batch.x0, batch.noise(), batch.generated)  # noise level 1, on given frames 0
-    prompt = with_null(batch.prompt, batch.null, guidance)
-    kv_cache = prefill(teacher, noise, prompt, batch.camera, guidance)
+    prompts = [batch.prompt] if guidance == 1 else [batch.prompt, batch.null]
+    kv_caches = [prefill(teacher, noise, prompt, batch.camera) for prompt in prompts]
     chunks = []
-    for start in range(0, batch.x0.shape[1], chunk):
+    for start in range(0, f, chunk):
         frames = slice(start, start + chunk)
         camera, generated = batch.camera.frames(frames), batch.generated[:, frames]
         states = [noise[:, frames]]  # 1
         for i in range(0, len(sigmas) - 1, stride):  # 2
             part = sigmas[i : i + stride + 1]
-            states.append(euler(teacher, states[-1:], part, prompt, camera, guidance, kv_cache, generated))
+            states.append(euler(teacher, states[-1:], part, prompts, camera, guidance, kv_caches, generated))
         chunks.append(torch.stack(states, dim=1))
-        kv_cache = update_cache(teacher, batch.x0[:, frames], prompt, camera, guidance, kv_cache)  # ground truth
+        if frames.stop < f:  # what joins the past is ground truth
+            kv_caches = [update_cache(teacher, batch.x0[:, frames], prompt, camera, kv_cache)
+                         for prompt, kv_cache in zip(prompts, kv_caches, strict=True)]
     return torch.cat(chunks, dim=2)
 
 

@@ -497,29 +497,17 @@ def append_layers(kv_cache: KVCache | None, new: list[tuple[Tensor, ...]]) -> li
 # 4. Sampling. A chunk starts as noise, is denoised after the chunks before it, and joins the cache once it is clean.
 # What trainers show and stream.py serves.
 #
-# With guidance, the network runs once on a batch of twice the size: the prompts, and behind them the null prompts. So
-# does every pass that fills the cache, since the two halves have different pasts.
+# With guidance there are two prompts, the text and the null prompt, and two caches: what the null prompt's pass sees of
+# the past, it has read itself. Each is a pass of its own: a batch of twice the size would need twice the memory.
 
 Prompt = Any  # a tensor [b l d], or a tuple of tensors and such tuples, each batch-first (HYPrompt)
 
 
 def tree_map(f, *trees):
-    """f over tensors, or over the tensors at the same place of tuples of them (a HYPrompt, a Camera); None stays."""
-    if trees[0] is None:
-        return None
+    """f over tensors, or over the tensors at the same place of tuples of them (a HYPrompt)."""
     if isinstance(trees[0], Tensor):
         return f(*trees)
     return type(trees[0])(*(tree_map(f, *leaves) for leaves in zip(*trees, strict=True)))
-
-
-def twice(tree):
-    """The batch, and the same again behind it."""
-    return tree_map(lambda z: torch.cat([z, z]), tree)
-
-
-def with_null(prompt: Prompt, null: Prompt, guidance: float) -> Prompt:
-    """The prompts of a batch and, with guidance, the null prompts behind them."""
-    return prompt if guidance == 1 else tree_map(lambda a, b: torch.cat([a, b]), prompt, null)
 
 
 def where_prompt(condition: Tensor, a: Prompt, b: Prompt) -> Prompt:
@@ -527,34 +515,33 @@ def where_prompt(condition: Tensor, a: Prompt, b: Prompt) -> Prompt:
     return tree_map(lambda x, y: torch.where(condition.view(-1, *[1] * (x.ndim - 1)), x, y), a, b)
 
 
-def velocity_with_guidance(net: nn.Module, x_t: Tensor, sigma: Tensor, prompt: Prompt, camera: Camera | None,
-                           guidance: float, kv_cache: KVCache | None) -> Tensor:
-    """v [b f c h w], guided unless guidance is 1. prompt: as `with_null` makes it."""
-    if guidance == 1:
-        return net(x_t, sigma, prompt, camera, kv_cache=kv_cache)
-    v_cond, v_null = net(twice(x_t), twice(sigma), prompt, twice(camera), kv_cache=kv_cache).chunk(2)
-    return guide(v_cond, v_null, guidance)
+def velocity(net: nn.Module, x_t: Tensor, sigma: Tensor, prompts: list[Prompt], camera: Camera | None, guidance: float,
+             kv_caches: list[KVCache | None]) -> Tensor:
+    """v [b f c h w], guided if there is a null prompt behind the prompt. One cache for each prompt."""
+    vs = [net(x_t, sigma, prompt, camera, kv_cache=kv_cache)
+          for prompt, kv_cache in zip(prompts, kv_caches, strict=True)]
+    return vs[0] if len(vs) == 1 else guide(*vs, guidance)
 
 
 @torch.no_grad()
-def euler(net: nn.Module, noise: list[Tensor], sigmas: list[float], prompt: Prompt, camera: Camera | None,
-          guidance: float, kv_cache: KVCache | None, generated: Tensor) -> Tensor:
+def euler(net: nn.Module, noise: list[Tensor], sigmas: list[float], prompts: list[Prompt], camera: Camera | None,
+          guidance: float, kv_caches: list[KVCache | None], generated: Tensor) -> Tensor:
     """x_t = noise[0] [b f c h w] -> x0 by Euler steps along the velocity, down `sigmas`: the sampler of a teacher.
 
-    prompt: as `with_null` makes it. Frames where generated [b f] is 0 are given: noise[0] holds them clean, they stay
-    at noise level zero and come out unchanged.
+    prompts: [prompt], or with guidance [prompt, null]. Frames where generated [b f] is 0 are given: noise[0] holds them
+    clean, they stay at noise level zero and come out unchanged.
     """
     x_t = noise[0]
     for upper, lower in zip(sigmas, sigmas[1:]):
-        v = velocity_with_guidance(net, x_t, upper * generated, prompt, camera, guidance, kv_cache)
+        v = velocity(net, x_t, upper * generated, prompts, camera, guidance, kv_caches)
         step = (lower - upper) * generated  # [b f], 0 on given frames
         x_t = x_t + step[..., None, None, None] * v
     return x_t
 
 
 @torch.no_grad()
-def few_step(net: nn.Module, noise: list[Tensor], sigmas: list[float], prompt: Prompt, camera: Camera | None,
-             guidance: float, kv_cache: KVCache | None, generated: Tensor) -> Tensor:
+def few_step(net: nn.Module, noise: list[Tensor], sigmas: list[float], prompts: list[Prompt], camera: Camera | None,
+             guidance: float, kv_caches: list[KVCache | None], generated: Tensor) -> Tensor:
     """As `euler`, but each step predicts x0 and noises it anew to the next level: the sampler of a distilled student.
 
     (Multistep consistency sampling, arXiv:2303.01469 algorithm 1.) noise: one tensor for each level above 0.
@@ -562,7 +549,7 @@ def few_step(net: nn.Module, noise: list[Tensor], sigmas: list[float], prompt: P
     x_t = noise[0]
     for i, (upper, lower) in enumerate(zip(sigmas, sigmas[1:])):
         sigma = upper * generated  # [b f]
-        v = velocity_with_guidance(net, x_t, sigma, prompt, camera, guidance, kv_cache)
+        v = velocity(net, x_t, sigma, prompts, camera, guidance, kv_caches)
         x0 = velocity_to_x0(v, x_t, sigma)
         x_t = add_noise(x0, noise[i + 1], lower * generated) if lower > 0 else x0
     return x_t
@@ -572,23 +559,21 @@ SAMPLERS = {"euler": euler, "few_step": few_step}
 
 
 @torch.no_grad()
-def update_cache(net: nn.Module, x0: Tensor, prompt: Prompt, camera: Camera | None, guidance: float = 1.0,
+def update_cache(net: nn.Module, x0: Tensor, prompt: Prompt, camera: Camera | None,
                  kv_cache: KVCache | None = None) -> KVCache:
-    """The cache, extended by finished frames x0 [b f c h w]: one pass at noise level zero. prompt as in `euler`."""
-    if guidance != 1:
-        x0, camera = twice(x0), twice(camera)
+    """The cache, extended by finished frames x0 [b f c h w]: one pass at noise level zero."""
     sigma = x0.new_zeros(x0.shape[:2])
     return net(x0, sigma, prompt, camera, kv_cache=kv_cache, update_cache=True)
 
 
-def prefill(net: nn.Module, x: Tensor, prompt: Prompt, camera: Camera | None, guidance: float = 1.0) -> KVCache:
+def prefill(net: nn.Module, x: Tensor, prompt: Prompt, camera: Camera | None) -> KVCache:
     """The cache of a stream that has no frames yet, only its prompt. x, camera: any frames of the video's shape.
 
     Wan could do without it. HY could not: in its bidirectional pass the text attends to the video, in a stream it must
     not, and that there is a cache is all that tells the two apart.
     """
     nothing = slice(0, 0)
-    return update_cache(net, x[:, nothing], prompt, None if camera is None else camera.frames(nothing), guidance)
+    return update_cache(net, x[:, nothing], prompt, None if camera is None else camera.frames(nothing))
 
 
 @torch.no_grad()
@@ -619,20 +604,22 @@ def rollout(net: nn.Module, meta: "Meta", rng: list[torch.Generator], shape: tup
         noise[0] = torch.cat([given, noise[0][:, p:]], dim=1)
         generated[:, :p] = 0
 
-    prompt, kv_cache = with_null(prompt, null, guidance), None
+    prompts = [prompt] if guidance == 1 else [prompt, null]
+    kv_caches: list[KVCache | None] = [None] * len(prompts)
     if meta["chunk"]:
         with timed(seconds, "cache"):
-            kv_cache = prefill(net, noise[0], prompt, camera, guidance)
+            kv_caches = [prefill(net, noise[0], text, camera) for text in prompts]
     for start in range(0, f, chunk):
         frames = slice(start, start + chunk)
         here = None if camera is None else camera.frames(frames)
         with timed(seconds, "denoise"):
-            x0 = sampler(net, [z[:, frames] for z in noise], sigmas, prompt, here, guidance, kv_cache,
+            x0 = sampler(net, [z[:, frames] for z in noise], sigmas, prompts, here, guidance, kv_caches,
                          generated[:, frames])
         yield x0
         if frames.stop < f:  # nothing comes after the last chunk to read it
             with timed(seconds, "cache"):
-                kv_cache = update_cache(net, x0, prompt, here, guidance, kv_cache)
+                kv_caches = [update_cache(net, x0, text, here, kv_cache)
+                             for text, kv_cache in zip(prompts, kv_caches, strict=True)]
 
 
 @contextmanager
@@ -1878,8 +1865,8 @@ PRESETS["hy-8b"] = Preset(
 
 
 @torch.no_grad()
-def unipc(net: nn.Module, noise: list[Tensor], sigmas: list[float], prompt: Prompt, camera: Camera | None,
-          guidance: float, kv_cache: KVCache | None, generated: Tensor) -> Tensor:
+def unipc(net: nn.Module, noise: list[Tensor], sigmas: list[float], prompts: list[Prompt], camera: Camera | None,
+          guidance: float, kv_caches: list[KVCache | None], generated: Tensor) -> Tensor:
     """As `euler`. The first and the last step are of first order, all others of second.
 
     sigmas[0] must be under 1, where log-SNR is -inf: noise_levels(..., start=0.999).
@@ -1922,7 +1909,7 @@ def unipc(net: nn.Module, noise: list[Tensor], sigmas: list[float], prompt: Prom
     x = x_t = noise[0]  # x_t, what the network sees, is the prediction; x, what the steps start from, its correction
     for i in range(steps):
         sigma = sigmas[i] * generated
-        v = velocity_with_guidance(net, x_t, sigma, prompt, camera, guidance, kv_cache)
+        v = velocity(net, x_t, sigma, prompts, camera, guidance, kv_caches)
         x0s.append(velocity_to_x0(v, x_t, sigma))
         if i > 0:
             x = correct(x, i - 1)

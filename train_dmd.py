@@ -10,15 +10,16 @@ So far every chunk was trained after a clean past. In use the past is the model'
   fake_score    the same model, kept trained on the generator's rollouts: which way it moves to look like itself
 
 The generator follows the difference. One update of it:
-  1. roll out a whole video from its own past; of each chunk's denoising steps only the last carries gradient, and what
-     joins the cache carries none
+  1. roll out a whole video from its own past, without gradient
   2. noise the video to a random level, and ask both scores for the clean one
-  3. move it along their difference (DMD eq. 7-8):
+  3. the gradient by the video is their difference (DMD eq. 7-8):
 
     x = rollout(noise)     x_t = (1 - sigma) x + sigma noise'
     grad = (x0_fake(x_t) - x0_real(x_t)) / mean |x - x0_real(x_t)|          loss = 1/2 || x - sg(x - grad) ||^2
 
-  4. then fake_score catches up: --fake-score-updates plain flow-matching steps on new rollouts
+  4. make the last denoising step of each chunk again, with gradient, and hand it its part of that. So truncation is
+     exact: nothing flows into earlier steps or through the cache, and one chunk's activations are held at a time
+  5. then fake_score catches up: --fake-score-updates plain flow-matching steps on new rollouts
 
 --steps counts generator updates. (The papers count fake_score's: their 200 are 40 of these.)
 
@@ -30,6 +31,7 @@ import gc
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,41 +44,54 @@ from data import (
     write_samples,
 )
 from model import (
-    Meta, Nets, add_noise, build, check_finite, full_state_dict, guide, load_checkpoint, load_state, load_vae,
+    KVCache, Meta, Nets, add_noise, build, check_finite, full_state_dict, guide, load_checkpoint, load_state, load_vae,
     masked_mse, noise_levels, prefill, save_checkpoint, save_state, shard, shift_sigma, start_process_group,
     update_cache, update_ema, velocity_to_x0,
 )
 
 
-def self_rollout(generator: nn.Module, batch: Batch, meta: Meta, exit_step: int) -> Tensor:
-    """Video made chunk by chunk after its own past [b f c h w]; gradient through step exit_step of each chunk alone.
+class Exit(NamedTuple):
+    """The step of a chunk that carries gradient: all that it takes to make it again."""
+    frames: slice
+    x_t: Tensor  # [b chunk c h w], what it started from
+    sigma: Tensor  # [b chunk]
+    kv_cache: KVCache  # of the chunks before
 
-    exit_step is shared by all chunks and ranks. The result is the prediction of that step: clean only in the sense in
-    which a few-step model's predictions are, which is what the scores must judge. Given frames are the batch's own.
+
+def predict(generator: nn.Module, batch: Batch, step: Exit) -> Tensor:
+    """The x0 [b chunk c h w] that the generator predicts at this step."""
+    camera = batch.camera.frames(step.frames)
+    v = generator(step.x_t, step.sigma, batch.prompt, camera, kv_cache=step.kv_cache)
+    return velocity_to_x0(v, step.x_t, step.sigma)
+
+
+@torch.no_grad()
+def self_rollout(generator: nn.Module, batch: Batch, meta: Meta, exit_step: int) -> tuple[Tensor, list[Exit]]:
+    """A video made chunk by chunk after its own past [b f c h w], without gradient, and the last step of each chunk.
+
+    Every chunk is denoised up to step exit_step, which is shared by all chunks and ranks. The result is the prediction
+    of that step: clean only in the sense in which a few-step model's predictions are, which is what the scores must
+    judge. Given frames are the batch's own.
     """
-    want_grad = torch.is_grad_enabled()
     f, chunk = batch.x0.shape[1], meta["chunk"]
     sigmas = noise_levels(meta["sampling_steps"], meta["shift"])
     noise = [batch.noise() for _ in range(exit_step + 1)]  # one for each denoising step
     noise[0] = add_noise(batch.x0, noise[0], batch.generated)  # noise level 1, on given frames 0
     kv_cache = prefill(generator, noise[0], batch.prompt, batch.camera)
-    video = []
+    video, exits = [], []
     for start in range(0, f, chunk):
         frames = slice(start, start + chunk)
-        camera, generated = batch.camera.frames(frames), batch.generated[:, frames]
-        x_t = noise[0][:, frames]
+        generated, x_t = batch.generated[:, frames], noise[0][:, frames]
         for i in range(exit_step + 1):
-            sigma = sigmas[i] * generated  # [b chunk]
-            # truncation: earlier steps leave no graph, so x_t is a constant for the step that carries gradient
-            with torch.set_grad_enabled(want_grad and i == exit_step):
-                v = generator(x_t, sigma, batch.prompt, camera, kv_cache=kv_cache)
-                x0 = velocity_to_x0(v, x_t, sigma)
+            step = Exit(frames, x_t, sigmas[i] * generated, kv_cache)
+            x0 = predict(generator, batch, step)
             if i < exit_step:
                 x_t = add_noise(x0, noise[i + 1][:, frames], sigmas[i + 1] * generated)
         video.append(x0)
-        if frames.stop < f:  # the cache is made without gradient: none flows from one chunk to an earlier one
-            kv_cache = update_cache(generator, x0, batch.prompt, camera, kv_cache=kv_cache)
-    return torch.cat(video, dim=1)
+        exits.append(step)
+        if frames.stop < f:
+            kv_cache = update_cache(generator, x0, batch.prompt, batch.camera.frames(frames), kv_cache)
+    return torch.cat(video, dim=1), exits
 
 
 def noised(x: Tensor, batch: Batch, meta: Meta) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,9 +232,11 @@ def main(args: argparse.Namespace) -> None:
         for micro in range(args.accum):
             part, parts = micro * world_size + rank, args.accum * world_size
             batch = get_batch(data, args.seed, update, part, parts, args.batch_size, device, meta["given_prob"])
-            x = self_rollout(generator, batch, meta, exit_step)  # 1
-            loss = generator_loss(x, real_score, fake_score, batch, meta, args.guidance) / args.accum
-            loss.backward()
+            x, exits = self_rollout(generator, batch, meta, exit_step)  # 1
+            loss = generator_loss(x.requires_grad_(), real_score, fake_score, batch, meta, args.guidance) / args.accum
+            loss.backward()  # as far as x
+            for chunk in exits:  # 4
+                predict(generator, batch, chunk).backward(x.grad[:, chunk.frames])
             loss_sum, ids = loss_sum + loss.detach(), ids + batch.ids
         grad_norm = nn.utils.clip_grad_norm_(generator.parameters(), args.max_grad_norm).full_tensor()
         metrics = check_finite(step, {"loss": loss_sum, "grad_norm": grad_norm}, ids)
@@ -227,15 +244,14 @@ def main(args: argparse.Namespace) -> None:
         optimizer.zero_grad()
         update_ema(ema, generator, args.ema_decay)
 
-        for _ in range(args.fake_score_updates):  # 4: the score catches up
+        for _ in range(args.fake_score_updates):  # 5: the score catches up
             update += 1
             exit_step = sample_exit_step(args.seed, update, meta["sampling_steps"])
             loss_sum, ids = 0.0, []
             for micro in range(args.accum):
                 part, parts = micro * world_size + rank, args.accum * world_size
                 batch = get_batch(data, args.seed, update, part, parts, args.batch_size, device, meta["given_prob"])
-                with torch.no_grad():
-                    x = self_rollout(generator, batch, meta, exit_step)
+                x, _ = self_rollout(generator, batch, meta, exit_step)
                 loss = fake_score_loss(x, fake_score, batch, meta) / args.accum
                 loss.backward()
                 loss_sum, ids = loss_sum + loss.detach(), ids + batch.ids
