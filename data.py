@@ -28,12 +28,12 @@ import sys
 import zlib
 from bisect import bisect_right
 from collections import Counter
-from contextlib import suppress
-from dataclasses import replace
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 import imageio.v3 as imageio
 import imageio_ffmpeg
@@ -749,30 +749,39 @@ def make_toy(args: argparse.Namespace) -> None:
 
 
 # ======================================================================================================================
-# The course ends here. Nothing above refers to what follows, but for load_encoder and collate_hy_prompts, one call each.
+# The course ends here. Nothing above refers to what follows, but for one call each of load_encoder and
+# collate_hy_prompts.
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Pose files.
+# 6. Pose files. Each reader returns (viewmats, K) as the file has them: viewmats [n 4 4] fp64, world-to-camera, not yet
+# re-based to the first; K is (fx, fy, cx, cy) divided by width and height, or a list of one for each pose, or None.
 
 
 def check_poses(poses: Tensor, name: str) -> Tensor:
-    """Rigid transforms [f 4 4], unchanged; raises ValueError at the first that is not in SE(3)."""
+    """Rigid transforms [n 4 4] fp64, unchanged; raises ValueError at the first that is not in SE(3)."""
     if poses.ndim != 3 or poses.shape[1:] != (4, 4):
         raise ValueError(f"{name}: expected a list of 4x4 matrices, found shape {list(poses.shape)}")
-    R, last = poses[:, :3, :3].double(), poses.new_tensor([0, 0, 0, 1])
-    for i in range(len(poses)):
-        off = (R[i] @ R[i].mT - torch.eye(3, dtype=torch.float64)).abs().max().item()
-        wrong = {"it holds NaN or inf": not poses[i].isfinite().all(), f"its rotation is off by {off:.2g}": off > 1e-3,
-                 "it mirrors": R[i].det() < 0, "its last row is not 0 0 0 1": (poses[i, 3] - last).abs().max() > 1e-5}
-        if why := [text for text, found in wrong.items() if found]:
-            raise ValueError(f"{name}: pose {i} is not a rigid transform (SE(3)): {why[0]}")
+    for i, pose in enumerate(poses):
+        R, last_row = pose[:3, :3], pose[3]
+        error = (R @ R.mT - torch.eye(3, dtype=torch.float64)).abs().max().item()
+        if not pose.isfinite().all():
+            wrong = "it holds NaN or inf"
+        elif error > 1e-3:
+            wrong = f"its rotation is off by {error:.2g}"
+        elif R.det() < 0:
+            wrong = "it mirrors"
+        elif (last_row - last_row.new_tensor([0, 0, 0, 1])).abs().max() > 1e-5:
+            wrong = "its last row is not 0 0 0 1"
+        else:
+            continue
+        raise ValueError(f"{name}: pose {i} is not a rigid transform (SE(3)): {wrong}")
     return poses
 
 
 class CameraPath(NamedTuple):
-    """One camera path: viewmats [f 4 4], K (fx, fy, cx, cy) or None for the checkpoint's own, and what came with it."""
-    viewmats: Tensor
-    K: tuple[float, ...] | None = None
+    """One camera path for stream.py, and what came with it."""
+    viewmats: Tensor  # [f 4 4] fp32, one per latent frame, the first the identity
+    K: tuple[float, ...] | None = None  # (fx, fy, cx, cy); None: the one that the network was trained with
     name: str = "path"
     prompt: str | None = None
 
@@ -797,9 +806,11 @@ def read_camera(source: str) -> list[CameraPath]:
         raise ValueError(f"{source}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{source}: not JSON ({error})") from None
+    entries = spec if isinstance(spec, list) else [spec]
+    stem = Path(source).stem
+    names = [f"{stem}-{n}" for n in range(len(entries))] if len(entries) > 1 else [stem]
     try:
-        entries, stem = spec if isinstance(spec, list) else [spec], Path(source).stem
-        paths = [_camera_path(entry, f"{stem}-{n}" if len(entries) > 1 else stem) for n, entry in enumerate(entries)]
+        paths = [read_path(entry, name) for entry, name in zip(entries, names)]
     except (ValueError, TypeError) as error:
         raise ValueError(f"{source}: {error}") from None
     if not paths:
@@ -810,115 +821,173 @@ def read_camera(source: str) -> list[CameraPath]:
     return paths
 
 
-MATRICES = ("c2w", "w2c", "c2w_opengl")
-WORLDPLAY = {"extrinsic": "K", "w2c": "intrinsic"}  # camera-to-world and K for its generator; its training data's
-
-
-def _poses(spec: dict) -> tuple[Tensor, list | None, int]:
-    """An object that holds a path in any of read_camera's formats -> world-to-camera, OpenCV [n 4 4] fp64; its K, or a
-    list of one for each pose; and how many poses there are for a latent frame."""
-    if "trajectory" in spec:
-        return parse_trajectory(str(spec["trajectory"])).double(), spec.get("K"), 1
-    entries = [spec[key] for key in sorted(spec, key=lambda key: (len(key), key))]  # "2" before "10"
-    kind, numbered = next((kind for kind in MATRICES if kind in spec), None), False
-    if kind is None and entries and all(isinstance(entry, dict) for entry in entries):
-        kind, numbered = next((kind for kind in WORLDPLAY if kind in entries[0]), None), True
-    if kind is None:
-        raise ValueError(f"expected 'trajectory', 'c2w', 'w2c' or 'extrinsic' entries, found {list(spec)[:4]}")
-    poses = [entry.get(kind) for entry in entries] if numbered else spec[kind]
-    if numbered and None in poses:
-        raise ValueError(f"entry {poses.index(None)} has no {kind!r}")
-    poses = check_poses(torch.tensor(poses, dtype=torch.float64), kind)
-    if kind == "c2w_opengl":  # the camera's own y and z point the other way
-        poses = poses @ torch.diag(poses.new_tensor([1, -1, -1, 1]))
-    K = [_pixel_K(entry.get(WORLDPLAY[kind]), WORLDPLAY[kind]) for entry in entries] if numbered else spec.get("K")
-    return poses if kind == "w2c" else invert_se3(poses), K, 4 if numbered and kind == "w2c" else 1
-
-
-def _pixel_K(K: list | None, name: str) -> tuple[float, ...]:
-    """HY-WorldPlay's 3x3, in pixels -> (fx/W, fy/H, cx/W, cy/H). Its rule: the image is twice the principal point."""
-    K = torch.tensor(K or [], dtype=torch.float64)
-    if K.shape != (3, 3) or not (K[:2, 2] > 0).all():
-        raise ValueError(f"expected a 3x3 {name!r} in pixels with a principal point, found {K.tolist()}")
-    return K[0, 0].item() / (2 * K[0, 2].item()), K[1, 1].item() / (2 * K[1, 2].item()), 0.5, 0.5
-
-
-def _camera_path(spec: str | dict, name: str) -> CameraPath:
+def read_path(spec: str | dict, name: str) -> CameraPath:
+    """One path of a camera file; `name`, unless it brings its own. Raises ValueError or TypeError."""
     if isinstance(spec, str):
         return CameraPath(parse_trajectory(spec), name=name)
     if not isinstance(spec, dict):
         raise ValueError(f"expected a pose string or an object, found {spec!r}")
-    name, prompt = str(spec.get("id", name)), spec.get("caption", spec.get("prompt"))
+    name = str(spec.get("id", name))
+    prompt = spec.get("caption", spec.get("prompt"))
     if prompt is not None and not (isinstance(prompt, str) and prompt.strip()):
         raise ValueError(f"path {name!r}: its prompt is {prompt!r}, expected a description of the world")
-    viewmats, K, every = _poses(spec)
-    viewmats = (viewmats @ invert_se3(viewmats[:1]))[::every].float()
+    viewmats, K = read_object(spec)
+    viewmats = viewmats @ invert_se3(viewmats[:1])
+    pose_key = find_worldplay_key(spec)
+    if pose_key is not None:
+        K = K[0]  # HY-WorldPlay has one for each pose; a path has one
+    if pose_key == "w2c":
+        viewmats = viewmats[::4]  # latent frame i ends with pixel frame 4 i
     if K is not None:
-        K = K[0] if isinstance(K, list) and isinstance(K[0], tuple) else K  # WorldPlay has one for each pose
-        intrinsics(K)
-    return CameraPath(viewmats, None if K is None else tuple(K), name, prompt)
+        intrinsics(K)  # are they in range?
+        K = tuple(K)
+    return CameraPath(viewmats.float(), K, name, prompt)
 
 
 def read_poses(poses: str | dict, folder: Path) -> tuple[Tensor, list | None]:
     """The `poses` of a row, in any format of TABLE -> viewmats [n 4 4] fp64, the first the identity, and K: one or n
-    times (fx, fy, cx, cy), or None. Raises ValueError."""
+    times (fx, fy, cx, cy), or None. Files lie below `folder`. Raises ValueError."""
     try:
-        if not isinstance(poses, str):
-            spec = poses
-        elif poses.endswith("images.txt"):
-            spec = _colmap(folder / poses)
-        elif poses.endswith(".txt"):
-            spec = _realestate((folder / poses).read_text().splitlines())
+        if isinstance(poses, str):
+            viewmats, K = read_pose_string_or_file(poses, folder)
         else:
-            spec = json.loads((folder / poses).read_text()) if poses.endswith(".json") else {"trajectory": poses}
-        if not isinstance(spec, dict):
-            raise ValueError(f"expected a pose string or an object, found {spec!r:.80}")
-        viewmats, K, _ = _poses(spec)
+            viewmats, K = read_object(poses)
     except OSError as error:
         raise ValueError(f"{Path(error.filename).name}: {error.strerror}") from None
     except KeyError as error:
         raise ValueError(f"an entry has no {error}") from None
     except (TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot be read ({error})") from None
-    if K is not None and not (isinstance(K, (list, tuple)) and K and isinstance(K[0], (list, tuple))):
-        K = [K]  # one for all
-    return viewmats @ invert_se3(viewmats[:1]), K
+    one_each = isinstance(K, (list, tuple)) and len(K) > 0 and isinstance(K[0], (list, tuple))
+    Ks = K if K is None or one_each else [K]
+    return viewmats @ invert_se3(viewmats[:1]), Ks
 
 
-def _colmap(images: Path) -> dict:
-    """COLMAP's images.txt, with cameras.txt beside it: quaternions, w first, and translations are world-to-camera."""
-    text = [line for line in images.read_text().splitlines() if not line.startswith("#")]
-    cameras = {}
-    for line in images.with_name("cameras.txt").read_text().splitlines():
-        if line.strip() and not line.startswith("#"):
-            name, model, *numbers = line.split()
-            width, height, *numbers = map(float, numbers)
-            focals = {"SIMPLE_PINHOLE": 1, "PINHOLE": 2, "SIMPLE_RADIAL": 1, "RADIAL": 1, "OPENCV": 2}.get(model)
-            if focals is None or any(abs(k) > 1e-3 for k in numbers[focals + 2 :]):
-                raise ValueError(f"cameras.txt: camera {name} is {model} {numbers}, expected no distortion: undistort")
-            cx, cy = numbers[focals : focals + 2]
-            cameras[name] = (numbers[0] / width, numbers[focals - 1] / height, cx / width, cy / height)
-    views = {}
-    for line in text[::2]:  # every second line holds an image's points, and may be empty
+def read_pose_string_or_file(poses: str, folder: Path) -> tuple[Tensor, Any]:
+    """By how it ends: a .json file, COLMAP's images.txt, RealEstate10K's .txt, or else it is a pose string."""
+    if poses.endswith(".json"):
+        return read_object(json.loads((folder / poses).read_text()))
+    if poses.endswith("images.txt"):
+        return read_colmap(folder / poses)
+    if poses.endswith(".txt"):
+        return read_realestate(folder / poses)
+    return parse_trajectory(poses).double(), None
+
+
+MATRICES = ("c2w", "w2c", "c2w_opengl")
+# HY-WorldPlay numbers its poses: {"0": {...}, "1": {...}}. The key of a pose, and of its K: in what its generator reads
+# (camera-to-world, one entry per latent frame), and in its training data (world-to-camera, one per pixel frame).
+WORLDPLAY_KEYS = {"extrinsic": "K", "w2c": "intrinsic"}
+
+
+def read_object(spec: Any) -> tuple[Tensor, Any]:
+    """A JSON object that holds one path: a pose string, matrices or HY-WorldPlay's entries."""
+    if not isinstance(spec, dict):
+        raise ValueError(f"expected a pose string or an object, found {spec!r:.80}")
+    if "trajectory" in spec:
+        return parse_trajectory(str(spec["trajectory"])).double(), spec.get("K")
+    for kind in MATRICES:
+        if kind in spec:
+            return read_matrices(spec, kind)
+    pose_key = find_worldplay_key(spec)
+    if pose_key is None:
+        raise ValueError(f"expected 'trajectory', 'c2w', 'w2c' or 'extrinsic' entries, found {list(spec)[:4]}")
+    return read_worldplay(spec, pose_key)
+
+
+def read_matrices(spec: dict, kind: str) -> tuple[Tensor, Any]:
+    """{kind: [4x4, ...], "K": optional}."""
+    poses = check_poses(torch.tensor(spec[kind], dtype=torch.float64), kind)
+    if kind == "c2w_opengl":  # OpenGL's camera has its own y and z pointing the other way
+        poses = poses @ torch.diag(poses.new_tensor([1, -1, -1, 1]))
+    return poses if kind == "w2c" else invert_se3(poses), spec.get("K")
+
+
+def numbered_entries(spec: dict) -> list:
+    """The values of {"0": ..., "1": ..., ...} in the order of their numbers: "2" before "10"."""
+    return [spec[key] for key in sorted(spec, key=lambda key: (len(key), key))]
+
+
+def find_worldplay_key(spec: dict) -> str | None:
+    """Which of WORLDPLAY_KEYS the poses stand under; None if these are no entries of HY-WorldPlay's."""
+    entries = numbered_entries(spec)
+    if entries and all(isinstance(entry, dict) for entry in entries):
+        for pose_key in WORLDPLAY_KEYS:
+            if pose_key in entries[0]:
+                return pose_key
+    return None
+
+
+def read_worldplay(spec: dict, pose_key: str) -> tuple[Tensor, list[tuple[float, ...]]]:
+    """HY-WorldPlay's entries, each a pose and its 3x3 K in pixels."""
+    entries, K_key = numbered_entries(spec), WORLDPLAY_KEYS[pose_key]
+    matrices = [entry.get(pose_key) for entry in entries]
+    if None in matrices:
+        raise ValueError(f"entry {matrices.index(None)} has no {pose_key!r}")
+    poses = check_poses(torch.tensor(matrices, dtype=torch.float64), pose_key)
+    Ks = [normalise_intrinsics(entry.get(K_key), K_key) for entry in entries]
+    return poses if pose_key == "w2c" else invert_se3(poses), Ks
+
+
+def normalise_intrinsics(K: list | None, name: str) -> tuple[float, ...]:
+    """HY-WorldPlay's 3x3, in pixels -> (fx/W, fy/H, cx/W, cy/H). Its rule: the image is twice the principal point."""
+    matrix = torch.tensor(K or [], dtype=torch.float64)
+    if matrix.shape != (3, 3) or not (matrix[:2, 2] > 0).all():
+        raise ValueError(f"expected a 3x3 {name!r} in pixels with a principal point, found {matrix.tolist()}")
+    width, height = 2 * matrix[0, 2].item(), 2 * matrix[1, 2].item()
+    return matrix[0, 0].item() / width, matrix[1, 1].item() / height, 0.5, 0.5
+
+
+def read_colmap(path: Path) -> tuple[Tensor, list[tuple[float, ...]]]:
+    """COLMAP's images.txt, with cameras.txt beside it: an image's line is id qw qx qy qz tx ty tz camera name, and
+    quaternion and translation are world-to-camera. Images count in the order of their names."""
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    cameras = read_colmap_cameras(path.with_name("cameras.txt"))
+    images = {}
+    for line in lines[::2]:  # every second line holds an image's points, and may be empty
         if line.strip():
             _, *pose, camera, name = line.split(maxsplit=9)
-            w, x, y, z, *t = map(float, pose)
-            R = [[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y), t[0]],
-                 [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x), t[1]],
-                 [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y), t[2]], [0, 0, 0, 1]]
-            views[name] = (R, cameras[camera])
-    ordered = [views[name] for name in sorted(views)]
-    return {"w2c": [pose for pose, _ in ordered], "K": [K for _, K in ordered]}
+            w, x, y, z, tx, ty, tz = map(float, pose)
+            viewmat = [[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y), tx],
+                       [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x), ty],
+                       [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y), tz], [0, 0, 0, 1]]
+            images[name] = (viewmat, cameras[camera])
+    viewmats = torch.tensor([images[name][0] for name in sorted(images)], dtype=torch.float64)
+    return check_poses(viewmats, "w2c"), [images[name][1] for name in sorted(images)]
 
 
-def _realestate(lines: list[str]) -> dict:
-    rows = [list(map(float, line.split())) for line in lines if line.strip() and not line.startswith("http")]
+COLMAP_FOCALS = {  # camera models that are pinholes if all their distortion is zero: how many focal lengths each has
+    "SIMPLE_PINHOLE": 1, "PINHOLE": 2, "SIMPLE_RADIAL": 1, "RADIAL": 1, "OPENCV": 2,
+}
+
+
+def read_colmap_cameras(path: Path) -> dict[str, tuple[float, ...]]:
+    """COLMAP's cameras.txt -> (fx/W, fy/H, cx/W, cy/H) by id. A line is: id model width height, then the model's
+    parameters in pixels, focal lengths first, then cx cy, then distortion."""
+    cameras: dict[str, tuple[float, ...]] = {}
+    for line in path.read_text().splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, model, *numbers = line.split()
+        width, height, *parameters = map(float, numbers)
+        focals = COLMAP_FOCALS.get(model)
+        if focals is None or any(abs(k) > 1e-3 for k in parameters[focals + 2 :]):
+            raise ValueError(f"cameras.txt: camera {name} is {model} {parameters}, expected no distortion: undistort")
+        cx, cy = parameters[focals : focals + 2]
+        cameras[name] = (parameters[0] / width, parameters[focals - 1] / height, cx / width, cy / height)
+    return cameras
+
+
+def read_realestate(path: Path) -> tuple[Tensor, list[list[float]]]:
+    """RealEstate10K: a line per frame, time fx fy cx cy k1 k2 and a 3x4 world-to-camera, below the video's URL."""
+    lines = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("http")]
+    rows = [[float(number) for number in line.split()] for line in lines]
     for n, row in enumerate(rows):
         if len(row) != 19 or abs(row[5]) > 1e-3 or abs(row[6]) > 1e-3:
             raise ValueError(f"line {n} of the poses: expected time fx fy cx cy k1 k2 (no distortion) and 12 numbers, "
                              f"found {len(row)} numbers, k {row[5:7]}")
-    return {"w2c": [[row[7:11], row[11:15], row[15:19], [0, 0, 0, 1]] for row in rows],
-            "K": [row[1:5] for row in rows]}
+    viewmats = torch.tensor([[row[7:11], row[11:15], row[15:19], [0, 0, 0, 1]] for row in rows], dtype=torch.float64)
+    return check_poses(viewmats, "w2c"), [row[1:5] for row in rows]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
