@@ -991,42 +991,91 @@ def read_realestate(path: Path) -> tuple[Tensor, list[list[float]]]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. Encoders.
+# 7. Encoders. The real ones are transformers', imported where they are used: that takes seconds, and the toy world does
+# without.
 
 
 def load_encoder(preset: str, path: Path | None, device: torch.device) -> Encoder:
-    """path: umT5 for a Wan preset, HunyuanVideo-1.5's folder for a HY one; without it, the stand-ins. Networks are
-    loaded when they are first asked."""
-    from model import PRESETS, HYConfig
-    hy = isinstance(PRESETS[preset].dit, HYConfig)
+    """path: umT5 for a Wan preset, HunyuanVideo-1.5's folder for an HY one; None: the toy world's stand-ins.
+
+    Networks are loaded when they are first asked, which is when a missing or broken one raises ValueError; and they are
+    kept by the Encoder alone, so that dropping it frees their memory.
+    """
+    hy = PRESETS[preset].net is HYDiT
     if path is None and hy:
-        return Encoder("words", read_hy_words, None, see_places, "")
+        return Encoder("words", encode_hy_words, None, encode_places, "")
     if path is None:
-        return Encoder("words", lambda prompt: {"embeds": trimmed(encode_words(prompt))}, TEXT_LEN, None, "")
+        return Encoder("words", encode_wan_words, TEXT_LEN, None, "")
     if hy:
-        path = path.parent if path.name == "text_encoder" else path  # SigLIP lies beside it
-        readers = lru_cache(lambda: load_hy_encoders(path, device, "llm", "tokenizer", "byt5", "byt5_tokenizer"))
-        eyes = lru_cache(lambda: load_hy_encoders(path, device, "siglip", "pixels"))
-        return Encoder("hy", lambda prompt: read_hy(prompt, readers()), None, lambda image: see(image, eyes()), "")
-    umt5 = lru_cache(lambda: load_text_encoder(path, device))
-    read = lambda prompt: {"embeds": trimmed(encode_prompts([prompt], umt5())[0])}
-    return Encoder("umt5", read, UMT5_LEN, None, NULL_PROMPT)
+        return make_hy_encoder(path, device)
+    return make_umt5_encoder(path, device)
 
 
-def read_hy_words(prompt: str) -> dict[str, Tensor]:
-    """HY's: the words, in place of Qwen2.5-VL, and none in quotes for byT5, since the toy world shows no writing."""
+def encode_wan_words(prompt: str) -> dict[str, Tensor]:
+    """The toy world's umT5: embeds [l 96]."""
+    return {"embeds": trimmed(encode_words(prompt))}
+
+
+def encode_hy_words(prompt: str) -> dict[str, Tensor]:
+    """The toy world's Qwen2.5-VL: text [l 96]. byt5 [0 8] is empty, since its rooms show no writing."""
     return {"text": trimmed(encode_words(prompt)), "byt5": torch.zeros(0, 8)}
 
 
-def see_places(image: Tensor) -> Tensor:
-    """SigLIP's: of 4 x 4 places of images [b 3 H W] the colours of the quarters and where the place is -> [b 16 16]."""
+def encode_places(image: Tensor) -> Tensor:
+    """The toy world's SigLIP: images [b 3 H W] in [-1, 1] -> [b 16 16], a token for each of 4 x 4 places: the mean
+    colours of its four quarters (12 numbers) and where it is (y, x and their squares)."""
     colours = rearrange(F.adaptive_avg_pool2d(image, 8), "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
     y, x = torch.meshgrid(torch.linspace(-1, 1, 4), torch.linspace(-1, 1, 4), indexing="ij")
-    where = rearrange([y, x, y * y, x * x], "k h w -> (h w) k").to(image.device)
-    return torch.cat([colours, where.expand(len(image), -1, -1)], dim=2)
+    position = rearrange([y, x, y * y, x * x], "k h w -> (h w) k").to(image.device)
+    return torch.cat([colours, position.expand(len(image), -1, -1)], dim=2)
 
 
-# umT5 itself is transformers', imported where it is used: that takes seconds, and the toy world does without.
+def pad_prompts(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts [l d] of several lengths -> [b l d], zero past their ends, and the mask [b l] of what is no padding. l is
+    the longest of them and at least 1, as attention needs."""
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    if padded.shape[1] == 0:
+        padded = F.pad(padded, (0, 0, 0, 1))
+    lengths = torch.tensor([len(row) for row in rows], device=padded.device)
+    return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+
+
+def collate_hy_prompts(rows: list[dict[str, Tensor]], null: dict[str, Tensor], vision: Tensor,
+                       first: Tensor) -> tuple[HYPrompt, HYPrompt]:
+    """The encoded prompts of a batch, and the null prompt -> both as HYPrompts of b; they share the image.
+
+    rows, null: text [l d] and byt5 [l d], unpadded. vision [b l d]: SigLIP's tokens of each video's first frame, zero
+    where there is no image to go on from; first [b 1 c h w]: the latents of that frame.
+    """
+    text, text_mask = pad_prompts([row["text"] for row in rows] + [null["text"]])
+    byt5, byt5_mask = pad_prompts([row["byt5"] for row in rows] + [null["byt5"]])
+    has_image = vision.flatten(1).any(1).view(-1, 1, 1, 1, 1)
+    given_latents = F.pad(first, (0, 0, 0, 0, 0, 1), value=1.0) * has_image  # a channel more, 1 where they are given
+    prompt = HYPrompt(text[:-1], text_mask[:-1], byt5[:-1], byt5_mask[:-1], vision, given_latents)
+    repeated = HYPrompt(
+        text[-1:].expand_as(prompt.text), text_mask[-1:].expand_as(prompt.text_mask),
+        byt5[-1:].expand_as(prompt.byt5), byt5_mask[-1:].expand_as(prompt.byt5_mask), vision, given_latents)
+    return prompt, repeated
+
+
+def load_pretrained(kind: Any, folder: Path | None, dtype: torch.dtype, **source) -> nn.Module:
+    """A net of transformers' class `kind`, frozen. What its files lack, transformers would fill with noise and a
+    warning: here that raises ValueError."""
+    net, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+                                     **source)
+    mismatched = [name for name, *_ in info["mismatched_keys"]]
+    if lost := sorted([*info["missing_keys"], *mismatched]):
+        raise ValueError(f"{len(lost)} of its tensors are missing or misshapen, first {lost[0]}")
+    return net.eval().requires_grad_(False)
+
+
+def first_line(error: Exception) -> str:
+    """Of an error's text; its type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+# umT5, Wan's text encoder.
 
 UMT5_LEN = 512
 NULL_PROMPT = (  # what guidance steers public Wan away from, in diffusers' wording
@@ -1047,14 +1096,28 @@ UMT5_NAMES = (  # of a parameter: in Wan's file, in transformers
 
 
 class TextEncoder(NamedTuple):
+    """umT5."""
     net: nn.Module
-    tokenizer: object
+    tokenizer: Any
+
+
+def make_umt5_encoder(path: Path, device: torch.device) -> Encoder:
+    """umT5 as an Encoder; path as load_text_encoder takes it."""
+
+    @lru_cache(maxsize=1)  # here, not on load_text_encoder: the cache goes with the Encoder
+    def loaded() -> TextEncoder:
+        return load_text_encoder(path, device)
+
+    def encode_text(prompt: str) -> dict[str, Tensor]:
+        return {"embeds": trimmed(encode_prompts([prompt], loaded())[0])}
+
+    return Encoder("umt5", encode_text, UMT5_LEN, None, NULL_PROMPT)
 
 
 def umt5_name(name: str) -> str:
     """Wan's name of a umT5 parameter -> transformers'."""
-    for ours, theirs in UMT5_NAMES:
-        name = re.sub(ours, theirs, name)
+    for wan_pattern, transformers_name in UMT5_NAMES:
+        name = re.sub(wan_pattern, transformers_name, name)
     return name
 
 
@@ -1062,21 +1125,20 @@ def build_umt5(weights: dict[str, Tensor]) -> nn.Module:
     """transformers' UMT5EncoderModel with Wan's weights, sizes read off them; ValueError names what does not fit."""
     from transformers import UMT5Config, UMT5EncoderModel
     try:
-        (vocabulary, d), (inner, _) = weights["token_embedding.weight"].shape, weights["blocks.0.attn.q.weight"].shape
+        vocabulary, d_model = weights["token_embedding.weight"].shape
+        inner, _ = weights["blocks.0.attn.q.weight"].shape
         buckets, heads = weights["blocks.0.pos_embedding.embedding.weight"].shape
         d_ff = weights["blocks.0.ffn.fc1.weight"].shape[0]
     except (KeyError, ValueError) as error:
         raise ValueError(f"not the weights of a umT5 encoder ({error!r})") from None
     layers = sum(name.endswith("attn.q.weight") for name in weights)
+    config = UMT5Config(vocab_size=vocabulary, d_model=d_model, d_kv=inner // heads, d_ff=d_ff, num_layers=layers,
+                        num_heads=heads, relative_attention_num_buckets=buckets)
     with torch.device("meta"):
-        net = UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, d_model=d, d_kv=inner // heads, d_ff=d_ff,
-                                          num_layers=layers, num_heads=heads, relative_attention_num_buckets=buckets))
+        net = UMT5EncoderModel(config)
     weights = {umt5_name(name): w for name, w in weights.items()}
-    weights |= {"encoder.embed_tokens.weight": weights["shared.weight"]}
-    expected, found = ({name: tuple(w.shape) for name, w in z.items()} for z in (net.state_dict(), weights))
-    if wrong := [name for name in expected | found if expected.get(name) != found.get(name)]:
-        raise ValueError(f"{len(wrong)} tensors are not those of a umT5 encoder, first {wrong[0]}: expected shape "
-                         f"{expected.get(wrong[0], 'none')}, found {found.get(wrong[0], 'none')}")
+    weights["encoder.embed_tokens.weight"] = weights["shared.weight"]
+    check_same_tensors(weights, net.state_dict(), owner="a umT5 encoder")
     net.load_state_dict(weights, assign=True)
     return net.eval().requires_grad_(False)  # or its dropout would be on
 
@@ -1094,36 +1156,37 @@ def load_text_encoder(path: Path, device: torch.device) -> TextEncoder:
     either is missing, broken or something else.
     """
     from transformers import AutoTokenizer, UMT5EncoderModel
-    places = [path, path.parent / "tokenizer", path.parent / "google/umt5-xxl"]
-    home = next((z for z in places if (z / "tokenizer.json").exists() or (z / "spiece.model").exists()), None)
-    if not path.exists() or home is None:
-        lacks = f"no tokenizer in {', '.join(map(str, places))}" if path.exists() else "no such file or folder"
-        raise ValueError(f"{path}: {lacks}; expected models_t5_umt5-xxl-enc-bf16.pth or a transformers folder of umT5")
+    candidates = [path, path.parent / "tokenizer", path.parent / "google/umt5-xxl"]
+    with_tokenizer = [z for z in candidates if (z / "tokenizer.json").exists() or (z / "spiece.model").exists()]
+    if not path.exists() or not with_tokenizer:
+        missing = f"no tokenizer in {', '.join(map(str, candidates))}" if path.exists() else "no such file or folder"
+        raise ValueError(f"{path}: {missing}; expected models_t5_umt5-xxl-enc-bf16.pth or a transformers folder of "
+                         "umT5")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         if path.is_dir():
-            net, info = UMT5EncoderModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
-            if lost := [*info["missing_keys"], *info["mismatched_keys"]]:
-                raise ValueError(f"{len(lost)} of umT5's tensors are missing or misshapen, first {lost[0]}")
+            net = load_pretrained(UMT5EncoderModel, path, dtype)
         else:
             net = build_umt5(torch.load(path, map_location="cpu", weights_only=True))
-        return TextEncoder(net.to(device, dtype).eval().requires_grad_(False), AutoTokenizer.from_pretrained(home))
-    except Exception as error:  # each of the three readers has its own
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{path}: not a umT5 encoder with its tokenizer ({reason[0]})") from error
+        tokenizer = AutoTokenizer.from_pretrained(with_tokenizer[0])
+        return TextEncoder(net.to(device, dtype).eval().requires_grad_(False), tokenizer)
+    except Exception as error:  # each of the three readers raises its own kinds
+        raise ValueError(f"{path}: not a umT5 encoder with its tokenizer ({first_line(error)})") from error
 
 
 def encode_prompts(prompts: list[str], encoder: TextEncoder) -> Tensor:
     """Prompts -> umT5's [b 512 d], zero past their ends, cut at 512 tokens as Wan does."""
+    # cleaned as Wan's pipeline does: HTML entities, some of them escaped twice, and runs of white space
     clean = [re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip() for prompt in prompts]
     tokens = encoder.tokenizer(clean, padding="max_length", max_length=UMT5_LEN, truncation=True, return_tensors="pt")
-    ids, mask = (tokens[name].to(encoder.net.device) for name in ("input_ids", "attention_mask"))
-    return embed_tokens(encoder.net, ids, mask)
+    device = next(encoder.net.parameters()).device
+    return embed_tokens(encoder.net, tokens["input_ids"].to(device), tokens["attention_mask"].to(device))
 
 
-# HunyuanVideo-1.5 has three readers, transformers' too: Qwen2.5-VL's language model for the prompt, byT5 for words to
-# be seen in the video, SigLIP for its first frame. There is one way to ask each, that of HunyuanVideo-1.5 itself. minWM
-# has two, one in training and one in inference (a template for images, byT5 given the whole prompt).
+# HunyuanVideo-1.5 uses three encoders: Qwen2.5-VL's language model for the prompt, byT5 for words to be seen in the
+# video, SigLIP for its first frame. We call each as HunyuanVideo-1.5's own pipeline does, in training and in use alike.
+# (minWM calls them in two ways, one in training and one in inference: a template for images, byT5 given the whole
+# prompt.)
 
 HY_TEXT_LEN, HY_BYT5_LEN = 1000, 256
 HY_SYSTEM = "You are a helpful assistant. Describe the video by detailing the following aspects:" + "".join(
@@ -1135,33 +1198,53 @@ HY_SYSTEM = "You are a helpful assistant. Describe the video by detailing the fo
         "5. camera angles, movements, and transitions used in the video."))
 HY_BEFORE = f"<|im_start|>system\n{HY_SYSTEM}<|im_end|>\n<|im_start|>user\n"  # Qwen's chat, as its tokenizer writes it
 HY_AFTER = "<|im_end|>\n<|im_start|>assistant\n"
-HY_FOLDERS = {  # what: where HunyuanVideo-1.5 has it, where diffusers has it
+HY_FOLDERS = {  # part: where HunyuanVideo-1.5 has it, where diffusers has it
     "llm": ("text_encoder/llm", "text_encoder"),
     "tokenizer": ("text_encoder/llm", "tokenizer"),
     "byt5_tokenizer": ("text_encoder/byt5-small", "tokenizer_2"),
     "byt5": ("text_encoder/Glyph-SDXL-v2", "text_encoder_2"),
     "siglip": ("vision_encoder/siglip/image_encoder", "image_encoder"),
-    "pixels": ("vision_encoder/siglip/feature_extractor", "feature_extractor"),
+    "feature_extractor": ("vision_encoder/siglip/feature_extractor", "feature_extractor"),
 }
 
 
-class HYEncoders(NamedTuple):
-    """Those that were asked for."""
-    llm: nn.Module | None = None  # without its last two layers and norm: HY reads what goes into them
-    tokenizer: object = None
-    byt5: nn.Module | None = None
-    byt5_tokenizer: object = None
-    siglip: nn.Module | None = None
-    pixels: dict | None = None  # how SigLIP wants an image: size (height, width), mode of interpolation, mean and std
+class HYTextEncoders(NamedTuple):
+    """What reads HY's prompts."""
+    llm: nn.Module  # without its last two layers and norm: HY takes what goes into them
+    tokenizer: Any
+    byt5: nn.Module
+    byt5_tokenizer: Any
 
 
-def load_whole(kind: type, folder: Path | None, dtype: torch.dtype, **source) -> nn.Module:
-    """A net of transformers, frozen. What its files lack it would fill with noise and a warning: here that is fatal."""
-    net, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
-                                     **source)
-    if lost := sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]):
-        raise ValueError(f"{len(lost)} of its tensors are missing or misshapen, first {lost[0]}")
-    return net.eval().requires_grad_(False)
+class SigLIP(NamedTuple):
+    """What sees HY's first frames."""
+    net: Any
+    size: tuple[int, int]  # height, width of the images it wants
+    mode: str  # of interpolation
+    mean: list[float]  # per colour, of images in [0, 1]
+    std: list[float]
+
+
+def make_hy_encoder(path: Path, device: torch.device) -> Encoder:
+    """HunyuanVideo-1.5's encoders as one. Whoever only encodes text loads no SigLIP, and the reverse."""
+    if path.name == "text_encoder":
+        path = path.parent  # SigLIP lies beside it
+
+    @lru_cache(maxsize=1)
+    def text_encoders() -> HYTextEncoders:
+        return load_hy_text_encoders(path, device)
+
+    @lru_cache(maxsize=1)
+    def siglip() -> SigLIP:
+        return load_siglip(path, device)
+
+    def encode_text(prompt: str) -> dict[str, Tensor]:
+        return encode_hy_prompt(prompt, text_encoders())
+
+    def encode_image(image: Tensor) -> Tensor:
+        return encode_first_frame(image, siglip())
+
+    return Encoder("hy", encode_text, None, encode_image, "")
 
 
 def load_llm(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -1171,12 +1254,13 @@ def load_llm(folder: Path, dtype: torch.dtype) -> nn.Module:
     class Language(Qwen2_5_VLTextModel):
         _keys_to_ignore_on_load_unexpected = [r"^visual\.", r"^lm_head\."]
 
-    net = load_whole(Language, folder, dtype, config=AutoConfig.from_pretrained(folder).get_text_config())
+    net: Any = load_pretrained(Language, folder, dtype, config=AutoConfig.from_pretrained(folder).get_text_config())
     net.layers, net.norm = net.layers[:-2], nn.Identity()
     return net
 
 
-def load_chat_tokenizer(folder: Path) -> object:
+def load_chat_tokenizer(folder: Path) -> Any:
+    """Qwen's. Raises ValueError if it cannot spell the chat around a prompt."""
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
     ids = tokenizer(HY_BEFORE).input_ids  # without its files transformers makes a tokenizer of no words
@@ -1186,22 +1270,25 @@ def load_chat_tokenizer(folder: Path) -> object:
     return tokenizer
 
 
-def load_glyph_byt5(folder: Path, base: Path, tokenizer: object) -> nn.Module:
-    """byT5-small as Glyph-SDXL-v2 trained it further. The tokenizer gains its tokens for colours and fonts."""
+def load_glyph_byt5(folder: Path, base: Path, tokenizer: Any) -> nn.Module:
+    """byT5-small, whose config lies in `base`, as Glyph-SDXL-v2 trained it further. The tokenizer gains, in place, its
+    tokens for colours and fonts."""
     from transformers import T5Config, T5EncoderModel
-    colours, fonts = (json.loads((folder / "assets" / name).read_text())
-                      for name in ("color_idx.json", "multilingual_10-lang_idx.json"))
-    tokenizer.add_tokens([f"<color-{n}>" for n in range(len(colours))] +
-                         [f"<{name[:2]}-font-{n}>" for name, n in fonts.items()], special_tokens=True)
-    weights = torch.load(folder / "checkpoints/byt5_model.pt", map_location="cpu", weights_only=True)
-    weights = {f"encoder.{name.removeprefix('module.text_tower.encoder.')}": w
-               for name, w in weights.get("state_dict", weights).items()}
+    colours = json.loads((folder / "assets/color_idx.json").read_text())
+    fonts = json.loads((folder / "assets/multilingual_10-lang_idx.json").read_text())
+    new_tokens = [f"<color-{n}>" for n in range(len(colours))]
+    new_tokens += [f"<{name[:2]}-font-{n}>" for name, n in fonts.items()]
+    tokenizer.add_tokens(new_tokens, special_tokens=True)
+    saved = torch.load(folder / "checkpoints/byt5_model.pt", map_location="cpu", weights_only=True)
+    prefix = "module.text_tower.encoder."
+    weights = {f"encoder.{name.removeprefix(prefix)}": w for name, w in saved.get("state_dict", saved).items()}
     config = T5Config.from_pretrained(base, vocab_size=len(tokenizer))
-    return load_whole(T5EncoderModel, None, torch.float32, config=config, state_dict=weights)
+    return load_pretrained(T5EncoderModel, None, torch.float32, config=config, state_dict=weights)
 
 
-def load_pixels(folder: Path) -> dict:
-    """SigLIP's recipe for an image. transformers' own processors for it differ with what else is installed."""
+def read_feature_extractor(folder: Path) -> dict[str, Any]:
+    """How SigLIP wants an image: the fields of SigLIP but for its net. transformers' own processors differ with what
+    else is installed."""
     match json.loads((folder / "preprocessor_config.json").read_text()):
         case {"size": {"height": int(h), "width": int(w)}, "resample": 2 | 3 as resample,
               "image_mean": [_, _, _] as mean, "image_std": [_, _, _] as std}:
@@ -1209,81 +1296,108 @@ def load_pixels(folder: Path) -> dict:
     raise ValueError("preprocessor_config.json: expected size, resample 2 or 3, image_mean and image_std")
 
 
-def load_hy_encoders(path: Path, device: torch.device, *parts: str) -> HYEncoders:
-    """HunyuanVideo-1.5's encoders, or some of them, from its folder as released or as diffusers has it. Raises
-    ValueError naming what is missing, broken or something else.
+def is_released_layout(path: Path) -> bool:
+    """Is it HunyuanVideo-1.5's folder as released, or as diffusers has it?"""
+    return not (path / "text_encoder/config.json").exists()
 
-    fp16 on a GPU, as HY's own pipeline, else fp32; byT5 always: T5s overflow fp16.
+
+@contextmanager
+def hy_part(path: Path, part: str) -> Iterator[Path]:
+    """Where a part of HY_FOLDERS lies. Raises ValueError if it is missing; and whatever goes wrong while it is loaded
+    becomes a ValueError of one line that names the folder."""
+    released, diffusers = HY_FOLDERS[part]
+    folder = path / (released if is_released_layout(path) else diffusers)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; expected HunyuanVideo-1.5 with its encoders, or diffusers'")
+    try:
+        yield folder
+    except Exception as error:  # each of transformers' readers raises its own kinds
+        raise ValueError(f"{folder}: not the {part} of HunyuanVideo-1.5 ({first_line(error)})") from error
+
+
+def load_hy_text_encoders(path: Path, device: torch.device) -> HYTextEncoders:
+    """From HunyuanVideo-1.5's folder as released or as diffusers has it. Raises ValueError naming what is missing,
+    broken or something else.
+
+    fp16 on a GPU, as HY's own pipeline, else fp32; byT5 always fp32: T5s overflow fp16.
     """
-    from transformers import ByT5Tokenizer, SiglipVisionModel, T5EncoderModel
-    released = not (path / "text_encoder/config.json").exists()
-    half, found = torch.float16 if device.type == "cuda" else torch.float32, {}
-    readers = {
-        "llm": lambda folder: load_llm(folder, half), "tokenizer": load_chat_tokenizer,
-        "byt5_tokenizer": ByT5Tokenizer.from_pretrained,
-        "siglip": lambda folder: load_whole(SiglipVisionModel, folder, half), "pixels": load_pixels,
-        "byt5": lambda folder: load_whole(T5EncoderModel, folder, torch.float32) if not released else
-        load_glyph_byt5(folder, path / HY_FOLDERS["byt5_tokenizer"][0], found["byt5_tokenizer"]),
-    }
-    for part, places in HY_FOLDERS.items():
-        if parts and part not in parts:
-            continue
-        folder = path / places[not released]
-        if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder; expected HunyuanVideo-1.5 with its encoders, or diffusers'")
-        try:
-            found[part] = readers[part](folder)
-        except Exception as error:  # each reader has its own
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise ValueError(f"{folder}: not the {part} of HunyuanVideo-1.5 ({reason[0]})") from error
-    return HYEncoders(**{part: z.to(device) if isinstance(z, nn.Module) else z for part, z in found.items()})
+    from transformers import ByT5Tokenizer, T5EncoderModel
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    with hy_part(path, "llm") as folder:
+        llm = load_llm(folder, dtype)
+    with hy_part(path, "tokenizer") as folder:
+        tokenizer = load_chat_tokenizer(folder)
+    with hy_part(path, "byt5_tokenizer") as base:
+        byt5_tokenizer = ByT5Tokenizer.from_pretrained(base)
+    with hy_part(path, "byt5") as folder:
+        if is_released_layout(path):
+            byt5 = load_glyph_byt5(folder, base, byt5_tokenizer)
+        else:
+            byt5 = load_pretrained(T5EncoderModel, folder, torch.float32)
+    return HYTextEncoders(llm.to(device), tokenizer, byt5.to(device), byt5_tokenizer)
+
+
+def load_siglip(path: Path, device: torch.device) -> SigLIP:
+    """From the same folder, in the same precision. Raises ValueError as above."""
+    from transformers import SiglipVisionModel
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    with hy_part(path, "siglip") as folder:
+        net = load_pretrained(SiglipVisionModel, folder, dtype)
+    with hy_part(path, "feature_extractor") as folder:
+        recipe = read_feature_extractor(folder)
+    return SigLIP(net.to(device), **recipe)
 
 
 def quoted(prompt: str) -> str:
     """What a prompt has in "straight" or “curly” quotes, each once, in the words that byT5 was trained on."""
-    found = dict.fromkeys(a or b for a, b in re.findall(r'"(.*?)"|“(.*?)”', prompt))
-    return "".join(f'Text "{text}". ' for text in found)
+    pairs = re.findall(r'"(.*?)"|“(.*?)”', prompt)
+    texts = dict.fromkeys(straight or curly for straight, curly in pairs)
+    return "".join(f'Text "{text}". ' for text in texts)
 
 
-def read_padded(net: nn.Module, tokenizer: object, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
-    """Texts -> their states [b length d], zero past their ends, and which are no padding [b length]."""
+def encode_padded(net: nn.Module, tokenizer: Any, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
+    """Texts -> their last states [b length d], zero past their ends, and which are no padding [b length]."""
     tokens = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-    ids, mask = (tokens[name].to(net.device) for name in ("input_ids", "attention_mask"))
-    more = length - ids.shape[1]  # nothing reads padding: the longest of the batch decides how much there is to compute
-    return F.pad(embed_tokens(net, ids, mask), (0, 0, 0, more)), F.pad(mask, (0, more))
+    device = next(net.parameters()).device
+    ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
+    padding = length - ids.shape[1]  # of zeros, added afterwards: the longest of the batch decides how much to compute
+    return F.pad(embed_tokens(net, ids, mask), (0, 0, 0, padding)), F.pad(mask, (0, padding))
 
 
-def encode_hy(prompts: list[str], encoders: HYEncoders) -> dict[str, Tensor]:
+def encode_hy_prompts(prompts: list[str], encoders: HYTextEncoders) -> dict[str, Tensor]:
     """Prompts -> text [b 1000 d], text_mask [b 1000], byt5 [b 256 d], byt5_mask [b 256], zero where the masks are."""
-    crop = len(encoders.tokenizer(HY_BEFORE).input_ids)  # the same for every prompt: read for context, not handed on
+    # the system message is the same for every prompt: the model reads it for context, and its states are cut off
+    crop = len(encoders.tokenizer(HY_BEFORE).input_ids)
     chats = [f"{HY_BEFORE}{prompt or ' '}{HY_AFTER}" for prompt in prompts]
-    text, text_mask = read_padded(encoders.llm, encoders.tokenizer, chats, crop + HY_TEXT_LEN)
+    text, text_mask = encode_padded(encoders.llm, encoders.tokenizer, chats, crop + HY_TEXT_LEN)
     glyphs = [quoted(prompt) for prompt in prompts]
-    byt5, byt5_mask = read_padded(encoders.byt5, encoders.byt5_tokenizer, glyphs, HY_BYT5_LEN)
-    any_glyphs = torch.tensor([bool(text) for text in glyphs], device=byt5.device)[:, None]  # or only an end of text
+    byt5, byt5_mask = encode_padded(encoders.byt5, encoders.byt5_tokenizer, glyphs, HY_BYT5_LEN)
+    # a prompt without quotes would still have one token, the end of text
+    any_glyphs = torch.tensor([bool(text) for text in glyphs], device=byt5.device)[:, None]
     return {"text": text[:, crop:], "text_mask": text_mask[:, crop:], "byt5": byt5 * any_glyphs[..., None],
             "byt5_mask": byt5_mask * any_glyphs}
 
 
-def read_hy(prompt: str, encoders: HYEncoders) -> dict[str, Tensor]:
+def encode_hy_prompt(prompt: str, encoders: HYTextEncoders) -> dict[str, Tensor]:
     """One prompt, without the padding that only a batch needs: text [l d], byt5 [l d]."""
-    row = encode_hy([prompt], encoders)
-    return {name: row[name][0, : int(row[f"{name}_mask"].sum())] for name in ("text", "byt5")}
+    padded = encode_hy_prompts([prompt], encoders)
+    return {name: padded[name][0, : int(padded[f"{name}_mask"].sum())] for name in ("text", "byt5")}
 
 
 @torch.no_grad()
-def see(image: Tensor, encoders: HYEncoders) -> Tensor:
+def encode_first_frame(image: Tensor, siglip: SigLIP) -> Tensor:
     """The first frame of a video [b 3 H W] in [-1, 1] -> SigLIP's tokens [b 729 1152], in training and in use alike.
 
     HunyuanVideo-1.5 cuts an image to the video's shape, keeping its aspect, and SigLIP's processor squashes that into a
     square. A frame has its shape already, so the squash is left. To cut a square out of it would hide two fifths of a
     480x832 video. (minWM squashes twice, the image to the video's shape too.)
     """
-    pixels, device = encoders.pixels, encoders.siglip.device
-    x = F.interpolate(image.to(device, torch.float32) / 2 + 0.5, pixels["size"], mode=pixels["mode"], antialias=True)
-    mean, std = (torch.tensor(pixels[name], device=device)[:, None, None] for name in ("mean", "std"))
+    device = siglip.net.device
+    x = F.interpolate(image.to(device, torch.float32) / 2 + 0.5, siglip.size, mode=siglip.mode, antialias=True)
+    mean = torch.tensor(siglip.mean, device=device)[:, None, None]
+    std = torch.tensor(siglip.std, device=device)[:, None, None]
     x = (x.clamp(0, 1) - mean) / std  # bicubic overshoots
-    return encoders.siglip(x.to(encoders.siglip.dtype)).last_hidden_state.float()
+    return siglip.net(x.to(siglip.net.dtype)).last_hidden_state.float()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
