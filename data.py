@@ -1404,6 +1404,9 @@ def encode_first_frame(image: Tensor, siglip: SigLIP) -> Tensor:
 # 8. Videos. A folder of them and a table of captions and cameras become a folder of latents in three passes: look at
 # every clip, judge it beside all others, encode what is kept. What a pass makes depends on its input alone, so a run
 # can be killed and started again, and any number of processes write the same files.
+#
+# Frames of a video file are pixel frames; latent frames are always called so, but for the flag --frames and for what
+# training compares, meta["frames"].
 
 VIDEOS = (".mp4", ".gif", ".webm", ".mov", ".avi", ".mkv")
 TABLE = """a table of the videos, .jsonl, .json (a list of objects) or .csv, with the columns
@@ -1436,27 +1439,51 @@ DOUBTFUL = {  # why a clip is dropped unless --keep names the reason
     "bright": "over half of it is blown out",
     "duplicate": "it looks like an earlier clip",
 }
-SURPLUS = "surplus"  # --at-most
+SURPLUS = "surplus"  # why a clip is dropped with --at-most
 
 
 class Clip(NamedTuple):
     """A row of the table, as written there."""
     file: str
-    start: int
+    start: int  # the first pixel frame to use
     caption: str
     poses: str | dict
     K: str | list | None
 
 
+class ClipFormat(NamedTuple):
+    """What every clip is turned into: 1 + 4 (latent_frames - 1) pixel frames, 1 / fps apart, of size [h, w]."""
+    latent_frames: int
+    fps: float
+    size: list[int]
+
+
+# The table.
+
+
+def find_table(folder: Path) -> Path:
+    """The one table in a folder. Raises ValueError if there is none, or several."""
+    candidates = [folder / "table.jsonl", folder / "table.json", folder / "table.csv"]
+    tables = [path for path in candidates if path.exists()]
+    if len(tables) != 1:
+        raise ValueError(f"{folder}: expected one table.jsonl, table.json or table.csv, found {len(tables)}; "
+                         "--table names another")
+    return tables[0]
+
+
+def parse_table(text: str, suffix: str) -> Any:
+    """A table's text -> what should be a list of objects, one per row."""
+    if suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text)))
+    if suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    return json.loads(text)
+
+
 def read_table(path: Path) -> list[Clip]:
     """Raises ValueError, naming the row, for what is not a table. What is wrong with one clip alone is for later."""
     try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark
-        if path.suffix == ".csv":
-            rows = list(csv.DictReader(io.StringIO(text)))
-        else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else (
-                json.loads(text))
+        rows = parse_table(path.read_text(encoding="utf-8-sig"), path.suffix)  # spreadsheets write a byte-order mark
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file, expected {TABLE.splitlines()[0]} file, caption, poses") from None
     except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
@@ -1466,137 +1493,225 @@ def read_table(path: Path) -> list[Clip]:
     clips = []
     for n, row in enumerate(rows):
         if not isinstance(row, dict) or not {"file", "caption", "poses"} <= set(row):
-            raise ValueError(f"{path}: row {n} needs the columns file, caption, poses, and has "
-                             f"{[*row] if isinstance(row, dict) else row!r}")
+            found = list(row) if isinstance(row, dict) else repr(row)
+            raise ValueError(f"{path}: row {n} needs the columns file, caption, poses, and has {found}")
         start = str(row.get("start") or 0)
         if not start.isdecimal():
             raise ValueError(f"{path}: row {n} starts at {start!r}, expected the number of a frame")
-        clips.append(Clip(str(row["file"]), int(start), str(row["caption"] or "").strip(), row["poses"], row.get("K")))
+        caption = str(row["caption"] or "").strip()
+        clips.append(Clip(str(row["file"]), int(start), caption, row["poses"], row.get("K")))
     return clips
 
 
-def cover(height: int, width: int, size: list[int]) -> tuple[int, int, int, int]:
-    """How a picture is cut to `size` = [h, w]: resized, its shape kept, to the least that covers it, [rows, columns],
-    then cut in the middle, from [top, left] on."""
+def clip_number(clip: Clip) -> int:
+    """32 bits that look random, but depend on the clip alone and not on its place in the table."""
+    return zlib.crc32(f"{clip.file} {clip.start}".encode())
+
+
+# Frames.
+
+
+def resize_crop_size(height: int, width: int, size: list[int]) -> tuple[int, int, int, int]:
+    """How a picture becomes `size` = [h, w]: resized to the least [rows, columns] that covers it, its aspect kept, then
+    cut in the middle, from [top, left] on."""
     h, w = size
     scale = max(h / height, w / width)
     rows, columns = max(h, round(scale * height)), max(w, round(scale * width))
     return rows, columns, (rows - h) // 2, (columns - w) // 2
 
 
-def fit(video: Tensor, size: list[int]) -> Tensor:
+def resize_and_crop(video: Tensor, size: list[int]) -> Tensor:
     """video [t 3 H W], floats -> [t 3 h w], cut around the middle."""
-    rows, columns, top, left = cover(*video.shape[2:], size)
+    height, width = video.shape[2:]
+    rows, columns, top, left = resize_crop_size(height, width, size)
     video = F.interpolate(video, [rows, columns], mode="bilinear", antialias=True)
     return video[:, :, top : top + size[0], left : left + size[1]]
 
 
-def fit_intrinsics(K: Tensor, height: int, width: int, size: list[int]) -> Tensor:
-    """K [... 4] (fx, fy, cx, cy) of a picture, over its width and height -> that of what `fit` cuts from it."""
-    rows, columns, top, left = cover(height, width, size)
+def crop_intrinsics(K: Tensor, height: int, width: int, size: list[int]) -> Tensor:
+    """K [... 4] (fx, fy, cx, cy) of a picture, over its width and height -> K of what resize_and_crop makes of it."""
+    rows, columns, top, left = resize_crop_size(height, width, size)
     zoom = K.new_tensor([columns / size[1], rows / size[0]] * 2)
     return K * zoom - K.new_tensor([0, 0, left / size[1], top / size[0]])
 
 
-def chosen_frames(start: int, frames: int, own_fps: float, fps: float) -> list[int]:
-    """Which frames of a video, from `start` on, show 1 + 4 (frames - 1) moments 1 / fps apart."""
-    return [start + math.floor(n * own_fps / fps + 0.5) for n in range(1 + 4 * (frames - 1))]
+def sample_frame_indices(start: int, own_fps: float, wanted: ClipFormat) -> list[int]:
+    """Which pixel frames of a video that has own_fps, from `start` on, show moments 1 / fps apart."""
+    pixel_frames = 1 + 4 * (wanted.latent_frames - 1)
+    return [start + math.floor(n * own_fps / wanted.fps + 0.5) for n in range(pixel_frames)]
 
 
-def read_clip(path: Path, start: int, frames: int, fps: float, size: list[int], whole: bool) -> tuple[Tensor, dict]:
-    """The chosen frames [t 3 h w] uint8, cut to size, and what the file is: its fps, height, width and, if it is to be
-    read as a `whole`, frames. Raises ValueError when it is missing, damaged, too short or too slow."""
+def open_video(path: Path) -> tuple[Any, dict[str, Any]]:
+    """A generator of its pixel frames, bytes [h w 3], as many as are stored; and a dict of its "size" (width, height)
+    and "fps". Raises ValueError when it is missing or damaged."""
     if not path.is_file():
         raise ValueError("no such file")
-    reader = imageio_ffmpeg.read_frames(path, output_params=["-fps_mode", "passthrough"])  # as many as are stored
+    reader = imageio_ffmpeg.read_frames(path, output_params=["-fps_mode", "passthrough"])
     try:
-        about = next(reader)
+        return reader, next(reader)
     except Exception as error:  # of any kind, with all that ffmpeg had to say
         raise ValueError(f"not a video ({str(error).strip().splitlines()[-1].strip()})") from None
+
+
+def read_clip(path: Path, start: int, wanted: ClipFormat, count_all: bool = False) -> tuple[Tensor, dict[str, Any]]:
+    """A clip [t 3 h w] uint8, and what the file is: its fps, height, width and how many pixel frames were read, which
+    is all of them with count_all. Raises ValueError when the file is missing, damaged, too short or too slow."""
+    reader, about = open_video(path)
     (width, height), own_fps = about["size"], about["fps"]
-    if own_fps < 0.998 * fps:  # 23.976 is as good as 24
-        raise ValueError(f"{own_fps:g} frames a second, fewer than --fps {fps:g}")
-    chosen, video, count = chosen_frames(start, frames, own_fps, fps), [], 0
+    if own_fps < 0.998 * wanted.fps:  # 23.976 is as good as 24
+        raise ValueError(f"{own_fps:g} frames a second, fewer than --fps {wanted.fps:g}")
+    indices = sample_frame_indices(start, own_fps, wanted)
+    video: list[Tensor] = []
+    count = 0
     try:
         for frame in reader:
-            while len(video) < len(chosen) and chosen[len(video)] == count:
-                picture = rearrange(torch.frombuffer(bytearray(frame), dtype=torch.uint8), "(h w c) -> 1 c h w",
-                                    h=height, c=3)
-                video.append(fit(picture.float(), size).round().byte())
+            # `while`: a video that is a little slower than --fps shows a frame twice now and then
+            while len(video) < len(indices) and indices[len(video)] == count:
+                pixels = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+                picture = rearrange(pixels, "(h w c) -> 1 c h w", h=height, c=3)
+                video.append(resize_and_crop(picture.float(), wanted.size).round().byte())
             count += 1
-            if len(video) == len(chosen) and not whole:
+            if len(video) == len(indices) and not count_all:
                 break
     except RuntimeError as error:
         raise ValueError(f"damaged after {count} frames ({str(error).splitlines()[0]})") from None
     finally:
         reader.close()
-    if len(video) < len(chosen):
-        raise ValueError(f"{count} frames at {own_fps:g} a second, --frames {frames} at {fps:g} needs {chosen[-1] + 1}")
+    if len(video) < len(indices):
+        raise ValueError(f"{count} frames at {own_fps:g} a second, --frames {wanted.latent_frames} at {wanted.fps:g} "
+                         f"needs {indices[-1] + 1}")
     return torch.cat(video), {"frames": count, "fps": own_fps, "height": height, "width": width}
 
 
-def look(path: Path, start: int, frames: int, fps: float, size: list[int]) -> dict:
-    """What can be said of a clip from its pixels alone; brightness is between 0 and 1. Raises as read_clip does."""
-    video, about = read_clip(path, start, frames, fps, size, whole=True)
-    grey = video.float().mean(1) / 255
+# Pass 1: look at every clip.
+
+
+def survey_clip(path: Path, start: int, wanted: ClipFormat) -> dict[str, Any]:
+    """What can be said of a clip from its pixels alone. Raises as read_clip does.
+
+    Of the file its frames (pixel frames), fps, height and width; of brightness, between 0 and 1, its mean, the share
+    that is blown out, and how much it changes from latent frame to latent frame (motion) and from pixel frame to pixel
+    frame (change, the largest, and usual_change, the median); and a hash, three thumbnails [3 64].
+    """
+    video, about = read_clip(path, start, wanted, count_all=True)
+    grey = video.float().mean(1) / 255  # [t h w]
     small = F.adaptive_avg_pool2d(grey, 32)
-    change = small.diff(dim=0).abs().mean((1, 2))
-    last = len(grey) - 1  # not the first frames: one image may be the start of many clips
-    hash = F.adaptive_avg_pool2d(grey[[last // 2, 3 * last // 4, last]], 8)
+    change = small.diff(dim=0).abs().mean((1, 2))  # [t - 1]
+    last = len(grey) - 1
+    # not of the first frames: one image may be the start of many clips
+    thumbnails = F.adaptive_avg_pool2d(grey[[last // 2, 3 * last // 4, last]], 8)
     return about | {
         "mean": grey.mean().item(), "blown": (grey > 0.98).float().mean().item(),
-        "motion": (small[4::4] - small[:-4:4]).abs().mean().item(),  # from one latent frame to the next
+        "motion": (small[4::4] - small[:-4:4]).abs().mean().item(),
         "change": change.max().item(), "usual_change": change.median().item(),
-        "hash": (255 * hash.flatten(1)).round().int().tolist()}
+        "hash": (255 * thumbnails.flatten(1)).round().int().tolist()}
 
 
-def survey(clips: list[Clip], folder: Path, out: Path, rank: int, world_size: int, how: list) -> list[dict]:
-    """`look` at every world_size-th clip, or recall what an earlier run saw. What could not be read has an "error"."""
-    seen = {}
-    for notes in out.glob("survey-*.jsonl"):
-        for line in notes.read_text().splitlines():
+def read_surveys(folder: Path) -> dict[str, dict]:
+    """What earlier runs saw: the lines of survey-*.jsonl, by what they are of."""
+    surveys = {}
+    for path in folder.glob("survey-*.jsonl"):
+        for line in path.read_text().splitlines():
             with suppress(json.JSONDecodeError):  # the last line of a run that was killed
-                row = json.loads(line)
-                seen[json.dumps(row["of"])] = row
-    rows = []
-    with open(out / f"survey-{rank}.jsonl", "a") as notes:
+                survey = json.loads(line)
+                surveys[json.dumps(survey["of"])] = survey
+    return surveys
+
+
+def survey_clips(clips: list[Clip], folder: Path, out: Path, rank: int, world_size: int,
+                 wanted: ClipFormat) -> list[dict[str, Any]]:
+    """survey_clip of every world_size-th clip, or what an earlier run saw of the same file in the same format.
+
+    Each says what it is "of"; for a file that could not be read it holds only the "error".
+    """
+    known = read_surveys(out)
+    surveys = []
+    with open(out / f"survey-{rank}.jsonl", "a") as log:
         for clip in tqdm(clips[rank::world_size], "look", disable=rank > 0):
             path = folder / clip.file
             stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
-            of = [clip.file, clip.start, stamp, *how]
-            if (row := seen.get(json.dumps(of))) is None:
+            key = [clip.file, clip.start, stamp, *wanted]
+            survey = known.get(json.dumps(key))
+            if survey is None:
                 try:
-                    row = {"of": of} | look(path, clip.start, *how)
+                    survey = {"of": key} | survey_clip(path, clip.start, wanted)
                 except ValueError as error:
-                    row = {"of": of, "error": str(error)}
-                notes.write("\n" + json.dumps(row))  # the line break first: what stands there may be half a line
-                notes.flush()
-            rows.append(row)
-    return rows
+                    survey = {"of": key, "error": str(error)}
+                log.write("\n" + json.dumps(survey))  # the line break first: what stands there may be half a line
+                log.flush()
+            surveys.append(survey)
+    return surveys
 
 
-def every_frame(viewmats: Tensor, frames: int) -> Tensor:
-    """Poses [n 4 4] of each of a video's frames, or of its latent frames -> one per frame, fp64."""
-    n, latents = len(viewmats), 1 + (frames - 1) // 4
-    if n not in (frames, latents):
-        raise ValueError(f"{n} poses, but {frames} frames: expected {frames}, or {latents}, one per latent frame")
-    return viewmats if n == frames else pixel_cameras(viewmats[None])[0].double()
+def read_prompts(path: Path, encoder_name: str) -> dict[str, dict[str, Tensor]]:
+    """A table of encoded prompts by prompt, empty if another encoder made it. Raises ValueError if it is damaged."""
+    embeds: dict[str, dict[str, Tensor]] = {}
+    try:
+        with safe_open(path, "pt") as table:
+            about = table.metadata() or {}
+            if about.get("encoder") != encoder_name:
+                return {}
+            prompts = [*json.loads(about["prompts"]), about["null"]]
+            columns = [name for name in table.keys() if f"{name}_ends" in table.keys()]
+            for name in columns:
+                ends = table.get_tensor(f"{name}_ends")
+                rows = table.get_tensor(name).tensor_split(ends[:-1])
+                for prompt, row in zip(prompts, rows, strict=True):
+                    embeds.setdefault(prompt, {})[name] = row
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated or not safetensors ({error}); delete it") from None
+    return embeds
 
 
-def every_intrinsics(K: list, frames: int) -> Tensor:
-    """One K, or one for each frame or latent frame -> [frames 4] fp64. Raises ValueError when one is out of range."""
-    for k in K:
-        intrinsics(k)
-    K, latents = torch.tensor(K, dtype=torch.float64), 1 + (frames - 1) // 4
-    if len(K) not in (1, frames, latents):
-        raise ValueError(f"{len(K)} times K, but {frames} frames: expected 1, {frames} or {latents}")
-    if len(K) in (1, frames):
-        return K.expand(frames, 4)
-    at = (torch.arange(frames) / 4).clamp_max(latents - 1).double()
-    return torch.lerp(K[at.floor().long()], K[at.ceil().long()], at.frac()[:, None])
+def encode_captions(captions: list[str], encoder: Encoder, tables: list[Path]) -> tuple[dict, dict[str, str]]:
+    """Each distinct caption's row of the table of prompts, on the CPU in fp16, and the errors of those without.
+
+    What `tables` of earlier runs hold is not encoded again.
+    """
+    embeds: dict[str, dict[str, Tensor]] = {}
+    for path in filter(Path.exists, tables):
+        embeds |= read_prompts(path, encoder.name)
+    new = [caption for caption in dict.fromkeys(captions) if caption not in embeds]
+    errors = {}
+    for caption in tqdm(new, "prompts"):
+        try:
+            row = encoder.encode_text(caption)
+        except ValueError as error:
+            errors[caption] = str(error)
+        else:
+            embeds[caption] = {name: z.half().cpu() for name, z in row.items()}
+    return embeds, errors
 
 
-def steps_of(viewmats: Tensor) -> tuple[Tensor, Tensor]:
+# Pass 2: judge each clip, alone and beside all others.
+
+
+def poses_per_frame(viewmats: Tensor, pixel_frames: int) -> Tensor:
+    """Poses [n 4 4] of each of a video's pixel frames, or of its latent frames -> one per pixel frame, fp64."""
+    n, latent_frames = len(viewmats), 1 + (pixel_frames - 1) // 4
+    if n not in (pixel_frames, latent_frames):
+        raise ValueError(f"{n} poses, but {pixel_frames} frames: expected {pixel_frames}, or {latent_frames}, one per "
+                         "latent frame")
+    return viewmats if n == pixel_frames else pixel_cameras(viewmats[None])[0].double()
+
+
+def intrinsics_per_frame(Ks: list, pixel_frames: int) -> Tensor:
+    """One K, or one for each pixel or latent frame -> [pixel_frames 4] fp64. Raises ValueError when one is out of
+    range."""
+    for K in Ks:
+        intrinsics(K)
+    stored, latent_frames = torch.tensor(Ks, dtype=torch.float64), 1 + (pixel_frames - 1) // 4
+    if len(Ks) not in (1, pixel_frames, latent_frames):
+        raise ValueError(f"found {len(Ks)} intrinsics (K), but {pixel_frames} frames: expected 1, {pixel_frames} or "
+                         f"{latent_frames}")
+    if len(Ks) in (1, pixel_frames):
+        return stored.expand(pixel_frames, 4)
+    # in latent frames: between two of them, K changes evenly
+    position = (torch.arange(pixel_frames) / 4).clamp_max(latent_frames - 1).double()
+    return torch.lerp(stored[position.floor().long()], stored[position.ceil().long()], position.frac()[:, None])
+
+
+def camera_steps(viewmats: Tensor) -> tuple[Tensor, Tensor]:
     """How far a camera [n 4 4] moves and turns from each pose to the next: units and radians [n - 1]."""
     c2w = invert_se3(viewmats.double())
     turn = c2w[:-1, :3, :3].mT @ c2w[1:, :3, :3]
@@ -1605,57 +1720,144 @@ def steps_of(viewmats: Tensor) -> tuple[Tensor, Tensor]:
     return c2w[:, :3, 3].diff(dim=0).norm(dim=-1), angle
 
 
-def usual_step(viewmats: Tensor) -> float:
-    """The median length of the steps [n 4 4] that move at all, next to the longest but for a few; 0 if none does."""
-    length, _ = steps_of(viewmats)
+def median_step(viewmats: Tensor) -> float:
+    """Median step length of a path [n 4 4], ignoring steps under 5 % of the 90th percentile; 0 if none moves."""
+    length, _ = camera_steps(viewmats)
     moving = length[length > max(0.05 * length.quantile(0.9, interpolation="lower").item(), 1e-6)]
     return moving.median().item() if len(moving) else 0.0
 
 
-def doubts(seen: dict, viewmats: Tensor, K: Tensor, size: list[int]) -> dict[str, str]:
-    """Reasons of DOUBTFUL against a clip alone, and the figures they rest on; viewmats [t 4 4] and K [t 4] of its
-    chosen frames."""
-    found = {}
-    (rows, columns, _, _), (length, angle) = cover(seen["height"], seen["width"], size), steps_of(viewmats)
-    if rows > seen["height"] or columns > seen["width"]:
-        found["small"] = f"{seen['height']}x{seen['width']} pixels, --size is {size[0]}x{size[1]}"
-    shape = (K[0, 0] * size[1] / (K[0, 1] * size[0])).item()
-    if abs(math.log(shape)) > math.log(1.1):
-        found["skewed"] = f"the focal lengths in pixels differ by a factor of {shape:.2f}"
+class Track(NamedTuple):
+    """A clip's cameras, re-based to its first frame, in the units of its poses."""
+    viewmats: Tensor  # [t 4 4] fp64
+    K: Tensor  # [t 4] fp64, of the frames as they are cut
+    Ks: Tensor  # [f 3 3] fp32, the same per latent frame
+
+
+class ClipCamera(NamedTuple):
+    """What is written of a clip's cameras, one per latent frame."""
+    viewmats: Tensor  # [f 4 4] fp32
+    Ks: Tensor  # [f 3 3] fp32
+    scale: float  # factor on translations, already applied
+
+
+class Unusable(ValueError):
+    """A clip that can never be used: what is wrong with it, and the reason of UNUSABLE that it comes under."""
+
+    def __init__(self, reason: str, found: str):
+        super().__init__(found)
+        self.reason = reason
+
+
+@contextmanager
+def unusable(reason: str) -> Iterator[None]:
+    """A ValueError within is an Unusable for this reason."""
+    try:
+        yield
+    except ValueError as error:
+        raise Unusable(reason, str(error)) from None
+
+
+def find_intrinsics(clip: Clip, from_poses: list | None, flag: list[float] | None) -> list:
+    """Those of the table, else of the poses' file, else of --K: a list of one K or several. Raises ValueError if there
+    are none."""
+    if isinstance(clip.K, str) and clip.K.strip():  # a cell of a .csv
+        return [[float(number) for number in clip.K.strip("[ ]").replace(",", " ").split()]]
+    if clip.K:
+        return [clip.K]
+    if from_poses:
+        return from_poses
+    if flag:
+        return [flag]
+    raise ValueError("none: expected a K in the table, in the file of the poses, or --K")
+
+
+def clip_track(clip: Clip, survey: dict, bad_captions: dict[str, str], args: argparse.Namespace) -> Track:
+    """A clip's cameras at the pixel frames that are used of it. Raises Unusable."""
+    if "error" in survey:
+        raise Unusable("video", survey["error"])
+    if not clip.caption:
+        raise Unusable("caption", "empty")
+    if clip.caption in bad_captions:
+        raise Unusable("caption", bad_captions[clip.caption])
+    indices = sample_frame_indices(clip.start, survey["fps"], clip_format(args))
+    with unusable("poses"):
+        viewmats, from_poses = read_poses(clip.poses, args.table.parent)
+        viewmats = poses_per_frame(viewmats, survey["frames"])
+        if indices[-1] >= len(viewmats):
+            raise ValueError(f"they end before frame {indices[-1]} of the video")
+    with unusable("intrinsics"):
+        K = intrinsics_per_frame(find_intrinsics(clip, from_poses, args.K), survey["frames"])[indices]
+        K = crop_intrinsics(K, survey["height"], survey["width"], args.size)
+        Ks = torch.stack([intrinsics(k) for k in K[::4].tolist()])
+    return Track(viewmats[indices] @ invert_se3(viewmats[indices[:1]]), K, Ks)
+
+
+def translation_factors(tracks: dict[int, Track], scale: str | float) -> dict[int, float]:
+    """What --scale makes of each clip's translations: STEP over its own median step, over that of all, or a number."""
+    steps = {n: median_step(track.viewmats[::4]) for n, track in tracks.items()}
+    if scale == "clip":
+        return {n: STEP / step if step else 1.0 for n, step in steps.items()}
+    if scale == "set":
+        moving = [step for step in steps.values() if step] or [STEP]
+        scale = float(f"{STEP / torch.tensor(moving).median().item():.6g}")
+    return {n: float(scale) for n in tracks}
+
+
+def find_doubts(survey: dict, viewmats: Tensor, K: Tensor, size: list[int]) -> dict[str, str]:
+    """Reasons of DOUBTFUL against a clip alone, and the figures they rest on; viewmats [t 4 4], scaled, and K [t 4]."""
+    doubts = {}
+    height, width = survey["height"], survey["width"]
+    rows, columns, _, _ = resize_crop_size(height, width, size)
+    if rows > height or columns > width:
+        doubts["small"] = f"{height}x{width} pixels, --size is {size[0]}x{size[1]}"
+    aspect = (K[0, 0] * size[1] / (K[0, 1] * size[0])).item()  # fx / fy, in pixels
+    if abs(math.log(aspect)) > math.log(1.1):
+        doubts["skewed"] = f"the focal lengths in pixels differ by a factor of {aspect:.2f}"
+
+    length, angle = camera_steps(viewmats)  # from pixel frame to pixel frame
     usual = length.median().item()
     if length.max() > max(10 * usual, STEP) or angle.max() > math.radians(15):
-        n = (length / STEP + angle / TURN).argmax().item()
-        found["jump"] = (f"at frame {n + 1} of the clip it moves {length[n]:.3g} units, usual are {usual:.3g}, "
-                         f"and turns {math.degrees(angle[n]):.3g} degrees")
-    usual, (length, angle) = usual_step(viewmats[::4]), steps_of(viewmats[::4])
+        n = int((length / STEP + angle / TURN).argmax())
+        doubts["jump"] = (f"at frame {n + 1} of the clip it moves {length[n]:.3g} units, usual are {usual:.3g}, "
+                          f"and turns {math.degrees(angle[n]):.3g} degrees")
+    usual = median_step(viewmats[::4])  # from latent frame to latent frame
     if usual > 10 * STEP:
-        found["scale"] = f"its usual step is {usual:.3g} units, a pose string's {STEP:g}"
-    if seen["change"] > max(0.15, 6 * seen["usual_change"]):
-        found["cut"] = f"between two frames it changes by {seen['change']:.0%}, usual are {seen['usual_change']:.1%}"
-    if seen["mean"] < 0.06:
-        found["dark"] = f"{seen['mean']:.1%} bright on average"
-    elif seen["blown"] > 0.5:
-        found["bright"] = f"{seen['blown']:.0%} of its pixels are blown out"
+        doubts["scale"] = f"its usual step is {usual:.3g} units, a pose string's {STEP:g}"
+
+    change, usual = survey["change"], survey["usual_change"]
+    if change > max(0.15, 6 * usual):
+        doubts["cut"] = f"between two frames it changes by {change:.0%}, usual are {usual:.1%}"
+    if survey["mean"] < 0.06:
+        doubts["dark"] = f"{survey['mean']:.1%} bright on average"
+    elif survey["blown"] > 0.5:
+        doubts["bright"] = f"{survey['blown']:.0%} of its pixels are blown out"
     else:  # what can be seen at all, can be seen to move
-        moves, motion = (length / STEP + angle / TURN).mean().item(), seen["motion"]  # moves: times a key's step
+        length, angle = camera_steps(viewmats[::4])
+        moves, motion = (length / STEP + angle / TURN).mean().item(), survey["motion"]  # moves: times a key's step
         if (moves > 0.5 and motion < 0.004) or (moves < 0.1 and motion > 0.02):
-            found["static"] = (f"from one latent frame to the next, the camera moves {moves:.2g} of a key's step and "
-                               f"the picture changes by {motion:.2%}")
-    return found
+            doubts["static"] = (f"from one latent frame to the next, the camera moves {moves:.2g} of a key's step and "
+                                f"the picture changes by {motion:.2%}")
+    return doubts
 
 
-def duplicates(hashes: list, least: float = 0.98) -> dict[int, int]:
-    """Of hashes [n 3 64], three thumbnails each, those of which all three correlate with an earlier one's, and which.
-    Of 96 toy rooms no two reach 0.86; a copy compressed hard (crf 24 at 32 pixels) has 0.988 or more."""
-    pictures = torch.tensor(hashes, dtype=torch.float32).view(len(hashes), 3, 64)
-    pictures = F.normalize(pictures - pictures.mean(-1, keepdim=True), dim=-1)  # plain ones are 0, and like no other
-    found = {}
+def find_duplicates(hashes: list, least: float = 0.98) -> dict[int, int]:
+    """Of hashes [n 3 64], those all of whose three thumbnails correlate above `least` with an earlier one's, and which.
+
+    Of 96 toy rooms no two reach 0.86; a copy compressed hard (crf 24 at 32 pixels) has 0.988 or more.
+    """
+    thumbnails = torch.tensor(hashes, dtype=torch.float32).view(len(hashes), 3, 64)
+    # plain ones become 0, and correlate with none
+    thumbnails = F.normalize(thumbnails - thumbnails.mean(-1, keepdim=True), dim=-1)
+    duplicates = {}
     for start in range(0, len(hashes), 1024):  # [1024 n] numbers at a time
-        alike = torch.stack([pictures[start : start + 1024, i] @ pictures[:, i].T for i in range(3)]).amin(0) > least
-        for n, row in enumerate(alike.tril(start - 1), start):
+        rows = thumbnails[start : start + 1024]
+        correlation = torch.stack([rows[:, i] @ thumbnails[:, i].T for i in range(3)]).amin(0)
+        earlier = (correlation > least).tril(start - 1)  # row n of these, clip start + n, sees only clips before it
+        for n, row in enumerate(earlier, start):
             if row.any():
-                found[n] = row.float().argmax().item()
-    return found
+                duplicates[n] = int(row.float().argmax())
+    return duplicates
 
 
 def action_class(viewmats: Tensor) -> str:
@@ -1664,157 +1866,94 @@ def action_class(viewmats: Tensor) -> str:
     return max(KEYS, key=lambda key: counts[key]) if counts else "still"
 
 
-def encode_clip(vae, video: Tensor, device: torch.device) -> Tensor:
-    """video [t 3 h w] uint8 -> latents [f c h w] fp16, a second at a time: more would not fit at full size."""
-    video = rearrange(video, "t c h w -> 1 c t h w")
-    latents, memory = [], None
-    for piece in (video[:, :, :1], *video[:, :, 1:].split(16, dim=2)):
-        z, memory = vae.encode(piece.to(device).float() / 127.5 - 1, memory)
-        latents.append(z.half().cpu())
-    return torch.cat(latents, dim=1)[0]
+def pose_string(viewmats: Tensor) -> str:
+    """The pose string nearest to a path [f 4 4], to be read: 'w*3,w+l*4', 'still' where nothing is pressed."""
+    steps = []
+    for keys in pressed(viewmats)[1:]:
+        in_order = [key for key in KEYS if key in keys]
+        steps.append("+".join(in_order) or "still")
+    return ",".join(f"{step}*{len(list(repeats))}" for step, repeats in groupby(steps))
 
 
-def check_shard(file: Path, meta: dict, clips: list, viewmats: Tensor, Ks: Tensor) -> None:
-    """Raises ValueError when a shard is there, but is not what this run would write."""
-    try:
-        with safe_open(file, "pt") as shard:
-            held = shard.metadata() or {}
-            cameras = [(shard.get_tensor(name), z) for name, z in (("viewmats", viewmats), ("Ks", Ks))]
-    except SafetensorError as error:
-        raise ValueError(f"{file}: truncated or not safetensors ({error}); delete it to have it made again") from None
-    was, made_of = (json.loads(held.get(name, "{}")) for name in ("meta", "clips"))
-    wrong = [name for name in meta if name != "vae" and was.get(name) != meta[name]]  # the VAE's file may have moved
-    if wrong:
-        raise ValueError(f"{file}: made by another run, its {wrong[0]} is {was.get(wrong[0])}, now {meta[wrong[0]]}; "
-                         "delete it, or choose another --out")
-    if made_of != clips or not all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in cameras):
-        raise ValueError(f"{file}: made by another run, of other clips or cameras; delete it, or choose another --out")
+def is_sound(row: dict, *allowed: str) -> bool:
+    """Has this row of the report no reasons but those allowed?"""
+    return set(row["reasons"]) <= set(allowed)
 
 
-def embed(prompts: list[str], encoder: Encoder, files: list[Path]) -> tuple[dict, dict]:
-    """Each distinct prompt's row of the prompt table, out of `files` if one has it, and the errors of those without."""
-    embeds, errors = {}, {}
-    for file in filter(Path.exists, files):
-        try:
-            with safe_open(file, "pt") as held:
-                about = held.metadata() or {}
-                if about.get("encoder") == encoder.name:
-                    known = [*json.loads(about["prompts"]), about["null"]]
-                    for name in [name for name in held.keys() if f"{name}_ends" in held.keys()]:
-                        parts = held.get_tensor(name).tensor_split(held.get_tensor(f"{name}_ends")[:-1])
-                        for prompt, part in zip(known, parts, strict=True):
-                            embeds.setdefault(prompt, {})[name] = part
-        except SafetensorError as error:
-            raise ValueError(f"{file}: truncated or not safetensors ({error}); delete it") from None
-    for prompt in tqdm([prompt for prompt in dict.fromkeys(prompts) if prompt not in embeds], "prompts"):
-        try:
-            embeds[prompt] = {name: z.half().cpu() for name, z in encoder.read(prompt).items()}
-        except ValueError as error:
-            errors[prompt] = str(error)
-    return embeds, errors
-
-
-def draw_path(viewmats: Tensor, K: Tensor, h: int, w: int) -> Tensor:
-    """A camera path [f 4 4] from above -> picture [3 h w] in [-1, 1]: x to the right and z up the page, from blue to
-    red, a tick in the direction of each view; grey, the field of view of the first (K [3 3])."""
-    c2w, picture = invert_se3(viewmats), torch.full((3, h, w), -0.8)
-    centres, ahead = c2w[:, [0, 2], 3], c2w[:, [0, 2], 2]
-    lo, hi = centres.amin(0), centres.amax(0)
-    unit = 0.6 * min(h, w) / (hi - lo).max().clamp_min(4 * STEP)  # pixels
-    middle, reach = (lo + hi) / 2, 0.12 * min(h, w) / unit
-    colours = torch.lerp(torch.tensor([-0.5, 0.2, 1.0]), torch.tensor([1.0, 0.0, -0.5]),
-                         torch.linspace(0, 1, len(centres))[:, None])
-    sides = torch.tensor([[(edge - K[0, 2]) / K[0, 0], 0, 1] for edge in (0, 1)]) @ c2w[0, :3, :3].T
-    lines = [(centres[0], centres[0] + 2 * reach * side[[0, 2]], torch.zeros(3)) for side in sides]
-    lines += [(a, b, colour) for a, b, colour in zip(centres, centres[1:], colours[1:])]
-    lines += [(a, a + reach * b, colour) for a, b, colour in zip(centres, ahead, colours)]
-    for a, b, colour in lines:
-        points = torch.lerp(a, b, torch.linspace(0, 1, 2 * max(h, w))[:, None]) - middle
-        x, y = (w / 2 + unit * points[:, 0]).long(), (h / 2 - unit * points[:, 1]).long()
-        picture[:, y.clamp(0, h - 1), x.clamp(0, w - 1)] = colour[:, None]
-    return picture
-
-
-def keys_of(viewmats: Tensor) -> str:
-    """A path [f 4 4] as the pose string nearest to it, to be read: 'w*3,w+l*4', 'still' where nothing is pressed."""
-    parts = ["+".join(key for key in KEYS if key in keys) or "still" for keys in pressed(viewmats)[1:]]
-    edges = [n for n in range(len(parts)) if n == 0 or parts[n] != parts[n - 1]]
-    return ",".join(f"{parts[a]}*{b - a}" for a, b in zip(edges, [*edges[1:], len(parts)]))
-
-
-def judge(clips: list[Clip], seen: list[dict], bad_captions: dict[str, str], args: argparse.Namespace):
-    """For every clip what the report says of it and, unless it is unusable, (viewmats [f 4 4], Ks [f 3 3], scale)."""
-    beside, report, cameras, tracks = args.table.parent, [], {}, {}
-    for n, (clip, row) in enumerate(zip(clips, seen)):
+def judge(clips: list[Clip], surveys: list[dict], bad_captions: dict[str, str],
+          args: argparse.Namespace) -> tuple[list[dict], dict[int, ClipCamera]]:
+    """What the report says of every clip and, by the clip's number, the cameras of all that are not unusable."""
+    report: list[dict[str, Any]] = []
+    tracks: dict[int, Track] = {}
+    for n, (clip, survey) in enumerate(zip(clips, surveys, strict=True)):
         report.append({"file": clip.file, "start": clip.start, "kept": False, "class": None, "reasons": {}})
         try:
-            reason = "video"
-            if "error" in row:
-                raise ValueError(row["error"])
-            reason = "caption"
-            if not clip.caption or clip.caption in bad_captions:
-                raise ValueError(bad_captions.get(clip.caption, "empty"))
-            reason = "poses"
-            viewmats, K = read_poses(clip.poses, beside)
-            viewmats = every_frame(viewmats, row["frames"])
-            chosen = chosen_frames(clip.start, args.frames, row["fps"], args.fps)
-            if chosen[-1] >= len(viewmats):
-                raise ValueError(f"they end before frame {chosen[-1]} of the video")
-            reason = "intrinsics"
-            if isinstance(clip.K, str) and clip.K.strip():  # a cell of a .csv
-                K = [[float(number) for number in clip.K.strip("[ ]").replace(",", " ").split()]]
-            elif clip.K:
-                K = [clip.K]
-            if not (K := K or (args.K and [args.K])):
-                raise ValueError("none: expected a K in the table, in the file of the poses, or --K")
-            K = fit_intrinsics(every_intrinsics(K, row["frames"])[chosen], row["height"], row["width"], args.size)
-            Ks = torch.stack([intrinsics(k) for k in K[::4].tolist()])
-            tracks[n] = (viewmats[chosen] @ invert_se3(viewmats[chosen[:1]]), K, Ks)
-        except ValueError as error:
-            report[-1]["reasons"][reason] = str(error)
+            tracks[n] = clip_track(clip, survey, bad_captions, args)
+        except Unusable as error:
+            report[n]["reasons"][error.reason] = str(error)
 
-    usual = {n: usual_step(viewmats[::4]) for n, (viewmats, _, _) in tracks.items()}
-    whole = STEP / torch.tensor([step for step in usual.values() if step] or [STEP]).median().item()
-    for n, (viewmats, K, Ks) in tracks.items():
-        scale = {"clip": STEP / usual[n] if usual[n] else 1.0, "set": float(f"{whole:.6g}")}.get(args.scale, args.scale)
-        viewmats = viewmats.clone()
+    cameras: dict[int, ClipCamera] = {}
+    for n, scale in translation_factors(tracks, args.scale).items():
+        viewmats = tracks[n].viewmats.clone()
         viewmats[:, :3, 3] *= scale
-        report[n]["reasons"] = doubts(seen[n], viewmats, K, args.size)
-        cameras[n] = (viewmats[::4].float(), Ks, scale)
-        report[n] |= {"class": action_class(cameras[n][0]), "path": keys_of(cameras[n][0]), "scale": scale}
-        report[n] |= {name: value for name, value in seen[n].items() if name not in ("of", "hash")}
+        cameras[n] = ClipCamera(viewmats[::4].float(), tracks[n].Ks, scale)
+        report[n]["reasons"] = find_doubts(surveys[n], viewmats, tracks[n].K, args.size)
+        path = cameras[n].viewmats
+        report[n] |= {"class": action_class(path), "path": pose_string(path), "scale": scale}
+        report[n] |= {name: value for name, value in surveys[n].items() if name not in ("of", "hash")}
 
-    def clear() -> list[int]:
-        return [n for n in tracks if not set(report[n]["reasons"]) - set(args.keep)]
-
-    at = clear()
-    for one, other in duplicates([seen[n]["hash"] for n in at]).items():
-        report[at[one]]["reasons"]["duplicate"] = f"looks like {clips[at[other]].file} from {clips[at[other]].start} on"
+    # beside the others: only clips that are sound so far can make another superfluous
+    sound = [n for n, row in enumerate(report) if is_sound(row, *args.keep)]
+    for i, j in find_duplicates([surveys[n]["hash"] for n in sound]).items():
+        earlier = clips[sound[j]]
+        report[sound[i]]["reasons"]["duplicate"] = f"looks like {earlier.file} from {earlier.start} on"
     if args.at_most:
-        by_class = {}
-        for n in sorted(clear(), key=lambda n: zlib.crc32(f"{clips[n].file} {clips[n].start}".encode())):  # at random
-            by_class.setdefault(report[n]["class"], []).append(n)
-        for rows in by_class.values():
-            for n in rows[args.at_most :]:
-                report[n]["reasons"][SURPLUS] = f"one of {len(rows)}, --at-most {args.at_most}"
-    for n in clear():
-        report[n]["kept"] = True
+        drop_surplus(report, clips, args)
+    for row in report:
+        row["kept"] = is_sound(row, *args.keep)
     return report, cameras
+
+
+def drop_surplus(report: list[dict], clips: list[Clip], args: argparse.Namespace) -> None:
+    """Of each class of action, --at-most so many of the sound clips stay, chosen at random. Changes the report."""
+    by_class: dict[str, list[dict]] = {}
+    for n in sorted(range(len(clips)), key=lambda n: clip_number(clips[n])):
+        if is_sound(report[n], *args.keep):
+            by_class.setdefault(report[n]["class"], []).append(report[n])
+    for rows in by_class.values():
+        for row in rows[args.at_most :]:
+            row["reasons"][SURPLUS] = f"one of {len(rows)}, --at-most {args.at_most}"
+
+
+def find_unlisted(clips: list[Clip], args: argparse.Namespace) -> list[dict]:
+    """Rows of the report for videos in the folder that the table does not name."""
+    listed = {(args.videos / clip.file).resolve() for clip in clips}
+    rows = []
+    for path in sorted(args.videos.rglob("*")):
+        if path.suffix.lower() in VIDEOS and path.resolve() not in listed:
+            rows.append({"file": str(path.relative_to(args.videos)), "start": 0, "kept": False, "class": None,
+                         "reasons": {"unlisted": f"not in {args.table.name}"}})
+    return rows
 
 
 def print_report(report: list[dict], keep: list[str]) -> None:
     """How many clips of each class were found and kept, how many were dropped for each reason, and which."""
-    names = {None: "unusable", "still": "still"} | {key: f"{key} {text}" for key, (text, *_) in KEYS.items()}
-    sound = [row for row in report if not set(row["reasons"]) - {*keep, SURPLUS}]
-    counts = [Counter(row["class"] for row in rows) for rows in (report, sound, [row for row in sound if row["kept"]])]
+    titles = {None: "unusable", "still": "still"} | {key: f"{key} {text}" for key, (text, *_) in KEYS.items()}
+    found = Counter(row["class"] for row in report)
+    sound = Counter(row["class"] for row in report if is_sound(row, *keep, SURPLUS))
+    kept = Counter(row["class"] for row in report if row["kept"])
     print(f"{'class':16}{'found':>8}{'sound':>8}{'kept':>8}")
-    for name in sorted(counts[0], key=counts[0].get, reverse=True):
-        print(f"{names[name]:16}" + "".join(f"{count[name]:8}" for count in counts))
-    print(f"{'all':16}" + "".join(f"{count.total():8}" for count in counts))
-    dropped = [(row, {name: why for name, why in row["reasons"].items() if name not in keep})
-               for row in report if not row["kept"]]
+    for name, count in found.most_common():
+        print(f"{titles[name]:16}{count:8}{sound[name]:8}{kept[name]:8}")
+    print(f"{'all':16}{found.total():8}{sound.total():8}{kept.total():8}")
+
+    meanings = UNUSABLE | DOUBTFUL | {SURPLUS: "more than --at-most of its class"}
+    dropped = []
+    for row in report:
+        if not row["kept"]:
+            dropped.append((row, {name: why for name, why in row["reasons"].items() if name not in keep}))
     for name, count in Counter(name for _, reasons in dropped for name in reasons).most_common():
-        print(f"dropped {count}: {name}, {(UNUSABLE | DOUBTFUL | {SURPLUS: 'more than --at-most of its class'})[name]}")
+        print(f"dropped {count}: {name}, {meanings[name]}")
     for row, reasons in dropped[:20]:
         why = "; ".join(f"{name}: {text:.120}" for name, text in reasons.items())
         print(f"  {row['file']} from {row['start']}: {why}")
@@ -1822,148 +1961,293 @@ def print_report(report: list[dict], keep: list[str]) -> None:
         print(f"  and {len(dropped) - 20} more, all in report.jsonl")
 
 
-def make_from_videos(args: argparse.Namespace) -> None:
-    from model import PRESETS, load_checkpoint, load_vae, start_process_group
+# Pass 3: encode what is kept.
 
+
+class ShardPlan(NamedTuple):
+    """What a shard is to hold: all but its latents and images, known before any video is encoded."""
+    clips: list[Clip]
+    sources: list[list]  # of each clip: file, start, caption, the file's size in bytes
+    viewmats: Tensor  # [n f 4 4]
+    Ks: Tensor  # [n f 3 3]
+    scales: Tensor  # [n]
+
+
+def plan_shards(clips: list[Clip], surveys: list[dict], report: list[dict], cameras: dict[int, ClipCamera],
+                args: argparse.Namespace) -> dict[Path, ShardPlan]:
+    """The kept clips, --shard-size to a file."""
+    kept = [n for n in range(len(clips)) if report[n]["kept"]]
+    plans = {}
+    for start in range(0, len(kept), args.shard_size):
+        rows = kept[start : start + args.shard_size]
+        sources = []
+        for n in rows:
+            size_in_bytes, _ = surveys[n]["of"][2]
+            sources.append([clips[n].file, clips[n].start, clips[n].caption, size_in_bytes])
+        viewmats = torch.stack([cameras[n].viewmats for n in rows])
+        Ks = torch.stack([cameras[n].Ks for n in rows])
+        scales = torch.tensor([cameras[n].scale for n in rows])
+        file = args.out / f"latents-{start:06d}.safetensors"
+        plans[file] = ShardPlan([clips[n] for n in rows], sources, viewmats, Ks, scales)
+    return plans
+
+
+def check_shard(file: Path, meta: dict, plan: ShardPlan) -> None:
+    """Raises ValueError when a shard is there, but is not what this run would write."""
+    try:
+        with safe_open(file, "pt") as shard:
+            about = shard.metadata() or {}
+            stored = [shard.get_tensor(name) for name in ("viewmats", "Ks")]
+    except SafetensorError as error:
+        raise ValueError(f"{file}: truncated or not safetensors ({error}); delete it to have it made again") from None
+    old_meta, old_sources = json.loads(about.get("meta", "{}")), json.loads(about.get("clips", "{}"))
+    for name in meta:
+        if name != "vae" and old_meta.get(name) != meta[name]:  # the VAE's file may have moved
+            raise ValueError(f"{file}: made by another run, its {name} is {old_meta.get(name)}, now {meta[name]}; "
+                             "delete it, or choose another --out")
+    same_cameras = all(old.shape == new.shape and torch.allclose(old, new, atol=1e-5)
+                       for old, new in zip(stored, (plan.viewmats, plan.Ks), strict=True))
+    if old_sources != plan.sources or not same_cameras:
+        raise ValueError(f"{file}: made by another run, of other clips or cameras; delete it, or choose another --out")
+
+
+def encode_clip(vae: Any, video: Tensor, device: torch.device) -> Tensor:
+    """video [t 3 h w] uint8 -> latents [f c h w] fp16, 16 frames at a time: more would not fit at full size."""
+    video = rearrange(video, "t c h w -> 1 c t h w")
+    latents, feat_cache = [], None
+    for piece in (video[:, :, :1], *video[:, :, 1:].split(16, dim=2)):
+        z, feat_cache = vae.encode(from_bytes(piece.to(device)), feat_cache)
+        latents.append(z.half().cpu())
+    return torch.cat(latents, dim=1)[0]
+
+
+class Run(NamedTuple):
+    """What the passes over a folder of videos share."""
+    args: argparse.Namespace
+    clips: list[Clip]
+    vae: Any
+    vae_meta: Any  # Meta, and the VAE's own "fingerprint"
+    encoder: Encoder
+    negative: str  # the prompt that guidance steers away from
+    rank: int
+    world_size: int
+    device: torch.device
+    group: Any  # of all ranks, on gloo
+
+    def gather(self, value: Any) -> list:
+        """Every rank's value, in the order of ranks. Waits for all of them."""
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+
+def clip_format(args: argparse.Namespace) -> ClipFormat:
+    """Of the flags."""
+    return ClipFormat(args.frames, args.fps, args.size)
+
+
+def open_run(args: argparse.Namespace) -> Run:
+    """Read the table, load VAE and text encoder, join the other processes. Raises ValueError if they do not fit."""
     if args.table is None:
-        there = [path for name in ("jsonl", "json", "csv") if (path := args.videos / f"table.{name}").exists()]
-        if len(there) != 1:
-            raise ValueError(f"{args.videos}: expected one table.jsonl, table.json or table.csv, found {len(there)}; "
-                             "--table names another")
-        args.table = there[0]
-    clips, about_vae = read_table(args.table), load_checkpoint(args.vae, "vae")[1]
+        args.table = find_table(args.videos)
+    clips = read_table(args.table)
+    _, vae_meta = load_checkpoint(args.vae, "vae")
+    preset = vae_meta["preset"]
     rank, world_size, device = start_process_group()
-    gloo = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # ranks wait for each other as long as it takes
-    vae = load_vae(args.vae, device, about_vae["fingerprint"])
-    encoder = load_encoder(about_vae["preset"], args.text_encoder, device)
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # ranks wait for each other as long as it takes
+    vae: Any = load_vae(args.vae, device, vae_meta["fingerprint"])
+    encoder = load_encoder(preset, args.text_encoder, device)
     negative = encoder.null if args.negative is None else args.negative
-    dit = PRESETS[about_vae["preset"]].dit
+    dit = PRESETS[preset].dit
     if any(side % (dit.patch * vae.cfg.stride) for side in args.size):
         raise ValueError(f"--size {args.size[0]}x{args.size[1]}: expected multiples of {dit.patch * vae.cfg.stride} "
                          f"pixels, this VAE's times patches of {dit.patch}")
     if args.text_encoder is None and dit.text_dim != TEXT_DIM:
-        raise ValueError(f"--text-encoder: expected the one of {about_vae['preset']}, whose VAE {args.vae} is")
+        raise ValueError(f"--text-encoder: expected the one of {preset}, whose VAE {args.vae} is")
     args.out.mkdir(parents=True, exist_ok=True)
+    return Run(args, clips, vae, vae_meta, encoder, negative, rank, world_size, device, group)
 
-    def gather(mine) -> list:
-        everyone = [None] * world_size
-        dist.all_gather_object(everyone, mine, group=gloo)
-        return everyone
 
-    # 1. look
-    final, unfinished = args.out / "prompts.safetensors", args.out / "prompts.safetensors.unfinished"
-    prompts, errors = [negative, *(clip.caption for clip in clips if clip.caption)], {}
-    if rank == 0:
-        embeds, errors = embed(prompts, encoder, [final, unfinished])
-        if negative in errors:
-            raise ValueError(f"--negative: {errors[negative]}")
-    mine = survey(clips, args.videos, args.out, rank, world_size, [args.frames, args.fps, args.size])
-    looked = gather((mine, errors))
-    seen = [looked[n % world_size][0][n // world_size] for n in range(len(clips))]
+def prompt_tables(out: Path) -> tuple[Path, Path]:
+    """The table of encoded prompts, and what it is called until all shards are written: without it the folder does not
+    open."""
+    return out / "prompts.safetensors", out / "prompts.safetensors.unfinished"
 
-    # 2. judge
-    report, cameras = judge(clips, seen, looked[0][1], args)
-    listed = {(args.videos / clip.file).resolve() for clip in clips}
-    for path in sorted(args.videos.rglob("*")):
-        if path.suffix.lower() in VIDEOS and path.resolve() not in listed:
-            report.append({"file": str(path.relative_to(args.videos)), "start": 0, "kept": False, "class": None,
-                           "reasons": {"unlisted": f"not in {args.table.name}"}})
-    if rank == 0:
-        print_report(report, args.keep)
-    kept = [n for n in range(len(clips)) if report[n]["kept"]]
-    prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(clips[n].caption for n in kept))}  # and its id
-    shards = {}  # file: what it is to hold
-    for start in range(0, len(kept), args.shard_size):
-        rows = kept[start : start + args.shard_size]
-        viewmats, Ks = (torch.stack([cameras[n][i] for n in rows]) for i in (0, 1))
-        made_of = [[clips[n].file, clips[n].start, clips[n].caption, seen[n]["of"][2][0]] for n in rows]
-        shards[args.out / f"latents-{start:06d}.safetensors"] = (rows, made_of, viewmats, Ks)
-    there = sorted(args.out.glob("latents-*.safetensors"))
-    if strange := [file for file in there if file not in shards]:
-        raise ValueError(f"{strange[0]}: not a shard of this run; delete it, or choose another --out")
-    if kept:
-        every_K = torch.cat([cameras[n][1] for n in kept]).double()[:, [0, 1, 0, 1], [0, 1, 2, 2]]
-        meta = {"preset": about_vae["preset"], "K": [round(k, 7) for k in every_K.median(0).values.tolist()],
-                "size": args.size, "fps": args.fps, "frames": args.frames, "vae": str(args.vae),
-                "vae_fingerprint": about_vae["fingerprint"],
-                "scale": cameras[kept[0]][2] if args.scale == "set" else args.scale, "negative": negative,
-                "encoder": encoder.name, "prompt_length": encoder.length}
-        meta |= {"image_share": args.image_share} if encoder.see else {}
-    for file in there:
-        check_shard(file, meta, *shards[file][1:])
-    if rank == 0:  # only now: the report of another run is not overwritten either
-        (args.out / "report.jsonl").write_text("".join(json.dumps(row) + "\n" for row in report))
-    if not kept:
-        raise ValueError(f"{args.out}: none of {len(report)} clips can be kept; report.jsonl says why")
 
-    # 3. encode
-    missing = [file for file in shards if not file.exists()]
-    gather(None)  # no process writes before all have agreed
+def look(run: Run) -> tuple[list[dict], dict, dict[str, str]]:
+    """Pass 1, shared by all ranks -> a survey of every clip; on rank 0, which alone encodes text, the encoded captions;
+    the errors of those that could not be."""
+    embeds: dict[str, dict[str, Tensor]] = {}
+    errors: dict[str, str] = {}
+    if run.rank == 0:
+        captions = [run.negative] + [clip.caption for clip in run.clips if clip.caption]
+        embeds, errors = encode_captions(captions, run.encoder, list(prompt_tables(run.args.out)))
+        if run.negative in errors:
+            raise ValueError(f"--negative: {errors[run.negative]}")
+    mine = survey_clips(run.clips, run.args.videos, run.args.out, run.rank, run.world_size, clip_format(run.args))
+    everyones = run.gather((mine, errors))
+    surveys = []
+    for n in range(len(run.clips)):
+        theirs, _ = everyones[n % run.world_size]  # clip n was the turn of this rank
+        surveys.append(theirs[n // run.world_size])
+    _, errors = everyones[0]
+    return surveys, embeds, errors
+
+
+def describe_folder(run: Run, cameras: list[ClipCamera]) -> dict[str, Any]:
+    """The meta of every shard: what training compares, and how the folder was made; cameras of what is kept."""
+    args = run.args
+    Ks = torch.cat([camera.Ks for camera in cameras]).double()  # [n 3 3]
+    K = Ks[:, [0, 1, 0, 1], [0, 1, 2, 2]].median(0).values.tolist()  # fx, fy, cx, cy
+    scale = cameras[0].scale if args.scale == "set" else args.scale  # "set" is one number for all
+    meta = {"preset": run.vae_meta["preset"], "K": [round(k, 7) for k in K], "size": args.size, "fps": args.fps,
+            "frames": args.frames, "vae": str(args.vae), "vae_fingerprint": run.vae_meta["fingerprint"],
+            "scale": scale, "negative": run.negative, "encoder": run.encoder.name,
+            "prompt_length": run.encoder.length}
+    if run.encoder.encode_image:
+        meta["image_share"] = args.image_share
+    return meta
+
+
+def encode_shard(run: Run, plan: ShardPlan, prompt_ids: dict[str, int], bar: tqdm) -> dict[str, Tensor]:
+    """A shard's tensors. Raises ValueError, naming the video, when it cannot be read any more or encodes to NaN."""
+    latents, vision = [], []
+    for clip in plan.clips:
+        path = run.args.videos / clip.file
+        try:
+            video, _ = read_clip(path, clip.start, clip_format(run.args))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        with torch.no_grad():
+            latents.append(encode_clip(run.vae, video, run.device))
+        if not latents[-1].isfinite().all():
+            raise ValueError(f"{path}: its latents hold NaN or inf")
+        if run.encoder.encode_image:
+            # by the clip and not by its place among those kept, or a clip more would change the images of all others
+            has_image = clip_number(clip) < run.args.image_share * 2**32
+            tokens = run.encoder.encode_image(from_bytes(video[:1].to(run.device)))[0]
+            vision.append(tokens.half().cpu() * has_image)
+        bar.update()
+    tensors = {"latents": torch.stack(latents), "viewmats": plan.viewmats, "Ks": plan.Ks,
+               "prompt_ids": torch.tensor([prompt_ids[clip.caption] for clip in plan.clips]), "scales": plan.scales}
+    if run.encoder.encode_image:
+        tensors["vision"] = torch.stack(vision)
+    return tensors
+
+
+def encode(run: Run, plans: dict[Path, ShardPlan], meta: dict, embeds: dict[str, dict[str, Tensor]]) -> None:
+    """Pass 3, shared by all ranks: write the shards that are missing, and the table of prompts."""
+    out, rank = run.args.out, run.rank
+    final, unfinished = prompt_tables(out)
+    missing = [file for file in plans if not file.exists()]
+    captions = list(dict.fromkeys(clip.caption for plan in plans.values() for clip in plan.clips))
+    prompt_ids = {caption: i for i, caption in enumerate(captions)}
+    run.gather(None)  # no process writes before all have agreed
     if rank == 0 and (missing or not final.exists()):
-        about = {"prompts": json.dumps(list(prompts)), "null": negative, "encoder": encoder.name}
-        # under its own name last: without it the folder does not open
-        save_prompts(unfinished, [embeds[prompt] for prompt in [*prompts, negative]], about)
+        about = {"prompts": json.dumps(captions), "null": run.negative, "encoder": run.encoder.name}
+        save_prompts(unfinished, [embeds[prompt] for prompt in [*captions, run.negative]], about)
         final.unlink(missing_ok=True)
-    mine = missing[rank::world_size]
-    bar = tqdm(total=sum(len(shards[file][0]) for file in mine), desc="encode", disable=rank > 0)
-    for file in mine:
-        (rows, made_of, viewmats, Ks), latents, vision = shards[file], [], []
-        for n in rows:
-            path = args.videos / clips[n].file
-            try:
-                video, _ = read_clip(path, clips[n].start, args.frames, args.fps, args.size, whole=False)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
-            with torch.no_grad():
-                latents.append(encode_clip(vae, video, device))
-            if not latents[-1].isfinite().all():
-                raise ValueError(f"{path}: its latents hold NaN or inf")
-            if encoder.see:  # by the clip, not by its place among those kept
-                pictured = zlib.crc32(f"{clips[n].file} {clips[n].start}".encode()) < args.image_share * 2**32
-                vision.append(encoder.see(video[:1].to(device).float() / 127.5 - 1)[0].half().cpu() * pictured)
-            bar.update()
-        tensors = {"latents": torch.stack(latents), "viewmats": viewmats, "Ks": Ks,
-                   "prompt_ids": torch.tensor([prompts[clips[n].caption] for n in rows]),
-                   "scales": torch.tensor([cameras[n][2] for n in rows])}
-        tensors |= {"vision": torch.stack(vision)} if encoder.see else {}
-        save_shard(file, tensors, {"meta": json.dumps(meta), "clips": json.dumps(made_of)})
-    bar.close()
-    gather(None)
+    mine = missing[rank :: run.world_size]
+    with tqdm(total=sum(len(plans[file].clips) for file in mine), desc="encode", disable=rank > 0) as bar:
+        for file in mine:
+            tensors = encode_shard(run, plans[file], prompt_ids, bar)
+            save_shard(file, tensors, {"meta": json.dumps(meta), "clips": json.dumps(plans[file].sources)})
+    run.gather(None)
     if rank == 0:
         if unfinished.exists():
             unfinished.replace(final)
-        print(f"{args.out}: {len(kept)} clips in {len(shards)} files, {len(missing)} of them new; "
-              f"python data.py --inspect {args.out}")
+        print(f"{out}: {sum(len(plan.clips) for plan in plans.values())} clips in {len(plans)} files, {len(missing)} "
+              f"of them new; python data.py --inspect {out}")
+
+
+def make_from_videos(args: argparse.Namespace) -> None:
+    """A folder of videos and its table -> a folder of latents, and report.jsonl on every clip."""
+    run = open_run(args)
+
+    # 1. look
+    surveys, embeds, bad_captions = look(run)
+
+    # 2. judge, which every rank does alike
+    report, cameras = judge(run.clips, surveys, bad_captions, args)
+    report += find_unlisted(run.clips, args)
+    if run.rank == 0:
+        print_report(report, args.keep)
+    plans = plan_shards(run.clips, surveys, report, cameras, args)
+    existing = sorted(args.out.glob("latents-*.safetensors"))
+    for file in existing:
+        if file not in plans:
+            raise ValueError(f"{file}: not a shard of this run; delete it, or choose another --out")
+    meta = describe_folder(run, [cameras[n] for n in cameras if report[n]["kept"]]) if plans else {}
+    for file in existing:
+        check_shard(file, meta, plans[file])
+    if run.rank == 0:  # only now: the report of another run is not overwritten either
+        (args.out / "report.jsonl").write_text("".join(json.dumps(row) + "\n" for row in report))
+    if not plans:
+        raise ValueError(f"{args.out}: none of {len(report)} clips can be kept; report.jsonl says why")
+
+    # 3. encode
+    encode(run, plans, meta, embeds)
+
+
+# Pictures of a folder of latents.
+
+
+def draw_path(viewmats: Tensor, K: Tensor, h: int, w: int) -> Tensor:
+    """A camera path [f 4 4] from above -> picture [3 h w] in [-1, 1]: x to the right and z up the page, from blue to
+    red, a tick in the direction of each view; grey, the field of view of the first (K [3 3])."""
+    c2w = invert_se3(viewmats)
+    centres, ahead = c2w[:, [0, 2], 3], c2w[:, [0, 2], 2]  # x and z, in world units
+    lo, hi = centres.amin(0), centres.amax(0)
+    pixels_per_unit = 0.6 * min(h, w) / (hi - lo).max().clamp_min(4 * STEP)
+    middle, tick = (lo + hi) / 2, 0.12 * min(h, w) / pixels_per_unit
+    progress = torch.linspace(0, 1, len(centres))[:, None]
+    colours = torch.lerp(torch.tensor([-0.5, 0.2, 1.0]), torch.tensor([1.0, 0.0, -0.5]), progress)
+    edges = torch.tensor([[(x - K[0, 2]) / K[0, 0], 0, 1] for x in (0, 1)])  # rays through the image's left and right
+    lines = [(centres[0], centres[0] + 2 * tick * ray[[0, 2]], torch.zeros(3)) for ray in edges @ c2w[0, :3, :3].T]
+    lines += [(a, b, colour) for a, b, colour in zip(centres, centres[1:], colours[1:])]
+    lines += [(a, a + tick * direction, colour) for a, direction, colour in zip(centres, ahead, colours)]
+    picture = torch.full((3, h, w), -0.8)
+    for a, b, colour in lines:
+        points = torch.lerp(a, b, torch.linspace(0, 1, 2 * max(h, w))[:, None]) - middle
+        x, y = (w / 2 + pixels_per_unit * points[:, 0]).long(), (h / 2 - pixels_per_unit * points[:, 1]).long()
+        picture[:, y.clamp(0, h - 1), x.clamp(0, w - 1)] = colour[:, None]
+    return picture
+
+
+@torch.no_grad()
+def draw_row(vae: Any, row: dict[str, Tensor], height: int, device: torch.device) -> Tensor:
+    """A row of a latents folder -> its path from above, then every fourth pixel frame [3 1+f height width]."""
+    video, _ = vae.decode(row["latents"][None].to(device).float())
+    pictures = rearrange(video[0, :, ::4].clamp(-1, 1).cpu(), "c t h w -> t c h w")
+    own_height, own_width = pictures.shape[2:]
+    width = round(height * own_width / own_height)
+    if own_height > height:
+        pictures = F.interpolate(pictures, [height, width], mode="bilinear", antialias=True)
+    else:  # a toy video: its pixels are to be seen
+        pictures = F.interpolate(pictures, [height, width], mode="nearest")
+    path = draw_path(row["viewmats"], row["Ks"][0], height, width)
+    return rearrange(torch.cat([path[None], pictures]), "t c h w -> c t h w")
 
 
 def inspect(folder: Path) -> None:
     """Contact sheets of up to 24 rows, evenly spaced, beside the shards: a path from above, then every fourth frame."""
-    from model import load_vae
-
     data = open_latents(folder)
-    device, high = torch.device("cuda" if torch.cuda.is_available() else "cpu"), 128
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae = load_vae(Path(data.meta["vae"]), device, data.meta["vae_fingerprint"])
     prompts = json.loads(data.prompts.metadata()["prompts"])
-    print(f"{folder}: {data.starts[-1]} rows, {data.meta}")
-    rows = sorted({round(n * (data.starts[-1] - 1) / 23) for n in range(24)})
-    for first in range(0, len(rows), 8):
+    total = data.starts[-1]
+    print(f"{folder}: {total} rows, {data.meta}")
+    shown = sorted({round(n * (total - 1) / 23) for n in range(24)})
+    for first in range(0, len(shown), 8):
         strips = []
-        for row in rows[first : first + 8]:
-            n = next(i for i, start in enumerate(data.starts[1:]) if row < start)
-            latents, viewmats, Ks, prompt = (data.shards[n].get_slice(name)[row - data.starts[n]]
-                                             for name in ("latents", "viewmats", "Ks", "prompt_ids"))
-            with torch.no_grad():
-                video = vae.decode(latents[None].to(device).float())[0][0, :, ::4].clamp(-1, 1).cpu()
-            wide = round(high * video.shape[3] / video.shape[2])
-            mode = {"mode": "bilinear", "antialias": True} if video.shape[2] > high else {"mode": "nearest"}
-            frames = F.interpolate(rearrange(video, "c t h w -> t c h w"), [high, wide], **mode)
-            strip = torch.cat([draw_path(viewmats, Ks[0], high, wide)[None], frames])
-            strips.append(rearrange(strip, "t c h w -> c t h w"))
-            length, angle = steps_of(viewmats)
-            print(f"row {row}: {keys_of(viewmats)} | step {usual_step(viewmats):.3g} units, turn "
-                  f"{math.degrees(angle.max()):.3g} degrees at most | {prompts[int(prompt)]}")
+        for n in shown[first : first + 8]:
+            row = read_row(data, n)
+            strips.append(draw_row(vae, row, 128, device))
+            _, angle = camera_steps(row["viewmats"])
+            print(f"row {n}: {pose_string(row['viewmats'])} | step {median_step(row['viewmats']):.3g} units, turn "
+                  f"{math.degrees(angle.max()):.3g} degrees at most | {prompts[int(row['prompt_ids'])]}")
         write_sheet(folder / f"inspect-{first // 8}.png", [torch.stack(strips)], every=1, zoom=1)
-    print(f"{folder}/inspect-*.png: {len(rows)} of {data.starts[-1]} rows")
+    print(f"{folder}/inspect-*.png: {len(shown)} of {total} rows")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
