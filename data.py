@@ -2266,63 +2266,84 @@ def translation_scale(text: str) -> str | float:
     """An argparse type: 'set', 'clip' or a number above 0."""
     if text in ("set", "clip"):
         return text
-    if not 0 < (number := float(text)) < math.inf:
+    number = float(text)
+    if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: expected 'set', 'clip' or a number above 0")
     return number
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    reasons = "\n".join(f"  {name:11}{text}" for name, text in (UNUSABLE | DOUBTFUL).items())
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"--table: {TABLE}\n\nreport.jsonl has a line for every clip; why one may be dropped:\n{reasons}")
-    p.add_argument("--out", type=Path, help="latents folder to write; default data/toy, or data/videos")
-    p.add_argument("--vae", type=Path, default=Path("ckpt/vae.pt"), help="the toy world's is trained if there is none")
-    p.add_argument("--frames", type=positive, default=8, help="latent frames per video: 1 + 4 (frames - 1) of pixels")
-    p.add_argument("--size", type=pixels, default=[32, 32], help="pixels, as in 32 or, height x width, 480x832")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--image-share", type=float, help="HY: how many of the videos come with their first frame as an "
-                   "image to go on from; default 0.25, of your own videos 1")
+VAE_LR = {"tiny": 4e-3, "tiny-hy": 1e-3}
+
+
+def add_toy_flags(p: argparse.ArgumentParser) -> None:
     toy = p.add_argument_group("the toy world")
-    toy.add_argument("--preset", default="tiny", choices=["tiny", "tiny-hy"])
-    toy.add_argument("--count", type=positive, default=4096, help="videos")
-    toy.add_argument("--vae-steps", type=positive, default=3000)
-    toy.add_argument("--vae-lr", type=float, help="default 4e-3; tiny-hy 1e-3")
+    toy.add_argument("--preset", default="tiny", choices=list(VAE_LR), help="network that it is made for")
+    toy.add_argument("--count", type=positive, default=4096, help="videos to render")
+    toy.add_argument("--vae-steps", type=positive, default=3000, help="optimizer steps of a VAE that is missing")
+    toy.add_argument("--vae-lr", type=float, help="AdamW's peak learning rate for the VAE; default "
+                     + ", ".join(f"{lr:g} for {preset}" for preset, lr in VAE_LR.items()))
+
+
+def add_video_flags(p: argparse.ArgumentParser) -> None:
     own = p.add_argument_group("your own videos")
-    own.add_argument("--videos", type=Path, help="folder of them; instead of the toy world")
-    own.add_argument("--table", type=Path, help="default: the table.jsonl, table.json or table.csv in that folder")
-    own.add_argument("--fps", type=float, default=FPS, help="frames a second to choose; a video must have as many")
+    own.add_argument("--videos", type=Path, help="folder of videos, to be used instead of the toy world")
+    own.add_argument("--table", type=Path, help="see below; default the table.jsonl, table.json or table.csv in that "
+                     "folder")
+    own.add_argument("--fps", type=float, default=FPS, help="frames a second to take; a video must have as many")
     own.add_argument("--K", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"),
-                     help="of clips that bring none, over the width and height of the video")
+                     help="intrinsics of clips that bring none, over the width and height of the video")
     own.add_argument("--scale", type=translation_scale, default=1.0, help=f"factor on all translations (1 for pose "
                      f"strings); or 'set': the one that makes the median step of the whole folder {STEP} units, for "
                      "metric poses; or 'clip': one for each clip, for poses whose scale is arbitrary (COLMAP's)")
     own.add_argument("--text-encoder", type=Path, help="umT5, or for HY the folder of HunyuanVideo-1.5; without it "
                      "prompts are read word by word, as the toy's")
-    own.add_argument("--negative", help="the prompt that guidance steers away from; default: empty, or Wan's for umT5")
-    own.add_argument("--keep", nargs="+", default=[], choices=DOUBTFUL, metavar="REASON",
+    own.add_argument("--negative", help="the prompt that guidance steers away from; default empty, or Wan's for umT5")
+    own.add_argument("--keep", nargs="+", choices=DOUBTFUL, metavar="REASON",
                      help="do not drop clips for: " + ", ".join(DOUBTFUL))
-    own.add_argument("--at-most", type=positive, metavar="N", help="clips of one action class, the key pressed most")
+    own.add_argument("--at-most", type=positive, metavar="N", help="clips to keep of one action class, the key pressed "
+                     "most; default all")
     own.add_argument("--shard-size", type=positive, default=64, help="clips per file, and per turn of a process")
     own.add_argument("--inspect", type=Path, metavar="FOLDER", help="only draw up to 24 rows of a latents folder: the "
                      "path from above, from blue to red, beside the frames")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    reasons = "\n".join(f"  {name:11}{text}" for name, text in (UNUSABLE | DOUBTFUL).items())
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=HelpFormatter,
+        epilog=f"--table: {TABLE}\n\nreport.jsonl has a line for every clip; why one may be dropped:\n{reasons}")
+    p.add_argument("--out", type=Path, help="latents folder to write; default data/toy, or data/videos with --videos")
+    p.add_argument("--vae", type=Path, default=Path("ckpt/vae.pt"),
+                   help="checkpoint of the VAE; the toy world's is trained if there is none")
+    p.add_argument("--frames", type=positive, default=8,
+                   help="latent frames per video, which are 1 + 4 (frames - 1) pixel frames")
+    p.add_argument("--size", type=pixels, default="32",
+                   help="pixels: the side of a square, or height x width, as in 480x832")
+    p.add_argument("--seed", type=int, default=0, help="of the toy world's rooms and paths, and of its VAE")
+    p.add_argument("--image-share", type=float, help="HY: share of the videos that come with their first frame as an "
+                   "image to go on from, 0 to 1; default 0.25, of your own videos 1")
+    add_toy_flags(p)
+    add_video_flags(p)
     args = p.parse_args(argv)
-    args.out = args.out or Path("data/videos" if args.videos else "data/toy")
-    args.vae_lr = args.vae_lr or {"tiny": 4e-3, "tiny-hy": 1e-3}[args.preset]
-    if any(side % 8 for side in args.size) or args.frames < 2:
-        p.error(f"--size {args.size[0]}x{args.size[1]} --frames {args.frames}: expected multiples of 8 pixels, and at "
-                "least 2 frames")
+    if args.out is None:
+        args.out = Path("data/videos" if args.videos else "data/toy")
+    if args.vae_lr is None:
+        args.vae_lr = VAE_LR[args.preset]
     if args.image_share is None:
         args.image_share = 1.0 if args.videos else 0.25
+    if args.keep is None:
+        args.keep = []
+    size = f"--size {args.size[0]}x{args.size[1]}"
+    if any(side % 8 for side in args.size) or args.frames < 2:
+        p.error(f"{size} --frames {args.frames}: expected multiples of 8 pixels, and at least 2 frames")
     if not args.videos and args.size[0] != args.size[1]:
-        p.error(f"--size {args.size[0]}x{args.size[1]}: the toy world is square")
+        p.error(f"{size}: the toy world is square")
     if not 0 < args.fps < math.inf:
         p.error(f"--fps {args.fps}: expected a number above 0")
     return args
 
 
 def main(args: argparse.Namespace) -> None:
-    # the library half of this file imports nothing of ours; only what these do needs the networks
     if args.inspect:
         inspect(args.inspect)
     elif args.videos:
