@@ -332,6 +332,27 @@ def test_perfect_prediction_has_no_flow_matching_loss():
     assert flow_matching_loss(seer(batch.x0 + 1), make_batch(), META, 0.1) > 1
 
 
+@pytest.mark.parametrize("camera", (True, False))
+def test_the_camera_reaches_a_network_that_has_one(camera):
+    batch, seen = make_batch(), []
+    net = lambda x_t, sigma, prompt, camera: seen.append(camera) or torch.zeros_like(x_t)
+    flow_matching_loss(net, batch, META | {"camera": camera}, 0.1)
+    assert seen[0] is (batch.camera if camera else None)
+
+
+@pytest.mark.parametrize("null_prob, dropped", ((0.0, [False] * 64), (1.0, [True] * 64), (0.25, None)))
+@pytest.mark.parametrize("loss", (flow_matching_loss, teacher_forcing_loss))
+def test_prompts_are_dropped_as_often_as_asked(loss, null_prob, dropped):
+    batch, rng = make_batch(), [torch.Generator().manual_seed(n) for n in range(64)]
+    many = lambda z: z[:1].expand(64, *z.shape[1:])
+    x0, prompt, null, generated = map(many, (batch.x0, batch.prompt, batch.null, batch.generated))
+    seen = []
+    net = lambda x_t, sigma, prompt, *_, **__: seen.append(prompt) or torch.zeros_like(x_t)
+    loss(net, Batch(x0, prompt, null, Camera(*map(many, batch.camera)), generated, rng, [], None), META, null_prob)
+    found = (seen[0] == 0).all((1, 2)).tolist()
+    assert found == dropped if dropped else 8 <= sum(found) <= 24
+
+
 def test_perfect_prediction_has_no_teacher_forcing_loss():
     batch = make_batch()
     assert teacher_forcing_loss(seer(batch.x0), batch, META, 0.1) < 1e-8
