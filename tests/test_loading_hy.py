@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 
 import model
 from conftest import MINIATURE, call, refusal
-from data import encode_words, intrinsics, load_encoder, parse_trajectory, see_places
+from data import encode_places, encode_words, intrinsics, load_encoder, parse_trajectory
 from helpers import CPU, edit_json, loads, refused
 from model import (
     HYVAE, PRESETS, RELEASED_HY, Camera, HYDiT, HYPrompt, Preset, build, build_vae, fingerprint, load_checkpoint,
     load_net, load_vae, rollout, use_released_cache,
 )
-from stream import stream
+from stream import Player, stream
 
 # as hy-8b, unlike tiny-hy, the network knows action labels; as the released one, the VAE has a scale and no shift
 DIT = replace(PRESETS["tiny-hy"].dit, action=True)
@@ -386,8 +386,8 @@ def test_a_stream_tells_the_network_its_image_and_its_actions(monkeypatch):
     encoder, viewmats = load_encoder("tiny-hy", None, CPU), parse_trajectory("w*3")[None]
     Ks, image = intrinsics(meta["K"]).expand(1, 4, 3, 3), torch.rand(1, 3, 1, 32, 32) * 2 - 1
 
-    def walk(before=None):
-        pieces = stream(net, vae, meta, encoder, ["a red room"], viewmats, Ks, [5], before=before)
+    def walk(given=None):
+        pieces = stream(Player(net, vae, encoder, meta), ["a red room"], Camera(viewmats, Ks), [5], given)
         return torch.cat(list(pieces), dim=2)
 
     def by_hand(shown):
@@ -395,7 +395,7 @@ def test_a_stream_tells_the_network_its_image_and_its_actions(monkeypatch):
         words = encode_words("a red room")[None]
         no_quotes = torch.zeros(1, 1, 8), torch.zeros(1, 1, dtype=torch.bool)
         seen = torch.cat([z, torch.ones_like(z[:, :, :1])], dim=2)
-        prompt = HYPrompt(words, words.any(-1), *no_quotes, see_places(image[:, :, 0]) * shown, seen * shown)
+        prompt = HYPrompt(words, words.any(-1), *no_quotes, encode_places(image[:, :, 0]) * shown, seen * shown)
         rng = [torch.Generator().manual_seed(5)]
         x0 = rollout(net, meta, rng, (4, *z.shape[2:]), prompt, prompt, Camera(viewmats, Ks))
         return vae.decode(torch.cat(list(x0), dim=1))[0].clamp(-1, 1)
