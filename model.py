@@ -59,6 +59,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
@@ -217,7 +218,7 @@ def sinusoid(position: Tensor, width: int) -> Tensor:
 
 
 def rope_table(frames: Tensor, h: int, w: int, bands: tuple[int, int, int], theta: float) -> Tensor:
-    """Unit complex numbers [f*h*w 1 hd/2]: channel pairs turn with frame, row and column, in three bands of a head.
+    """Unit complex numbers [f*s 1 hd/2]: channel pairs turn with frame, row and column, in three bands of a head.
 
     frames [f]: the position of each frame in the video. bands: channels of each band, hd together.
     """
@@ -231,7 +232,7 @@ def rope_table(frames: Tensor, h: int, w: int, bands: tuple[int, int, int], thet
     f = len(frames)
     grid = [repeat(t, "f e -> f h w e", h=h, w=w), repeat(y, "h e -> f h w e", f=f, w=w),
             repeat(x, "w e -> f h w e", f=f, h=h)]
-    angle = rearrange(torch.cat(grid, dim=-1), "f h w e -> (f h w) 1 e")
+    angle = my_part(rearrange(torch.cat(grid, dim=-1), "f h w e -> f (h w) 1 e"), dim=1).flatten(0, 1)
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
@@ -276,6 +277,81 @@ def teacher_forcing_segments(f: int, chunk: int) -> Segments:
     return Segments(noisy[:-1] + noisy, seen)
 
 
+# Sequence parallelism (Ulysses, arXiv:2309.14509). With --sp n, n ranks share a video: each holds an n-th of every
+# frame's tokens. Around an attention, one all-to-all turns "some tokens, all heads" into "all tokens, some heads", and
+# another turns it back; so attention itself, its segments and the cache know nothing of it.
+
+SEQUENCE_GROUP: dist.ProcessGroup | None = None  # the ranks that share a video with this one (start_process_group)
+
+
+def sequence_rank() -> tuple[int, int]:
+    """This rank's place among those that share a video, and how many they are."""
+    if SEQUENCE_GROUP is None:
+        return 0, 1
+    return dist.get_rank(SEQUENCE_GROUP), dist.get_world_size(SEQUENCE_GROUP)
+
+
+class AllToAll(torch.autograd.Function):
+    """Part i of x [n ...] goes to rank i; part i of the result came from there."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        y = torch.empty_like(x)
+        dist.all_to_all_single(y, x.contiguous(), group=SEQUENCE_GROUP)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return AllToAll.apply(grad)
+
+
+class AllGather(torch.autograd.Function):
+    """x [...] of every rank -> [n ...]. What comes back is the sum of all ranks' gradients of it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        y = x.new_empty(sequence_rank()[1], *x.shape)
+        dist.all_gather_into_tensor(y, x.contiguous(), group=SEQUENCE_GROUP)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        x = torch.empty_like(grad[0])
+        dist.reduce_scatter_tensor(x, grad.contiguous(), group=SEQUENCE_GROUP)
+        return x
+
+
+def my_part(z: Tensor, dim: int) -> Tensor:
+    """Of what every rank has whole, this rank's share along dim. Raises ValueError when it cannot be shared evenly."""
+    rank, n = sequence_rank()
+    if z.shape[dim] % n:
+        raise ValueError(f"--sp {n}: {z.shape[dim]} heads or tokens of a frame cannot be shared evenly by {n} ranks")
+    return z.chunk(n, dim)[rank]
+
+
+def whole(z: Tensor, pattern: str) -> Tensor:
+    """Of what every rank has a share, all of it; pattern: from [n ...], as in "n b f s c -> b f (n s) c"."""
+    return z if SEQUENCE_GROUP is None else rearrange(AllGather.apply(z), pattern)
+
+
+def to_heads(z: Tensor, heads: int) -> Tensor:
+    """Some tokens and all heads [b f s (nh hd)] -> all tokens and some heads [b nh (f s) hd]."""
+    n = sequence_rank()[1]
+    if n == 1:
+        return rearrange(z, "b f s (nh hd) -> b nh (f s) hd", nh=heads)
+    z = AllToAll.apply(rearrange(z, "b f s (n nh hd) -> n b f s nh hd", n=n, nh=heads // n))
+    return rearrange(z, "n b f s nh hd -> b nh (f n s) hd")
+
+
+def to_tokens(y: Tensor, s: int) -> Tensor:
+    """All tokens and some heads [b nh (f s) hd] -> s tokens of a frame and all heads [b f s (nh hd)]."""
+    n = sequence_rank()[1]
+    if n == 1:
+        return rearrange(y, "b nh (f s) hd -> b f s (nh hd)", s=s)
+    y = AllToAll.apply(rearrange(y, "b nh (f n s) hd -> n b f s nh hd", s=s, n=n))
+    return rearrange(y, "n b f s nh hd -> b f s (n nh hd)")
+
+
 def sdpa(q: Tensor, seen: list[tuple[Tensor, Tensor]], mask: Tensor | None = None) -> Tensor:
     """q [b nh n hd] attends to all pieces (k, v) in `seen`; mask [b l], if any: which keys of the first piece count."""
     if len(seen) == 1:
@@ -294,19 +370,19 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, segments: Seg
     context: keys and values that every query sees besides, the cached past, for HY the prompt before it.
     mask: [b l], which keys of the first piece of context count.
     """
-    s = q.shape[2]
-    q, k, v = (rearrange(z, "b f s (nh hd) -> b nh (f s) hd", nh=heads) for z in (q, k, v))
+    f, s = q.shape[1:3]
+    q, k, v = (to_heads(z, heads) for z in (q, k, v))
 
     if segments is None:  # everything sees everything
         y = sdpa(q, [*context, (k, v)], mask)
     else:  # one attention per piece, over exactly the keys that it sees
-        tokens = [n * s for n in segments.lengths]
+        tokens = [n * q.shape[2] // f for n in segments.lengths]
         qs, ks, vs = (z.split(tokens, dim=2) for z in (q, k, v))  # split, not slices: their gradients come in one piece
         outputs = []
         for piece, seen in zip(qs, segments.seen, strict=True):
             outputs.append(sdpa(piece, context + [(ks[i], vs[i]) for i in seen], mask))
         y = torch.cat(outputs, dim=2)
-    return rearrange(y, "b nh (f s) hd -> b f s (nh hd)", s=s), (k, v)
+    return to_tokens(y, s), (k, v)
 
 
 class SelfAttention(nn.Module):
@@ -463,7 +539,7 @@ class WanDiT(nn.Module):
 
         weight = self.patch_embedding.weight.flatten(1)  # a convolution whose stride is its kernel is a linear map
         x = rearrange(x_t, "b f c (h p) (w q) -> b f (h w) (c p q)", p=2, q=2).to(weight.dtype)
-        x = F.linear(x, weight, self.patch_embedding.bias)  # [b f s d]
+        x = F.linear(my_part(x, dim=2), weight, self.patch_embedding.bias)  # [b f s d]
         text = self.text_embedding(prompt.to(x.dtype))  # [b l d]
         e, modulation = self.time(sigma)
         layers = []
@@ -473,7 +549,7 @@ class WanDiT(nn.Module):
             layers.append(kv)
         if update_cache:  # the velocity of clean frames means nothing: what this pass was for is its keys and values
             return KVCache(start + f, append_layers(kv_cache, layers))
-        v = self.head(x[:, -f:], e[:, -f:])  # under teacher forcing the noisy half alone
+        v = whole(self.head(x[:, -f:], e[:, -f:]), "n b f s c -> b f (n s) c")  # of the noisy frames alone
         return rearrange(v, "b f (h w) (p q c) -> b f c (h p) (w q)", h=h // 2, p=2, q=2).float()
 
 
@@ -680,8 +756,12 @@ def upgrade(meta: dict) -> dict:
     return meta
 
 
-def start_process_group() -> tuple[int, int, torch.device]:
-    """rank, world size, device. Under torchrun, nccl on GPUs and gloo on CPUs; plain python is a world of one."""
+def start_process_group(sp: int = 1) -> tuple[int, int, torch.device]:
+    """rank, world size, device. Under torchrun, nccl on GPUs and gloo on CPUs; plain python is a world of one.
+
+    sp: how many neighbouring ranks share a video. Raises ValueError when the ranks are no multiple of it.
+    """
+    global SEQUENCE_GROUP
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -689,7 +769,18 @@ def start_process_group() -> tuple[int, int, torch.device]:
         device = torch.device("cpu")
     world_of_one = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **world_of_one)
-    return dist.get_rank(), dist.get_world_size(), device
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world_size % sp:
+        raise ValueError(f"--sp {sp}: {world_size} processes cannot be cut into groups of {sp}")
+    SEQUENCE_GROUP = dist.new_subgroups(sp)[0] if sp > 1 else None
+    return rank, world_size, device
+
+
+def batch_part(micro: int, accum: int) -> tuple[int, int]:
+    """Which part of a step's batch this rank's micro-batch is, of how many. Ranks that share a video have the same."""
+    sp = sequence_rank()[1]
+    replica, replicas = dist.get_rank() // sp, dist.get_world_size() // sp
+    return micro * replicas + replica, accum * replicas
 
 
 def fresh_weights(preset: str, camera: bool, seed: int) -> dict[str, Tensor]:
@@ -719,14 +810,20 @@ def shard(net: nn.Module, weights: dict[str, Tensor], device: torch.device, trai
     Where cfg.recompute says so, a trained block runs forward twice: the same gradients, bit for bit, in less memory.
     """
     compute = torch.bfloat16 if device.type == "cuda" else None
+    # across nodes (torchrun --nnodes), weights are sharded within a node and replicated from node to node: HSDP
+    world_size = dist.get_world_size()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    shape, names = ((world_size,), ("shard",)) if local == world_size else (
+        (world_size // local, local), ("replicate", "shard"))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     # the networks cast their inputs themselves: sigma and the camera must reach them in fp32
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in net.blocks:
         if train and net.cfg.recompute:  # within FSDP's hooks, and without a wrapper: no parameter changes its name
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-        fully_shard(block, mp_policy=precision)
+        fully_shard(block, mesh=mesh, mp_policy=precision)
     # resharded even at the root: between passes every parameter is a shard again, which update_ema relies on
-    fully_shard(net, mp_policy=precision, reshard_after_forward=True).to_empty(device=device)
+    fully_shard(net, mesh=mesh, mp_policy=precision, reshard_after_forward=True).to_empty(device=device)
     weights = {name: w.float() for name, w in weights.items()} if dist.get_rank() == 0 else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
     set_model_state_dict(net, weights, options=options)
@@ -1444,7 +1541,8 @@ class DoubleBlock(nn.ModuleDict):
             text_attn, text_mlp = self.modulation("txt", e_text)
             shift, scale, text_gate = text_attn
             qkv = self.qkv("txt", modulated_norm(text, shift, scale))  # no rope: the text has no place in the video
-            text_q, text_k, text_v = (rearrange(z, "b 1 l (nh hd) -> b nh l hd", nh=heads) for z in qkv)
+            qkv = [rearrange(z, "b 1 l (nh hd) -> b nh l hd", nh=heads) for z in qkv]
+            text_q, text_k, text_v = (my_part(z, dim=1) for z in qkv)  # every rank has the whole text: some heads of it
             text_kv = (text_k, text_v)
 
         # the video sees the text, the cached past and itself; with a camera twice over, as in Wan's SelfAttention
@@ -1470,7 +1568,8 @@ class DoubleBlock(nn.ModuleDict):
             # an empty prompt sees its own padding, or softmax over an empty set is NaN; nobody reads what comes of it
             if mask is not None:
                 mask = mask | ~mask.any(1, keepdim=True)
-            y = rearrange(sdpa(text_q, seen_by_text, mask), "b nh l hd -> b 1 l (nh hd)")
+            y = whole(sdpa(text_q, seen_by_text, mask), "n b nh l hd -> b (n nh) l hd")
+            y = rearrange(y, "b nh l hd -> b 1 l (nh hd)")
             text = self.mlp("txt", text + text_gate * self["txt_attn_proj"](y), *text_mlp)
         return x, text, kv if update_cache else None, text_kv if update_cache else None
 
@@ -1586,7 +1685,7 @@ class HYDiT(nn.Module):
 
         weight = self.img_in["proj"].weight.flatten(1)  # a convolution whose stride is its kernel is a linear map
         x = rearrange(x_t, "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=p).to(weight.dtype)
-        x = F.linear(x, weight, self.img_in["proj"].bias)  # [b f s d]
+        x = F.linear(my_part(x, dim=2), weight, self.img_in["proj"].bias)  # [b f s d]
         e = self.time_in(1000 * sigma)  # [b f d]
         if action is not None:
             e = e + self.action_in(action)
@@ -1607,7 +1706,7 @@ class HYDiT(nn.Module):
             new_text_kvs.append(text_kv)
         if update_cache:
             return KVCache(start + f, append_layers(kv_cache, layers), (new_text_kvs, mask), last_pose)
-        v = self.final_layer(x[:, -f:], e[:, -f:])  # under teacher forcing the noisy half alone
+        v = whole(self.final_layer(x[:, -f:], e[:, -f:]), "n b f s c -> b f (n s) c")  # of the noisy frames alone
         v = rearrange(v, "b f (h w) (c p q) -> b f c (h p) (w q)", h=h // p, p=p, q=p)
         return v.float().contiguous()  # no view: FSDP's hook is on the tensor that is returned
 
