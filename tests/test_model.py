@@ -243,7 +243,7 @@ def test_init_weights_sets_every_parameter_and_predicts_nothing():
 
 
 def test_an_updated_cache_leaves_the_old_one_as_it_was():
-    net, (x_t, sigma, prompt, camera, x0) = random_net(), inputs(4)
+    net, (_, _, prompt, camera, x0) = random_net(), inputs(4)
     first, second = ((*cut(frames, x0, torch.zeros(2, 4)), prompt, camera.frames(frames))
                      for frames in (slice(0, 2), slice(2, 4)))
     kv_cache = net(*first, update_cache=True)
@@ -255,7 +255,7 @@ def test_an_updated_cache_leaves_the_old_one_as_it_was():
 
 
 def test_a_rolling_cache_drops_the_middle_and_not_the_count():
-    net, (x_t, sigma, prompt, camera, x0) = random_net(), inputs(6)
+    net, (_, _, prompt, camera, x0) = random_net(), inputs(6)
     kv_cache = net(x0, torch.zeros(2, 6), prompt, camera, update_cache=True)
     for sink, window, frames in (1, 2, [0, 4, 5]), (0, 3, [3, 4, 5]), (2, 0, [0, 1]), (4, 4, range(6)):
         kept = rolling_cache(kv_cache, 4, sink, window)

@@ -367,8 +367,8 @@ def algorithms(case, _):
     mine |= {"ode_timestep": 1000 * ode_sigma, "ode_target": mine["ode_noisy"] + pull * v_zero.numel() / 2 / spread}
     mine["ode_loss"] = ode(trajectory[:, -1], torch.cat([trajectory[:, :count], i["real_x0"][:, None]], dim=1))
 
-    ema, net = (nn.ParameterList([i[name].clone()]) for name in ("fake_x0", "real_x0"))
-    update_ema(ema, net, 0.99)
+    ema, trained = (nn.ParameterList([i[name].clone()]) for name in ("fake_x0", "real_x0"))
+    update_ema(ema, trained, 0.99)
     return mine | {"ema_0p99": ema[0]}
 
 
