@@ -19,9 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import ENVIRONMENT, MINIATURE, ROOT, SCRIPTS, STAGES, call, command, refusal, run
-from data import (
-    K_SQUARE, Batch, get_batch, intrinsics, open_latents, open_log, parse_trajectory, sample_generated,
-)
+from data import K_SQUARE, Batch, get_batch, intrinsics, open_latents, open_log, parse_trajectory, sample_generated
 from distill_cd import consistency_loss
 from distill_ode import integrate, ode_loss
 from model import (

@@ -16,9 +16,7 @@ from data import (
     K_SQUARE, KEYS, LOOKS, N_PANELS, STEP, cast, encode_words, intrinsics, load_encoder, paint, parse_trajectory,
     pressed, read_camera, render, rotation, sample_toy,
 )
-from model import (
-    Camera, guide, invert_se3, load_checkpoint, load_net, load_vae, noise_levels, rollout, save_checkpoint,
-)
+from model import Camera, guide, invert_se3, load_checkpoint, load_net, load_vae, noise_levels, rollout, save_checkpoint
 from stream import (
     TOY_PROMPT, Player, average, coverage, edge_ratio, encode_prompts, explain, measure, psnr, read_pose, sharpness,
     standard_error, stream,
