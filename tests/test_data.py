@@ -5,10 +5,8 @@ words; the latents folder and its batches.
 import contextlib
 import json
 import math
-import os
 import re
 import resource
-from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
@@ -25,8 +23,8 @@ from data import (
     open_latents, paint, panels_seen, parse_trajectory, pixel_cameras, read_camera, read_prompt, read_row, render,
     rotation, sample_path, sample_prompt, sample_toy, save_prompts, save_shard, write_sheet,
 )
+from helpers import ORACLE
 
-ORACLE = Path(os.environ.get("ORACLE_DIR", Path(__file__).parents[2] / "shared/oracle"))
 CPU = torch.device("cpu")
 
 

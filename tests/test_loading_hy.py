@@ -300,7 +300,7 @@ SHORT = (*MINIATURE, "--preset", "tiny-hy", "--steps", "1", "--data")
 
 
 @pytest.fixture(scope="module")
-def world(released_size, tmp_path_factory):
+def hy_world(released_size, tmp_path_factory):
     """New videos, encoded by the released VAE."""
     folder = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
@@ -311,34 +311,35 @@ def world(released_size, tmp_path_factory):
     return folder
 
 
-def test_a_released_base_trains_and_streams(world, tmp_path, capsys):
+def test_a_released_base_trains_and_streams(hy_world, tmp_path, capsys):
     weights = random_weights(camera=False)
     base = write(tmp_path / "HunyuanVideo-1.5/transformer/480p_i2v", weights, DIT_CONFIG).parents[1]
     (base / "meta.json").write_text('{"size": [32, 32]}')
-    short = (*SHORT, world / "data/toy", "--warmup", "0", "--sampling-steps", "2", "--out")
-    call("train_camera.py", "--init", base, *short, tmp_path / "camera.pt", cwd=world)
+    short = (*SHORT, hy_world / "data/toy", "--warmup", "0", "--sampling-steps", "2", "--out")
+    call("train_camera.py", "--init", base, *short, tmp_path / "camera.pt", cwd=hy_world)
     added = 2 * DIT.layers + 4
     assert f"{base} has no camera: {added} tensors of it are added, at zero output" in capsys.readouterr().out
     meta = load_checkpoint(tmp_path / "camera.pt", "camera")[1]
     assert meta["from"] == "HunyuanVideo-1.5 at step 0" and "timed_text" not in meta
-    flags = "--vae", world / "vae", "--camera", "w*3", "--sampling-steps", "2", "--out", tmp_path / "walk.gif"
+    flags = "--vae", hy_world / "vae", "--camera", "w*3", "--sampling-steps", "2", "--out", tmp_path / "walk.gif"
     call("stream.py", "--ckpt", base, *flags, cwd=tmp_path)
     assert imageio.imread(tmp_path / "walk.gif", index=None).shape[0] == 13
 
 
-def test_minwms_networks_go_through_every_stage(world, tmp_path):
+def test_minwms_networks_go_through_every_stage(hy_world, tmp_path):
     from data import open_latents
-    meta = {name: open_latents(world / "data/toy").meta[name] for name in ("K", "size", "fps", "frames")}
+    meta = {name: open_latents(hy_world / "data/toy").meta[name] for name in ("K", "size", "fps", "frames")}
     meta["K"] = [k + 1e-6 for k in meta["K"]]  # as far as digits were printed
     at = {folder: write(tmp_path / folder, random_weights(seed=seed), AR_CONFIG, **meta, chunk=0 if not seed else 2)
           for seed, folder in enumerate(("bidirectional", "ar_diffusion_tf", "causal_ode", "dmd"))}
-    short = (*SHORT, world / "data/toy", "--out")
-    call("train_ar.py", "--init", at["bidirectional"], *short, tmp_path / "ar.pt", "--sampling-steps", "2", cwd=world)
-    call("distill_cd.py", "--init", at["ar_diffusion_tf"], *short, tmp_path / "cd.pt", cwd=world)
+    short = (*SHORT, hy_world / "data/toy", "--out")
+    flags = (*short, tmp_path / "ar.pt", "--sampling-steps", "2")
+    call("train_ar.py", "--init", at["bidirectional"], *flags, cwd=hy_world)
+    call("distill_cd.py", "--init", at["ar_diffusion_tf"], *short, tmp_path / "cd.pt", cwd=hy_world)
     call("train_dmd.py", "--init", at["causal_ode"], "--scores", at["bidirectional"], *short, tmp_path / "dmd.pt",
-         "--fake-score-updates", "1", cwd=world)
+         "--fake-score-updates", "1", cwd=hy_world)
     assert load_checkpoint(tmp_path / "dmd.pt")[1]["from"] == "causal_ode at step 0, scores bidirectional"
-    flags = "--vae", world / "vae", "--camera", "w*3", "--out", tmp_path / "walk.gif"
+    flags = "--vae", hy_world / "vae", "--camera", "w*3", "--out", tmp_path / "walk.gif"
     videos = []
     for more in (), ("--released-cache",):
         call("stream.py", "--ckpt", at["dmd"], *flags, *more, cwd=tmp_path)
@@ -348,28 +349,28 @@ def test_minwms_networks_go_through_every_stage(world, tmp_path):
     assert message.startswith(f"error: {tmp_path / 'dmd.pt'}: --released-cache")
 
 
-def test_a_world_model_by_others_is_adapted(world, tmp_path):
+def test_a_world_model_by_others_is_adapted(hy_world, tmp_path):
     """HY-WorldPlay, taught new videos of another shape, length and camera: in smaller chunks and fewer steps through
     every stage, and its four-step student directly."""
     play = write(tmp_path / "HY-WorldPlay/bidirectional_model", random_weights())
     student = write(tmp_path / "HY-WorldPlay/ar_distilled_action_model", random_weights(seed=1),
                     name="model.safetensors", chunk=2)
-    data, sampling = (*SHORT, world / "data/toy", "--out"), ("--sampling-steps", "2")
-    call("train_camera.py", "--init", play, *data, tmp_path / "camera.pt", "--shift", "5", *sampling, cwd=world)
+    data, sampling = (*SHORT, hy_world / "data/toy", "--out"), ("--sampling-steps", "2")
+    call("train_camera.py", "--init", play, *data, tmp_path / "camera.pt", "--shift", "5", *sampling, cwd=hy_world)
     call("train_ar.py", "--init", tmp_path / "camera.pt", *data, tmp_path / "ar.pt", *sampling, "--chunk", "1",
-         cwd=world)
-    call("distill_cd.py", "--init", tmp_path / "ar.pt", *data, tmp_path / "cd.pt", *sampling, cwd=world)
+         cwd=hy_world)
+    call("distill_cd.py", "--init", tmp_path / "ar.pt", *data, tmp_path / "cd.pt", *sampling, cwd=hy_world)
     released = write(tmp_path / "HY-WorldPlay/ar_model", random_weights(seed=2))
-    call("train_ar.py", "--init", released, *data, tmp_path / "more.pt", *sampling, cwd=world)
+    call("train_ar.py", "--init", released, *data, tmp_path / "more.pt", *sampling, cwd=hy_world)
     assert load_checkpoint(tmp_path / "more.pt", "ar")[1]["frames"] == 4
     for init, out, chunk, steps in (tmp_path / "cd.pt", "quick.pt", 1, 2), (student, "student.pt", 2, 4):
         call("train_dmd.py", "--init", init, "--scores", tmp_path / "camera.pt", *data, tmp_path / out,
-             "--fake-score-updates", "1", cwd=world)
+             "--fake-score-updates", "1", cwd=hy_world)
         weights, meta = load_checkpoint(tmp_path / out, "dmd", preset="tiny-hy")
         assert (meta["chunk"], meta["sampling_steps"], meta["frames"], meta["size"]) == (chunk, steps, 4, [32, 32])
         assert meta["K"] == load_checkpoint(tmp_path / "camera.pt")[1]["K"] and meta["shift"] == 5
         assert weights.keys() == random_weights().keys()
-        call("stream.py", "--ckpt", tmp_path / out, "--vae", world / "vae", "--camera", "w*3", "--out",
+        call("stream.py", "--ckpt", tmp_path / out, "--vae", hy_world / "vae", "--camera", "w*3", "--out",
              tmp_path / "walk.gif", cwd=tmp_path)
         assert imageio.imread(tmp_path / "walk.gif", index=None).shape == (13, 256, 256, 3)
     before, after = load_checkpoint(student)[0], load_checkpoint(tmp_path / "student.pt")[0]

@@ -15,6 +15,7 @@ from einops import rearrange
 
 import model
 from conftest import ROOT
+from helpers import change_per_chunk, cut, rigid
 from model import (
     PRESETS, SAMPLERS, Camera, DiTConfig, Meta, Preset, VAEConfig, WanDiT, WanVAE, add_noise, build, fingerprint, guide,
     load_checkpoint, load_net, load_vae, masked_mse, noise_levels, projections, rolling_cache, rollout, save_checkpoint,
@@ -38,25 +39,12 @@ def random_net(camera=True):
     return net.requires_grad_(False)
 
 
-def rigid(*shape):
-    """Random rigid transforms [*shape 4 4] with centres about a unit away."""
-    pose = torch.eye(4, dtype=torch.float64).repeat(*shape, 1, 1)
-    skew = torch.randn(*shape, 3, 3, dtype=torch.float64)
-    pose[..., :3, :3] = torch.linalg.matrix_exp(skew - skew.mT)
-    pose[..., :3, 3] = torch.randn(*shape, 3, dtype=torch.float64)
-    return pose.float()
-
-
 def inputs(f, b=2):
     """x_t, a noise level for every frame, prompt, camera, and the clean video."""
     torch.manual_seed(1)
     x_t, x0 = torch.randn(2, b, f, 4, 4, 4)
     Ks = torch.tensor([[0.6, 0, 0.5], [0, 0.9, 0.5], [0, 0, 1]]).expand(b, f, 3, 3)
     return x_t, torch.rand(b, f), torch.randn(b, 5, 24), Camera(rigid(b, f), Ks), x0
-
-
-def cut(frames, *tensors):
-    return [z[:, frames] for z in tensors]
 
 
 # ----------------------------------------------------------------------------------------------------- 1. Flow matching
@@ -186,11 +174,6 @@ def test_segments_are_the_dense_mask_in_outputs_and_gradients(f, chunk):
                                torch.autograd.grad((dense * weights).sum(), (q, k, v)))
 
 
-def change_per_chunk(a, b):
-    """Largest change in each chunk of two frames."""
-    return rearrange((a - b).abs(), "b (n k) c h w -> n (b k c h w)", k=2).amax(1)
-
-
 def test_a_clean_chunk_is_seen_by_later_noisy_chunks_only():
     net, (x_t, sigma, prompt, camera, x0) = random_net(), inputs(10)
     other = x0.clone()
@@ -243,7 +226,7 @@ def test_init_weights_sets_every_parameter_and_predicts_nothing():
 
 
 def test_an_updated_cache_leaves_the_old_one_as_it_was():
-    net, (x_t, sigma, prompt, camera, x0) = random_net(), inputs(4)
+    net, (_, _, prompt, camera, x0) = random_net(), inputs(4)
     first, second = ((*cut(frames, x0, torch.zeros(2, 4)), prompt, camera.frames(frames))
                      for frames in (slice(0, 2), slice(2, 4)))
     kv_cache = net(*first, update_cache=True)
@@ -255,7 +238,7 @@ def test_an_updated_cache_leaves_the_old_one_as_it_was():
 
 
 def test_a_rolling_cache_drops_the_middle_and_not_the_count():
-    net, (x_t, sigma, prompt, camera, x0) = random_net(), inputs(6)
+    net, (_, _, prompt, camera, x0) = random_net(), inputs(6)
     kv_cache = net(x0, torch.zeros(2, 6), prompt, camera, update_cache=True)
     for sink, window, frames in (1, 2, [0, 4, 5]), (0, 3, [3, 4, 5]), (2, 0, [0, 1]), (4, 4, range(6)):
         kept = rolling_cache(kv_cache, 4, sink, window)

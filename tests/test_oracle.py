@@ -7,10 +7,8 @@ that computes the outputs with our code; any that it leaves out must be named in
 public code is wrong, the comment says so and what is compared instead.
 """
 import json
-import os
 import re
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -24,6 +22,7 @@ import data
 from data import K_WIDE, Batch, build_umt5, embed_tokens, intrinsics, parse_trajectory, umt5_name
 from distill_cd import consistency_loss
 from distill_ode import ode_loss
+from helpers import ORACLE
 from model import (
     SAMPLERS, WAN_VAE, Block, Camera, ChannelNorm, DiTConfig, KVCache, RMSNorm, VAEConfig, WanDiT, WanVAE,
     action_labels, add_noise, apply_projection, build, guide, noise_levels, projections, rolling_cache, rollout,
@@ -31,8 +30,6 @@ from model import (
 )
 from train_camera import flow_matching_loss
 from train_dmd import dmd_loss, fake_score_loss, generator_loss, noised, self_rollout
-
-ORACLE = Path(os.environ.get("ORACLE_DIR", Path(__file__).parents[2] / "shared/oracle"))
 
 
 class Case(NamedTuple):
@@ -367,8 +364,8 @@ def algorithms(case, _):
     mine |= {"ode_timestep": 1000 * ode_sigma, "ode_target": mine["ode_noisy"] + pull * v_zero.numel() / 2 / spread}
     mine["ode_loss"] = ode(trajectory[:, -1], torch.cat([trajectory[:, :count], i["real_x0"][:, None]], dim=1))
 
-    ema, net = (nn.ParameterList([i[name].clone()]) for name in ("fake_x0", "real_x0"))
-    update_ema(ema, net, 0.99)
+    ema, trained = (nn.ParameterList([i[name].clone()]) for name in ("fake_x0", "real_x0"))
+    update_ema(ema, trained, 0.99)
     return mine | {"ema_0p99": ema[0]}
 
 

@@ -19,9 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import ENVIRONMENT, MINIATURE, ROOT, SCRIPTS, STAGES, call, command, refusal, run
-from data import (
-    K_SQUARE, Batch, get_batch, intrinsics, open_latents, open_log, parse_trajectory, sample_generated,
-)
+from data import K_SQUARE, Batch, get_batch, intrinsics, open_latents, open_log, parse_trajectory, sample_generated
 from distill_cd import consistency_loss
 from distill_ode import integrate, ode_loss
 from model import (
@@ -58,7 +56,6 @@ def distance(weights, others):
 # ------------------------------------------------------------------------------------------------------------ The chain
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_chain_leaves_checkpoint_metrics_and_sheet(chain, stage):
     weights, _ = load_checkpoint(chain / f"ckpt/{stage}.pt", stage)
@@ -70,7 +67,6 @@ def test_chain_leaves_checkpoint_metrics_and_sheet(chain, stage):
     assert imageio.imread(chain / f"ckpt/{stage}/sheet-000002.png").shape == (3 * 4 * 33, 3 * frames * 32, 3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_checkpoint_describes_itself(chain, stage):
     script, *short = SCRIPTS[stage]
@@ -90,7 +86,6 @@ def test_checkpoint_describes_itself(chain, stage):
     assert (meta["sampling_steps"], meta["guidance"]) == (4, 1.0 if few else asked.guidance)
 
 
-@pytest.mark.slow
 def test_ode_pairs_start_at_noise_and_end_where_the_teacher_ends(chain):
     for path in sorted((chain / "data/ode").glob("latents-*")):
         states = load_file(path)["states"].float()  # [b 5 f c h w]
@@ -110,7 +105,6 @@ def pairs(chain, tmp_path_factory):
     return folder / "ode"
 
 
-@pytest.mark.slow
 def test_ode_pairs_hold_which_frames_were_given(chain, pairs):
     count = 0
     for path in sorted(pairs.glob("latents-*")):
@@ -124,7 +118,6 @@ def test_ode_pairs_hold_which_frames_were_given(chain, pairs):
     assert 0 < count < 8
 
 
-@pytest.mark.slow
 def test_training_on_ode_pairs_gives_the_frames_that_their_teacher_was_given(pairs):
     data = open_latents(pairs, "tiny")
     shards = [load_file(path) for path in sorted(pairs.glob("latents-*"))]
@@ -148,7 +141,6 @@ def second(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", ("camera", "ar", "dmd"))
 def test_second_backbone_resumes(second, tmp_path, stage):
     """Its last text outputs are never read: they have no gradient, so the optimizer saves nothing of them."""
@@ -161,14 +153,12 @@ def test_second_backbone_resumes(second, tmp_path, stage):
     assert distance(whole, load_checkpoint(second / f"ckpt/{stage}.pt")[0]) > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script", TRAINERS)
 def test_latents_of_the_other_backbone_are_refused(chain, second, script):
     message = refusal(script, "--data", second / "data/toy", "--out", second / "none.pt", cwd=chain)
     assert message.startswith(f"error: {second / 'data/toy'}: made by the VAE or text encoder of another network")
 
 
-@pytest.mark.slow
 def test_second_backbone_goes_through_the_same_scripts(second, tmp_path):
     for stage in SCRIPTS:
         assert load_checkpoint(second / f"ckpt/{stage}.pt", stage)[1]["preset"] == "tiny-hy"
@@ -182,7 +172,6 @@ def test_second_backbone_goes_through_the_same_scripts(second, tmp_path):
 # ------------------------------------------------------------------------------------------------- Resume, ranks, kills
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_resumed_equals_uninterrupted(chain, tmp_path, stage):
     shutil.copytree(chain / "ckpt" / stage, tmp_path / "resumed" / stage)  # stopped after step 2, in another process
@@ -197,7 +186,6 @@ def test_resumed_equals_uninterrupted(chain, tmp_path, stage):
     assert [row | {"sec": 0} for row in logs[0]] == [row | {"sec": 0} for row in logs[1]]
 
 
-@pytest.mark.slow
 def test_killed_run_resumes_bit_exactly(chain, tmp_path):
     script, *short = SCRIPTS["ar"]
     out = tmp_path / "killed/ar.pt"
@@ -218,7 +206,6 @@ def test_killed_run_resumes_bit_exactly(chain, tmp_path):
     assert meta["step"] == reached + 2 and all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-@pytest.mark.slow
 def test_resume_of_a_finished_run_says_so(chain, tmp_path, capsys):
     shutil.copytree(chain / "ckpt/ar", tmp_path / "ar")
     train("ar", "--out", tmp_path / "ar.pt", "--steps", "2", "--resume", cwd=chain)
@@ -226,7 +213,6 @@ def test_resume_of_a_finished_run_says_so(chain, tmp_path, capsys):
     assert not (tmp_path / "ar.pt").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage, flags, found", [
     ("ar", ["--betas", "0.5", "0.9", "--lr", "1e-4"], [(1e-4, (0.5, 0.9))]),
     ("dmd", ["--lr", "1e-4", "--fake-score-lr", "1e-5"], [(1e-4, (0.0, 0.999)), *[(1e-5, (0.0, 0.999))] * 2]),
@@ -248,7 +234,6 @@ def test_resumed_run_keeps_the_moments_and_takes_this_runs_flags(chain, tmp_path
     assert counts == [{2}] if stage == "ar" else [{2}, {4}, {5}]  # steps taken before: two of fake_score to one
 
 
-@pytest.mark.slow
 def test_log_of_an_earlier_run_does_not_mix_with_this_ones(chain, tmp_path, monkeypatch):
     shutil.copytree(chain / "ckpt/ar", tmp_path / "ar")  # two steps of it
     before = rows(tmp_path / "ar/metrics.jsonl")
@@ -270,7 +255,6 @@ def test_rank_0_says_where_the_run_stands_and_opens_the_log(tmp_path, monkeypatc
     assert (tmp_path / "ar/metrics.jsonl").exists() == (rank == 0)
 
 
-@pytest.mark.slow
 def test_truncated_state_is_refused(chain, tmp_path):
     shutil.copytree(chain / "ckpt/ar", tmp_path / "ar")
     for path in (tmp_path / "ar").glob("state-*/*.distcp"):
@@ -279,7 +263,6 @@ def test_truncated_state_is_refused(chain, tmp_path):
     assert message.startswith(f"error: {tmp_path / 'ar/state-000002'}: truncated")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage, accum", [*((stage, 1) for stage in STAGES), ("ar", 2)])
 def test_two_ranks_equal_twice_the_micro_batches(chain, tmp_path, stage, accum):
     script, *short = SCRIPTS[stage]
@@ -602,7 +585,6 @@ def test_given_frames_come_out_unchanged_and_what_follows_depends_on_them(given,
 # ------------------------------------------------------------------------------------------------------------ Wrong use
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script, flags, found", [
     ("train_camera.py", "--init ckpt/ar.pt", "stage base or camera, found ar"),
     ("train_ar.py", "--init ckpt/base.pt", "stage camera or ar, found base"),
@@ -619,7 +601,6 @@ def test_checkpoint_of_another_stage_is_refused(chain, tmp_path, script, flags, 
     assert message.startswith(f"error: {flags[-1]}: ") and message.endswith(found) and not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script, missing, maker", [
     ("train_camera.py", "base", "python train_camera.py --no-camera"),
     ("train_ar.py", "camera", "python train_camera.py"),
@@ -632,12 +613,10 @@ def test_missing_init_names_the_command_that_makes_it(chain, tmp_path, script, m
     assert str(path) in message and f"`{maker}`" in message and not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_missing_latents_name_the_command_that_makes_them(chain, tmp_path):
     assert "`python data.py --out" in refusal("train_ar.py", "--data", tmp_path / "none", cwd=chain)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("change", ({"shift": 5.0}, {"K": [0.7, 0.7, 0.5, 0.5]}))
 def test_scores_with_another_schedule_or_camera_are_refused(chain, tmp_path, change):
     weights, meta = load_checkpoint(chain / "ckpt/camera.pt")
@@ -647,7 +626,6 @@ def test_scores_with_another_schedule_or_camera_are_refused(chain, tmp_path, cha
     assert all(str(part) in message for part in (tmp_path / "camera.pt", meta[name], change[name]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script, flag, stage", [
     ("train_camera.py", "--init", "base"), ("train_ar.py", "--init", "camera"), ("distill_ode.py", "--init", "ar"),
     ("distill_cd.py", "--init", "ar"), ("train_dmd.py", "--init", "ode"), ("train_dmd.py", "--scores", "camera"),
@@ -660,7 +638,6 @@ def test_checkpoint_of_another_preset_is_refused(chain, tmp_path, script, flag, 
     assert message.startswith(f"error: {path}: ") and "wan-1.3b" in message and "tiny" in message
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("change", ({"K": [0.7, 0.7, 0.5, 0.5]}, {"fps": 24}, {"vae_fingerprint": "0"}))
 def test_latents_of_another_kind_are_refused(chain, tmp_path, change):
     weights, meta = load_checkpoint(chain / "ckpt/camera.pt")
@@ -671,7 +648,6 @@ def test_latents_of_another_kind_are_refused(chain, tmp_path, change):
     assert message == f"error: {ours}, but {theirs}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("change", ({"step": 3}, {"given_prob": 0.5}, {"guidance": 7.0}))
 def test_pairs_of_another_teacher_are_refused(chain, tmp_path, change):
     weights, meta = load_checkpoint(chain / "ckpt/ar.pt")
@@ -681,7 +657,6 @@ def test_pairs_of_another_teacher_are_refused(chain, tmp_path, change):
         assert message.startswith("error: data/ode") and not (tmp_path / "o.pt").exists()
 
 
-@pytest.mark.slow
 def test_pairs_at_other_levels_are_refused(chain, tmp_path):
     message = refusal("distill_ode.py", "--sampling-steps", "3", "--out", tmp_path / "ode.pt", cwd=chain)
     assert message.startswith("error: data/ode: ") and str(noise_levels(3, SHIFT)) in message and str(LEVELS) in message
@@ -694,12 +669,10 @@ def test_grid_that_misses_the_students_levels_is_refused(capsys):
         assert "--teacher-steps 50" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_resume_without_a_state_is_refused(chain, tmp_path):
     assert str(tmp_path / "ar") in refusal("train_ar.py", "--resume", "--out", tmp_path / "ar.pt", cwd=chain)
 
 
-@pytest.mark.slow
 def test_nan_latents_stop_the_run_and_are_named(chain, tmp_path):
     shutil.copytree(chain / "data/toy", tmp_path / "toy")
     path, = (tmp_path / "toy").glob("latents-*")
@@ -717,7 +690,6 @@ def test_nan_latents_stop_the_run_and_are_named(chain, tmp_path):
     assert (tmp_path / "ar.pt").read_bytes() == (chain / "ckpt/ar.pt").read_bytes()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_nan_loss_stops_the_run_with_step_and_rows(chain, tmp_path, stage):
     script, *short = SCRIPTS[stage]

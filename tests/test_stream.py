@@ -16,9 +16,7 @@ from data import (
     K_SQUARE, KEYS, LOOKS, N_PANELS, STEP, cast, encode_words, intrinsics, load_encoder, paint, parse_trajectory,
     pressed, read_camera, render, rotation, sample_toy,
 )
-from model import (
-    Camera, guide, invert_se3, load_checkpoint, load_net, load_vae, noise_levels, rollout, save_checkpoint,
-)
+from model import Camera, guide, invert_se3, load_checkpoint, load_net, load_vae, noise_levels, rollout, save_checkpoint
 from stream import (
     TOY_PROMPT, Player, average, coverage, edge_ratio, encode_prompts, explain, measure, psnr, read_pose, sharpness,
     standard_error, stream,
@@ -61,7 +59,6 @@ def film(path):
 # ---------------------------------------------------------------------------------------------------------------- Files
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_every_stage_streams_to_a_file(chain, tmp_path, stage):
     call("stream.py", "--ckpt", f"ckpt/{stage}.pt", "--camera", "w*2,l+w*2", "--out", tmp_path / "walk.mp4", cwd=chain)
@@ -71,7 +68,6 @@ def test_every_stage_streams_to_a_file(chain, tmp_path, stage):
     assert imageio.imread(tmp_path / "walk.png").shape == (3 * 2 * 33, strip, 3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("entry", (
     "w*2,l", {"trajectory": "w*2,l"}, {"trajectory": "w*2,l", "K": K_SQUARE},
     {"c2w": invert_se3(parse_trajectory("w*2,l")).tolist()},
@@ -85,7 +81,6 @@ def test_camera_from_json_is_the_pose_string(chain, tmp_path, entry):
     assert len(film(tmp_path / "walk.mp4")) == 13
 
 
-@pytest.mark.slow
 def test_several_paths_give_several_videos(chain, tmp_path):
     paths = [{"id": "left", "caption": TOY_PROMPT, "trajectory": "a"},
              {"id": "on", "caption": "fog", "trajectory": "w*2"}]
@@ -94,7 +89,6 @@ def test_several_paths_give_several_videos(chain, tmp_path):
     assert len(film(tmp_path / "walk-left.mp4")) == 5 and len(film(tmp_path / "walk-on.mp4")) == 9
 
 
-@pytest.mark.slow
 def test_gif(chain, tmp_path):
     call("stream.py", "--camera", "w*2,l", "--out", tmp_path / "walk.gif", cwd=chain)
     assert imageio.imread(tmp_path / "walk.gif").shape == (13, 256, 256, 3)
@@ -106,7 +100,6 @@ def test_pressed_keys_are_read_off_the_path():
     assert pressed(parse_trajectory("w+l,s+i,a+u+j")) == [set(), {"w", "l"}, {"s", "i"}, {"a", "u", "j"}]
 
 
-@pytest.mark.slow
 def test_keys_are_drawn_at_the_bottom(chain, tmp_path):
     for name, flags in ("plain", []), ("keys", ["--keys"]):
         call("stream.py", "--camera", "w*2", "--out", tmp_path / f"{name}.mp4", *flags, cwd=chain)
@@ -118,7 +111,6 @@ def test_keys_are_drawn_at_the_bottom(chain, tmp_path):
 # --------------------------------------------------------------------------------------------------------------- Stream
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_checkpoint_streams_with_its_own_sampler(chain, stage):
     net, vae, _, meta = player = open_player(chain, stage)
@@ -137,7 +129,6 @@ def test_checkpoint_streams_with_its_own_sampler(chain, stage):
     torch.testing.assert_close(walk(player, viewmats, seeds=[5])[0], expected, atol=2e-5, rtol=0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", ("camera", "ar", "dmd"))
 def test_streamed_video_equals_whole_decode(chain, stage):
     net, vae, _, meta = player = open_player(chain, stage)
@@ -154,7 +145,6 @@ def test_streamed_video_equals_whole_decode(chain, stage):
     torch.testing.assert_close(video, whole, atol=2e-5, rtol=0)
 
 
-@pytest.mark.slow
 def test_path_that_ends_within_a_chunk_is_held(chain):
     player = open_player(chain, "dmd")
     short = parse_trajectory("w*2")  # three latent frames, chunks of two
@@ -164,7 +154,6 @@ def test_path_that_ends_within_a_chunk_is_held(chain):
     torch.testing.assert_close(a, b[:, :, :9])
 
 
-@pytest.mark.slow
 def test_seed_prompt_and_path_each_decide_the_video(chain):
     player = open_player(chain, "dmd")
     video, again, seed, prompt, path = (walk(player, *change)[0] for change in (
@@ -173,7 +162,6 @@ def test_seed_prompt_and_path_each_decide_the_video(chain):
     assert min((video - other).abs().max() for other in (seed, prompt, path)) > 1e-3  # through an untrained decoder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", ("ar", "dmd"))
 def test_batch_of_two_equals_each_alone(chain, stage):
     player = open_player(chain, stage)
@@ -182,7 +170,6 @@ def test_batch_of_two_equals_each_alone(chain, stage):
         torch.testing.assert_close(both[n : n + 1], walk(player, "w*3", [prompt], [seed])[0], atol=2e-5, rtol=0)
 
 
-@pytest.mark.slow
 def test_stream_times_its_parts_and_is_the_same_video(chain):
     player, seconds = open_player(chain, "dmd"), {}
     timed, untimed = walk(player, "w*3", seconds=seconds)[0], walk(player, "w*3")[0]
@@ -190,7 +177,6 @@ def test_stream_times_its_parts_and_is_the_same_video(chain):
     assert min(seconds.values()) > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", ("camera", "ar", "dmd"))
 @pytest.mark.parametrize("frames", (1, 5))
 def test_stream_begins_with_what_was_given(chain, world, stage, frames):
@@ -202,14 +188,12 @@ def test_stream_begins_with_what_was_given(chain, world, stage, frames):
     assert (after - alone)[:, :, frames:].abs().max() > 1e-3
 
 
-@pytest.mark.slow
 def test_what_was_given_to_a_network_that_never_saw_any_is_made_anew(chain, world):
     player, given = open_player(chain, "dmd"), world[-1][:1, :, :1]
     player = player._replace(meta=player.meta | {"given_prob": 0.0})
     assert torch.equal(walk(player, "w*3", given=given)[0], walk(player, "w*3")[0])
 
 
-@pytest.mark.slow
 def test_prompts_are_read_as_the_latents_folder_has_them(chain):
     player = open_player(chain, "dmd")
     prompt, null = encode_prompts(player, [TOY_PROMPT, OTHER_PROMPT], None, None, (4, 8, 8, 8))
@@ -217,7 +201,6 @@ def test_prompts_are_read_as_the_latents_folder_has_them(chain):
     assert prompt.shape == null.shape and not null.any()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name, frames", (("room.png", 1), ("room.gif", 5)))
 def test_image_is_gone_on_from(chain, tmp_path, world, name, frames):
     truth = ((world[-1][0, :, :frames] + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
@@ -234,7 +217,6 @@ def test_image_is_gone_on_from(chain, tmp_path, world, name, frames):
     assert abs(after[frames:].astype(int) - alone[frames:]).max() > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name, found", (
     ("none.png", "cannot be read"), ("text.png", "cannot be read"), ("long.gif", "fewer latent frames"),
     ("three.gif", "1 + 4k"), ("grey.png", "[1, 32, 32]"),
@@ -249,13 +231,11 @@ def test_bad_image_is_refused(chain, tmp_path, name, found):
     assert not (tmp_path / "walk.mp4").exists()
 
 
-@pytest.mark.slow
 def test_image_is_refused_where_it_was_never_trained(chain, tmp_path):
     flags = ("--ckpt", "ckpt/base.pt", "--image", "room.png", "--out", tmp_path / "walk.mp4")
     assert "never trained to go on from an image" in refusal("stream.py", *flags, cwd=chain)
 
 
-@pytest.mark.slow
 def test_given_frames_are_scored(chain, tmp_path, capsys):
     flags = ("--score", "--scenes", "8", "--out", tmp_path / "score.mp4")
     call("stream.py", *flags, "--given", "1", cwd=chain)
@@ -267,7 +247,6 @@ def test_given_frames_are_scored(chain, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------------------- Measures
 
 
-@pytest.mark.slow
 def test_score_is_one_line_of_finite_numbers(chain, tmp_path, capsys):
     call("stream.py", "--score", "--scenes", "8", "--seed", "3", "--out", tmp_path / "score.mp4", cwd=chain)
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -279,7 +258,6 @@ def test_score_is_one_line_of_finite_numbers(chain, tmp_path, capsys):
     assert (tmp_path / "score.png").exists()
 
 
-@pytest.mark.slow
 def test_bench_says_where_the_time_goes(chain, capsys):
     call("stream.py", "--bench", "--camera", "w*3", cwd=chain)
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -384,7 +362,6 @@ def test_read_pose_recovers_a_known_offset(world, turn, move):
 SHEAR = torch.eye(4) + 0.1 * torch.ones(4, 4).triu(1) * torch.tensor([1, 1, 1, 0])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("text, found", [
     ("{", "not JSON"), ("7", ""), ("{}", ""), ('{"trajectory": 7}', ""), ('{"trajectory": "w*2,x"}', "'x'"),
     (json.dumps({"c2w": [torch.eye(4).tolist(), SHEAR.tolist()]}), "pose 1 is not a rigid transform"),
@@ -408,7 +385,6 @@ def test_bad_path_file_is_refused_by_name(chain, tmp_path, text, found):
     assert all((tmp_path / name).read_text() == "mine" for name in ("walk.mp4", "walk.png"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flags, found", [
     (["--camera", "w*2,q"], "'q'"), (["--camera", ""], "trajectory"),
     (["--camera", "none.json"], "none.json: no such file"),
@@ -426,7 +402,6 @@ def test_bad_flag_is_refused(chain, tmp_path, flags, found):
     assert all((tmp_path / name).read_text() == "mine" for name in ("walk.mp4", "walk.png"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ("walk.xyz", "walk", "file/walk.mp4"))
 def test_out_that_cannot_be_written_is_refused(chain, tmp_path, name):
     (tmp_path / "file").write_text("mine")  # a file where a folder would have to be
@@ -434,7 +409,6 @@ def test_out_that_cannot_be_written_is_refused(chain, tmp_path, name):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("keep", (0, 100, 0.5))
 def test_truncated_checkpoint_is_refused(chain, tmp_path, keep):
     whole = (chain / "ckpt/dmd.pt").read_bytes()
@@ -443,7 +417,6 @@ def test_truncated_checkpoint_is_refused(chain, tmp_path, keep):
     assert message.startswith(f"error: {tmp_path / 'dmd.pt'}: truncated") and not (tmp_path / "walk.mp4").exists()
 
 
-@pytest.mark.slow
 def test_another_vae_is_refused(chain, tmp_path):
     weights, meta = load_checkpoint(chain / "ckpt/vae.pt")
     save_checkpoint(tmp_path / "vae.pt", weights, meta | {"fingerprint": "0"})
@@ -452,7 +425,6 @@ def test_another_vae_is_refused(chain, tmp_path):
     assert not (tmp_path / "walk.mp4").exists()
 
 
-@pytest.mark.slow
 def test_other_intrinsics_can_be_insisted_on(chain, tmp_path):
     (tmp_path / "path.json").write_text(json.dumps({"trajectory": "w*2", "K": [0.7, 0.7, 0.5, 0.5]}))
     flags = ("--camera", tmp_path / "path.json", "--other-intrinsics")
@@ -460,7 +432,6 @@ def test_other_intrinsics_can_be_insisted_on(chain, tmp_path):
     assert len(film(tmp_path / "walk.mp4")) == 9
 
 
-@pytest.mark.slow
 def test_default_checkpoint_is_the_chains_own(chain, tmp_path, capsys):
     call("stream.py", "--camera", "w", "--out", tmp_path / "walk.mp4", cwd=chain)
     assert "ckpt/dmd.pt" in capsys.readouterr().err
