@@ -296,8 +296,9 @@ class AllToAll(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
+        x = x.contiguous()
         y = torch.empty_like(x)
-        dist.all_to_all_single(y, x.contiguous(), group=SEQUENCE_GROUP)
+        dist.all_to_all_single(y, x, group=SEQUENCE_GROUP)
         return y
 
     @staticmethod
@@ -311,14 +312,12 @@ class AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         y = x.new_empty(sequence_rank()[1], *x.shape)
-        dist.all_gather_into_tensor(y, x.contiguous(), group=SEQUENCE_GROUP)
+        dist.all_gather(list(y), x.contiguous(), group=SEQUENCE_GROUP)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        x = torch.empty_like(grad[0])
-        dist.reduce_scatter_tensor(x, grad.contiguous(), group=SEQUENCE_GROUP)
-        return x
+        return AllToAll.apply(grad).sum(0)
 
 
 def my_part(z: Tensor, dim: int) -> Tensor:
