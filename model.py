@@ -36,7 +36,9 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -739,10 +741,10 @@ Meta = TypedDict("Meta", {  # what a checkpoint says of itself: all that it take
     # quirks of released networks, HY's: see HYDiT
     "timed_text": bool,
     "released_cache": bool,
+    "fingerprint": str,  # of its weights, found when they are read
     # of a VAE
     "mean": list[float],  # of its latents, per channel, and their deviation
     "std": list[float],
-    "fingerprint": str,  # of its weights
 }, total=False)
 OLD_KEYS = {"steps": "sampling_steps", "prefix_prob": "given_prob"}  # in older files: today
 
@@ -772,7 +774,18 @@ def start_process_group(sp: int = 1) -> tuple[int, int, torch.device]:
     if world_size % sp:
         raise ValueError(f"--sp {sp}: {world_size} processes cannot be cut into groups of {sp}")
     SEQUENCE_GROUP = dist.new_subgroups(sp)[0] if sp > 1 else None
+    STOP.clear()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: STOP.add("asked"))
     return rank, world_size, device
+
+
+STOP: set[str] = set()  # "asked": this rank got SIGTERM, as before a preemption; "agreed": all ranks know that one did
+
+
+def stopping() -> bool:
+    """Has any rank been asked to end? The same answer on all of them, renewed by check_finite."""
+    return "agreed" in STOP
 
 
 def batch_part(micro: int, accum: int) -> tuple[int, int]:
@@ -837,10 +850,15 @@ def update_ema(ema: nn.Module, net: nn.Module, decay: float) -> None:
 
 def check_finite(step: int, metrics: dict[str, Tensor], ids: list[int]) -> dict[str, float]:
     """Average metrics over the ranks. Raises ValueError on NaN or inf, on every rank at once and before any update."""
-    means = torch.stack([value.detach().float() for value in metrics.values()])
-    dist.all_reduce(means)
-    row = dict(zip(metrics, (means / dist.get_world_size()).tolist(), strict=True))
-    if not means.isfinite().all():
+    values = [value.detach().float() for value in metrics.values()]
+    asked = torch.full_like(values[0], float("asked" in STOP))  # goes along, for ranks must stop together
+    sums = torch.stack([*values, asked])
+    dist.all_reduce(sums)
+    *means, asked = (sums / dist.get_world_size()).tolist()
+    if asked > 0:
+        STOP.add("agreed")
+    row = dict(zip(metrics, means, strict=True))
+    if not sums.isfinite().all():
         raise ValueError(f"step {step}: {row} is not finite; batch rows on rank {dist.get_rank()}: {ids}. "
                          "The last checkpoint and state are untouched")
     return row
@@ -867,9 +885,41 @@ def save_checkpoint(path: Path, weights: dict[str, Tensor], meta: Meta) -> None:
         raise ValueError(f"{path}: could not be written ({error}); what was there before is untouched") from error
 
 
-def fingerprint(weights: dict[str, Tensor]) -> str:
-    """A short name for these very weights; latents and the models trained on them remember their VAE by it."""
-    return f"{zlib.crc32(b''.join(w.float().cpu().numpy().tobytes() for w in weights.values())):08x}"
+def point_to(name: Path, target: Path) -> None:
+    """Let `name` be the same file as `target`: a hard link, or a copy where there are none. At no time is it missing."""
+    temporary = name.with_name(name.name + ".tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(target, temporary)
+        except OSError:
+            shutil.copy(target, temporary)
+        os.replace(temporary, name)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise ValueError(f"{name}: could not be written ({error}); what was there before is untouched") from error
+
+
+def save_average(out: Path, step: int, weights: dict[str, Tensor], meta: Meta, keep: int) -> None:
+    """Write the averaged weights of this step beside `out`, as out/step-STEP.pt, and let `out` be that file.
+
+    The newest `keep` stay, so that a stage that went too far can be rewound.
+    """
+    path = out.with_suffix("") / f"step-{step:06d}.pt"
+    save_checkpoint(path, weights, meta | {"step": step})
+    point_to(out, path)
+    for old in sorted(path.parent.glob("step-*.pt"), key=lambda file: file.stat().st_mtime)[:-keep]:
+        old.unlink()
+
+
+def fingerprint(weights: dict[str, Tensor], numbers: int | None = None) -> str:
+    """A short name for these very weights, by which what was made of them knows them.
+
+    numbers: read only the first of each tensor. Training changes them all, and a large file is not read twice.
+    """
+    parts = (w.flatten()[:numbers].float().cpu().numpy().tobytes() for w in weights.values())
+    return f"{zlib.crc32(b''.join(parts)):08x}"
 
 
 def check_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], owner: str) -> None:
@@ -922,7 +972,9 @@ def load_checkpoint(path: Path, *stages: str, preset: str | None = None) -> tupl
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     weights = {name: weights[name] for name in expected}  # in our order, which a fingerprint depends on
-    if stage == "vae" and "fingerprint" not in meta:
+    if stage != "vae":
+        meta["fingerprint"] = fingerprint(weights, numbers=1000)
+    elif "fingerprint" not in meta:
         meta["fingerprint"] = fingerprint(weights)
     return weights, meta
 
@@ -984,15 +1036,80 @@ def _reason(error: CheckpointException) -> str:
     return "; ".join(f"rank {rank}: {failure!r}" for rank, (failure, _) in error.failures.items()).replace("\n", " ")
 
 
-def save_state(folder: Path, step: int, nets: Nets, optimizers: Optimizers) -> None:
+def read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected an object, found {type(found).__name__}")
+    return found
+
+
+def lock_folder(out: Path) -> Any:
+    """Keep other runs from writing `out`, as long as the result lives. Raises ValueError if another has it."""
+    if dist.get_rank() > 0:
+        return None
+    import fcntl  # of Unix
+    folder = out.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
+    except OSError:
+        lock.seek(0)
+        raise ValueError(f"{folder}: another run is writing here (process {lock.read().strip()}); wait for it, or "
+                         "choose another --out") from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+# A resumed run must be the run that was saved. These flags, and the weights it started from, are what makes it that run;
+# all others may change, and are named when they do.
+LASTING = ("preset", "no_camera", "seed", "shift", "chunk", "given_prob", "teacher_steps", "sampling_steps")
+
+
+def describe_run(args: argparse.Namespace, **made_of: Meta | None) -> dict:
+    """What a state says of the run it belongs to. made_of: the checkpoints that it started from, by their flag."""
+    flags = {name: str(value) for name, value in vars(args).items() if name != "resume"}
+    videos = args.batch_size * args.accum * dist.get_world_size() // sequence_rank()[1]
+    weights = {name: meta["fingerprint"] for name, meta in made_of.items() if meta}
+    return {"flags": flags, "videos per step": videos, "weights": weights}
+
+
+def compare_runs(path: Path, saved: dict, run: dict) -> None:
+    """Raises ValueError when the state at path is of another run; prints what may and does differ."""
+    for name, mark in run["weights"].items():
+        if saved["weights"].get(name) != mark:
+            raise ValueError(f"--resume: {path} was made from other weights than --{name} {run['flags'][name]} holds")
+    for name, value in run["flags"].items():
+        was, flag = saved["flags"].get(name), f"--{name.replace('_', '-')}"
+        if was is not None and was != value and name in LASTING:
+            raise ValueError(f"--resume: {path} was made with {flag} {was}, now {value}; that is another run")
+        if was != value and dist.get_rank() == 0:
+            print(f"--resume: {flag} is {value} from now on, was {was}")
+    if saved["videos per step"] != run["videos per step"] and dist.get_rank() == 0:
+        print(f"--resume: a step has {run['videos per step']} videos from now on, had {saved['videos per step']}")
+
+
+def save_state(folder: Path, step: int, nets: Nets, optimizers: Optimizers, run: dict) -> None:
     """Everything --resume needs, still sharded, in folder/state-STEP; older states go when this one is complete."""
     path = folder / f"state-{step:06d}"
     state = _training_state(nets, optimizers) | {"step": torch.tensor(step)}
-    if dist.get_rank() == 0 and path.exists():  # of an earlier run: half of it must not pass for this one's
-        shutil.rmtree(path)
-    dist.barrier()
     try:
+        if dist.get_rank() == 0:
+            if path.exists():  # of an earlier run: half of it must not pass for this one's
+                shutil.rmtree(path)
+            path.mkdir(parents=True)
+            (path / "run.json").write_text(json.dumps(run))
+        dist.barrier()
         dcp.save(state, checkpoint_id=path)
+    except OSError as error:
+        raise ValueError(f"{path}: could not be written ({error}); the state before it is untouched") from None
     except CheckpointException as error:
         raise ValueError(f"{path}: could not be written ({_reason(error)}); the state before it is untouched") from None
     if dist.get_rank() == 0:
@@ -1001,7 +1118,7 @@ def save_state(folder: Path, step: int, nets: Nets, optimizers: Optimizers) -> N
                 shutil.rmtree(old)
 
 
-def load_state(folder: Path, nets: Nets, optimizers: Optimizers) -> int:
+def load_state(folder: Path, nets: Nets, optimizers: Optimizers, run: dict) -> int:
     """Restore in place, on any number of ranks, and return the step to continue from."""
     complete = sorted(path for path in folder.glob("state-*") if (path / ".metadata").exists())  # written last
     if not complete:
@@ -1012,6 +1129,7 @@ def load_state(folder: Path, nets: Nets, optimizers: Optimizers) -> int:
         saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     except Exception as error:  # a damaged pickle has many
         raise ValueError(f"{path}: its .metadata is truncated ({type(error).__name__})") from None
+    compare_runs(path, read_json(path / "run.json"), run)
     for name in optimizers:  # what no gradient has reached, HY's last text outputs for one, has no moments to restore
         moments = state[f"{name}.optimizer"]["state"]
         for parameter in [p for p in moments if f"{name}.optimizer.state.{p}.step" not in saved]:
@@ -2266,18 +2384,6 @@ def has_prope(weights: dict[str, Tensor]) -> bool:
 def axis_length(weights: dict[str, Tensor], name: str, axis: int) -> int:
     """0 if there is no such tensor or axis."""
     return weights[name].shape[axis] if name in weights and weights[name].ndim > axis else 0
-
-
-def read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected an object, found {type(found).__name__}")
-    return found
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
