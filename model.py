@@ -172,10 +172,11 @@ class DiTConfig:
 class KVCache(NamedTuple):
     """Keys and values of the finished frames. Never written in place: update_cache=True returns a new one.
 
-    So a cache may be kept, gone back to or used twice, and no gradient can run through it from one chunk to another.
+    So a cache may be kept, gone back to or used twice. The function update_cache makes it under no_grad, so that no
+    gradient runs through it from one chunk to another.
     """
-    frames: int  # how many it holds; the next chunk's RoPE positions start here
-    layers: list[tuple[Tensor, ...]]  # per block: k, v and, with a camera, PRoPE's k, v, each [b nh n hd]
+    frames: int  # how many have joined; the next chunk's RoPE positions start here
+    layers: list[tuple[Tensor, ...]]  # per block: k, v and, with a camera, PRoPE's k, v, each [b nh n hd] of n tokens
     text: tuple[list[tuple[Tensor, Tensor]], Tensor | None] | None = None  # HY: per block k, v of the prompt; its mask
     last_pose: Tensor | None = None  # HY with actions: viewmat of the last frame [b 4 4], to tell the next one's motion
 
@@ -424,10 +425,10 @@ class WanDiT(nn.Module):
             else:
                 nn.init.xavier_uniform_(p.flatten(1))
 
-    def time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def embed_time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """sigma [b f] -> time embedding e [b f d] for the head, and its projection [b f 6 d] for the blocks."""
-        angles = sinusoid(1000 * sigma.double(), self.cfg.freq_dim)  # Wan counts noise to 1000, here and nowhere else
-        e = self.time_embedding(angles.to(self.head.modulation.dtype))
+        waves = sinusoid(1000 * sigma.double(), self.cfg.freq_dim)  # Wan counts noise to 1000, here and nowhere else
+        e = self.time_embedding(waves.to(self.head.modulation.dtype))
         return e, rearrange(self.time_projection(e), "b f (six d) -> b f six d", six=6)
 
     def forward(self, x_t: Tensor, sigma: Tensor, prompt: Tensor, camera: Camera | None = None, *,
@@ -442,7 +443,7 @@ class WanDiT(nn.Module):
         """
         b, f, _, h, w = x_t.shape
         check_shapes(x_t, sigma, camera)
-        start = kv_cache.frames if kv_cache else 0  # a stream's positions go on from what was cached
+        start = 0 if kv_cache is None else kv_cache.frames  # a stream's positions go on from what was cached
         frames = torch.arange(start, start + f, device=x_t.device)
         rope = rope_table(frames, h // 2, w // 2, self.cfg.rope_bands, theta=10000)  # once a pass, for all blocks
         projection = None if camera is None else projections(camera)
@@ -459,10 +460,10 @@ class WanDiT(nn.Module):
         x = rearrange(x_t, "b f c (h p) (w q) -> b f (h w) (c p q)", p=2, q=2).to(weight.dtype)
         x = F.linear(x, weight, self.patch_embedding.bias)  # [b f s d]
         text = self.text_embedding(prompt.to(x.dtype))  # [b l d]
-        e, modulation = self.time(sigma)
+        e, modulation = self.embed_time(sigma)
         layers = []
         for i, block in enumerate(self.blocks):
-            cached = kv_cache.layers[i] if kv_cache else None
+            cached = None if kv_cache is None else kv_cache.layers[i]
             x, kv = block(x, modulation, text, rope, projection, segments, cached, update_cache)
             layers.append(kv)
         if update_cache:  # the velocity of clean frames means nothing: what this pass was for is its keys and values
@@ -493,8 +494,8 @@ def append_layers(kv_cache: KVCache | None, new: list[tuple[Tensor, ...]]) -> li
 # 4. Sampling. A chunk starts as noise, is denoised after the chunks before it, and joins the cache once it is clean.
 # What trainers show and stream.py serves.
 #
-# With guidance, the network runs once on a batch of twice the size: the prompts, and behind them the null prompts. So
-# does every pass that fills the cache, since the two halves have different pasts.
+# With guidance, a sampler runs the network once on a batch of twice the size: the prompts, and behind them the null
+# prompts. So does every pass that fills the cache, since the two halves have different pasts.
 
 Prompt = Any  # a tensor [b l d], or a tuple of tensors and such tuples, each batch-first (HYPrompt)
 
@@ -746,7 +747,7 @@ def update_ema(ema: nn.Module, net: nn.Module, decay: float) -> None:
 
 
 def check_finite(step: int, metrics: dict[str, Tensor], ids: list[int]) -> dict[str, float]:
-    """Average metrics over the ranks. Raises ValueError on NaN or inf, on every rank at once and before any update."""
+    """Average metrics over the ranks. Raises ValueError on NaN or inf, on every rank at once, before the update."""
     means = torch.stack([value.detach().float() for value in metrics.values()])
     dist.all_reduce(means)
     row = dict(zip(metrics, (means / dist.get_world_size()).tolist(), strict=True))
@@ -1207,6 +1208,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
+    # the toy world's videos are latents [8 8 8 8]: 8 frames of 8 channels, 8 x 8, so 16 tokens a frame
     "tiny": Preset(WanDiT, DiTConfig(192, 768, 4, 4, channels=8, text_dim=96, freq_dim=128),
                    WanVAE, VAEConfig(16, 8, (1, 2, 2), 1, (True, True), (0.0,) * 8, (1.0,) * 8)),
     "wan-1.3b": Preset(WanDiT, DiTConfig(1536, 8960, 12, 30, channels=16, text_dim=4096), WanVAE, WAN_VAE),
@@ -1558,11 +1560,11 @@ class HYDiT(nn.Module):
         b, f, _, h, w = x_t.shape
         check_shapes(x_t, sigma, camera)
         p = self.cfg.patch
-        start = kv_cache.frames if kv_cache else 0
+        start = 0 if kv_cache is None else kv_cache.frames
         frames = torch.arange(start, start + f, device=x_t.device)
         rope = rope_table(frames, h // p, w // p, self.cfg.rope_bands, theta=256)
         projection = None if camera is None else projections(camera)
-        last_pose = kv_cache.last_pose if kv_cache else None
+        last_pose = None if kv_cache is None else kv_cache.last_pose
         action = None
         if self.action_in is not None and camera is not None:
             action = action_labels(camera.viewmats, last_pose)  # [b f]
@@ -1592,7 +1594,7 @@ class HYDiT(nn.Module):
         e = self.time_in(1000 * sigma)  # [b f d]
         if action is not None:
             e = e + self.action_in(action)
-        if kv_cache and kv_cache.text:  # its keys and values are all that is needed of the text
+        if kv_cache is not None and kv_cache.text is not None:  # its keys and values are all that is needed of the text
             text, e_text = None, None
             text_kvs, mask = kv_cache.text
         else:
@@ -1602,7 +1604,7 @@ class HYDiT(nn.Module):
 
         layers, new_text_kvs = [], []
         for i, block in enumerate(self.blocks):
-            cached = kv_cache.layers[i] if kv_cache and kv_cache.layers else None
+            cached = kv_cache.layers[i] if kv_cache is not None and kv_cache.layers else None
             x, text, kv, text_kv = block(x, e, text, e_text, text_kvs[i], mask, rope, projection, segments, cached,
                                          text_sees_video, update_cache)
             layers.append(kv)
