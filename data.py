@@ -403,14 +403,14 @@ def collate_prompts(rows: list[dict[str, Tensor]], null: dict[str, Tensor], leng
 
 
 class Batch(NamedTuple):
-    """What a stage trains on. Every random number that a sample needs comes from that sample's own generator: the same
-    on any device, on any number of ranks, and whatever else is in the batch."""
+    """What a stage trains on. Every random number that a sample needs comes from a stream of its own, in the order in
+    which it is asked for: the same on any device, on any number of ranks, and whatever else is in the batch."""
     x0: Tensor  # [b f c h w] fp32, clean latents
     prompt: Any  # [b l d], or HY's HYPrompt
     null: Any  # alike, the prompt that guidance steers away from; HY's keeps the image
     camera: Camera  # viewmats [b f 4 4], Ks [b f 3 3]
-    generated: Tensor  # [b f]: 1 on frames that the model makes, 0 on given ones, which stay clean and unscored
-    rng: list[torch.Generator]  # one per sample
+    generated: Tensor  # [b f]: 1 on frames that the model makes, 0 on given ones, which stay clean and have no loss
+    rng: list[torch.Generator]  # the samples' streams of random numbers
     ids: list[int]  # rows of the data set
     states: Tensor | None  # [b n f c h w], of a folder of ODE pairs (distill_ode.py): on the way from noise to x0
 
@@ -512,7 +512,7 @@ def read_embeds(data: Latents, i: int) -> dict[str, Tensor]:
     """Encoded prompt i; -1 is the null prompt."""
     row = {}
     for name, ends in data.ends.items():
-        start = ends[i - 1] if i % len(ends) else 0
+        start = ends[i - 1] if i % len(ends) else 0  # i - 1 is the row before it for -1, too
         row[name] = data.prompts.get_slice(name)[start : ends[i]]
     return row
 
@@ -529,9 +529,10 @@ def sample_generated(rng: list[torch.Generator], f: int, prob: float) -> Tensor:
 
 def get_batch(data: Latents, seed: int, step: int, part: int, parts: int, size: int, device: torch.device,
               given_prob: float | None = None) -> Batch:
-    """Samples part * size ... of the parts * size that make up `step`: a pure function, so a run can stop anywhere.
+    """One of `parts` slices, of `size` videos, of the batch of a step: a pure function, so a run can stop anywhere.
 
-    part is rank + world_size * micro-batch, so N ranks and N micro-batches see the same samples with the same noise.
+    part is rank + world_size * micro-batch. So a step of N ranks and one of N micro-batches are made of the same videos
+    with the same noise. step: train_dmd.py counts every update of either network.
     given_prob: None gives no frames; a folder of ODE pairs says itself which are given.
     Raises ValueError when a latent is not finite.
     """

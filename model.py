@@ -179,11 +179,11 @@ class KVCache(NamedTuple):
     """Keys and values of the finished frames, a piece for each chunk. Never written in place: update_cache=True returns
     a new one, which has one piece more and shares the others.
 
-    So a cache may be kept, gone back to or used twice, nothing is copied when a chunk joins, and no gradient can run
-    through it from one chunk to another.
+    So a cache may be kept, gone back to or used twice, and nothing is copied when a chunk joins. The function
+    update_cache makes it under no_grad, so that no gradient runs through it from one chunk to another.
     """
-    frames: int  # how many it holds; the next chunk's RoPE positions start here
-    layers: list[list[tuple[Tensor, ...]]]  # per block and piece: k, v and, with a camera, PRoPE's, each [b nh n hd]
+    frames: int  # how many have joined; the next chunk's RoPE positions start here
+    layers: list[list[tuple[Tensor, ...]]]  # per block and piece of n tokens: k, v, with a camera PRoPE's, [b nh n hd]
     text: tuple[list[tuple[Tensor, Tensor]], Tensor | None] | None = None  # HY: per block k, v of the prompt; its mask
     last_pose: Tensor | None = None  # HY with actions: viewmat of the last frame [b 4 4], to tell the next one's motion
 
@@ -506,10 +506,10 @@ class WanDiT(nn.Module):
             else:
                 nn.init.xavier_uniform_(p.flatten(1))
 
-    def time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def embed_time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """sigma [b f] -> time embedding e [b f d] for the head, and its projection [b f 6 d] for the blocks."""
-        angles = sinusoid(1000 * sigma.double(), self.cfg.freq_dim)  # Wan counts noise to 1000, here and nowhere else
-        e = self.time_embedding(angles.to(self.head.modulation.dtype))
+        waves = sinusoid(1000 * sigma.double(), self.cfg.freq_dim)  # Wan counts noise to 1000, here and nowhere else
+        e = self.time_embedding(waves.to(self.head.modulation.dtype))
         return e, rearrange(self.time_projection(e), "b f (six d) -> b f six d", six=6)
 
     def forward(self, x_t: Tensor, sigma: Tensor, prompt: Tensor, camera: Camera | None = None, *,
@@ -524,7 +524,7 @@ class WanDiT(nn.Module):
         """
         b, f, _, h, w = x_t.shape
         check_shapes(x_t, sigma, camera)
-        start = kv_cache.frames if kv_cache else 0  # a stream's positions go on from what was cached
+        start = 0 if kv_cache is None else kv_cache.frames  # a stream's positions go on from what was cached
         frames = torch.arange(start, start + f, device=x_t.device)
         rope = rope_table(frames, h // 2, w // 2, self.cfg.rope_bands, theta=10000)  # once a pass, for all blocks
         projection = None if camera is None else projections(camera)
@@ -542,10 +542,10 @@ class WanDiT(nn.Module):
         x = rearrange(x_t, "b f c (h p) (w q) -> b f (h w) (c p q)", p=2, q=2).to(weight.dtype)
         x = F.linear(my_part(x, dim=2), weight, self.patch_embedding.bias)  # [b f s d]
         text = self.text_embedding(prompt.to(x.dtype))  # [b l d]
-        e, modulation = self.time(sigma)
+        e, modulation = self.embed_time(sigma)
         layers = []
         for i, block in enumerate(self.blocks):
-            cached = kv_cache.layers[i] if kv_cache else []
+            cached = [] if kv_cache is None else kv_cache.layers[i]
             x, kv = block(x, modulation, text, rope, projection, segments, cached, update_cache)
             layers.append(kv)
         if update_cache:  # the velocity of clean frames means nothing: what this pass was for is its keys and values
@@ -564,7 +564,7 @@ def check_shapes(x_t: Tensor, sigma: Tensor, camera: Camera | None) -> None:
 
 def append_layers(kv_cache: KVCache | None, new: list[tuple[Tensor, ...]]) -> list[list[tuple[Tensor, ...]]]:
     """Per block, the cached pieces, and this pass's keys and values as one more, unless it was a pass of no frames."""
-    old = kv_cache.layers if kv_cache else [[]] * len(new)
+    old = kv_cache.layers if kv_cache is not None and kv_cache.layers else [[]] * len(new)
     if new[0][0].shape[2] == 0:
         return old
     return [[*pieces, piece] for pieces, piece in zip(old, new, strict=True)]
@@ -849,7 +849,7 @@ def update_ema(ema: nn.Module, net: nn.Module, decay: float) -> None:
 
 
 def check_finite(step: int, metrics: dict[str, Tensor], ids: list[int]) -> dict[str, float]:
-    """Average metrics over the ranks. Raises ValueError on NaN or inf, on every rank at once and before any update."""
+    """Average metrics over the ranks. Raises ValueError on NaN or inf, on every rank at once, before the update."""
     values = [value.detach().float() for value in metrics.values()]
     asked = torch.full_like(values[0], float("asked" in STOP))  # goes along, for ranks must stop together
     sums = torch.stack([*values, asked])
@@ -1415,6 +1415,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
+    # the toy world's videos are latents [8 8 8 8]: 8 frames of 8 channels, 8 x 8, so 16 tokens a frame
     "tiny": Preset(WanDiT, DiTConfig(192, 768, 4, 4, channels=8, text_dim=96, freq_dim=128),
                    WanVAE, VAEConfig(16, 8, (1, 2, 2), 1, (True, True), (0.0,) * 8, (1.0,) * 8)),
     "wan-1.3b": Preset(WanDiT, DiTConfig(1536, 8960, 12, 30, channels=16, text_dim=4096, recompute=True),
@@ -1771,11 +1772,11 @@ class HYDiT(nn.Module):
         b, f, _, h, w = x_t.shape
         check_shapes(x_t, sigma, camera)
         p = self.cfg.patch
-        start = kv_cache.frames if kv_cache else 0
+        start = 0 if kv_cache is None else kv_cache.frames
         frames = torch.arange(start, start + f, device=x_t.device)
         rope = rope_table(frames, h // p, w // p, self.cfg.rope_bands, theta=256)
         projection = None if camera is None else projections(camera)
-        last_pose = kv_cache.last_pose if kv_cache else None
+        last_pose = None if kv_cache is None else kv_cache.last_pose
         action = None
         if self.action_in is not None and camera is not None:
             action = action_labels(camera.viewmats, last_pose)  # [b f]
@@ -1806,7 +1807,7 @@ class HYDiT(nn.Module):
         e = self.time_in(1000 * sigma)  # [b f d]
         if action is not None:
             e = e + self.action_in(action)
-        if kv_cache and kv_cache.text:  # its keys and values are all that is needed of the text
+        if kv_cache is not None and kv_cache.text is not None:  # its keys and values are all that is needed of the text
             text, e_text = None, None
             text_kvs, mask = kv_cache.text
         else:
@@ -1816,7 +1817,7 @@ class HYDiT(nn.Module):
 
         layers, new_text_kvs = [], []
         for i, block in enumerate(self.blocks):
-            cached = kv_cache.layers[i] if kv_cache else []
+            cached = kv_cache.layers[i] if kv_cache is not None and kv_cache.layers else []
             x, text, kv, text_kv = block(x, e, text, e_text, text_kvs[i], mask, rope, projection, segments, cached,
                                          text_sees_video, update_cache)
             layers.append(kv)

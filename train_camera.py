@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--steps", type=positive, help="optimizer steps; of the generator in train_dmd.py")
     p.add_argument("--batch-size", type=positive, help="videos per process and micro-batch")
     p.add_argument("--accum", type=positive, help="micro-batches per optimizer step")
-    p.add_argument("--lr", type=float, help="learning rate of AdamW")
+    p.add_argument("--lr", type=float, help="of AdamW; in train_dmd.py the generator's")
     p.add_argument("--max-grad-norm", type=float, help="gradients longer than this are scaled down to it")
     p.add_argument("--ema-decay", type=float, help="of the averaged weights, which are what --out holds")
     # -- end ---------------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def main(args: argparse.Namespace) -> None:
             weights = full_state_dict(ema)
             if rank == 0:
                 save_checkpoint(args.out, weights, meta | {"step": step})
-            save_state(folder, step, nets, optimizers)  # after it: a state to resume from implies its checkpoint
+            save_state(folder, step, nets, optimizers)  # second: a state to resume from has its checkpoint
             write_samples(folder / f"sheet-{step:06d}.png", ema, meta, vae, data, args.seed, args.batch_size)
         # -- end -----------------------------------------------------------------------------------------------------
 

@@ -4,27 +4,29 @@ Stage 3: asymmetric DMD on self-rollouts (Self Forcing, arXiv:2506.08009; DMD, a
 in:  ckpt/ode.pt or ckpt/cd.pt, a few-step causal student; ckpt/camera.pt, the bidirectional camera model
 out: ckpt/dmd.pt, the model that streams
 
-So far every chunk was trained after a clean past. In use the past is the model's own. Three networks:
-  generator     the student, causal
-  real_score    the frozen camera model: which way a noised rollout should move to look like data
-  fake_score    the same model, kept trained on the generator's rollouts: which way it moves to look like itself
+So far every chunk was trained after a clean past. In use the past is the model's own. Three networks of one kind (what
+is causal is how a network is called: chunk by chunk after a cache, instead of on the whole video):
+  generator     the student
+  real_score    the frozen camera model, guided: where a noised video should move to look like data
+  fake_score    the same model, kept trained on the generator's videos: where it would move to look like those
 
-The generator follows the difference. One update of it:
-  1. roll out a whole video from its own past, without gradient
+The generator moves its videos from the one to the other. One training step, its parts marked in the code:
+  1. roll out a whole video from its own past, without gradient. An exit step is drawn: every chunk stops there, and
+     what is predicted there is the video, and joins the cache
   2. noise the video to a random level, and ask both scores for the clean one
-  3. the gradient by the video is their difference (DMD eq. 7-8):
+  3. their difference is the gradient with respect to the video (arXiv:2311.18828 eq. 7-8):
 
     x = rollout(noise)     x_t = (1 - sigma) x + sigma noise'
     grad = (x0_fake(x_t) - x0_real(x_t)) / mean |x - x0_real(x_t)|          loss = 1/2 || x - sg(x - grad) ||^2
 
-  4. make the last denoising step of each chunk again, with gradient, and hand it its part of that. So truncation is
-     exact: nothing flows into earlier steps or through the cache, and one chunk's activations are held at a time
-  5. then fake_score catches up: --fake-score-updates plain flow-matching steps on new rollouts
+  4. make the last pass of each chunk again, with gradient, and hand it its part of that. So truncation is exact, nothing
+     can flow into earlier passes or through the cache, and memory holds one chunk's activations at a time
+  5. then fake_score catches up: --fake-score-updates plain flow-matching steps on new videos
 
---steps counts generator updates. (The papers count fake_score's: their 200 are 40 of these.)
+--steps counts these. (minWM's 200 updates, for Wan, are fake_score's: 40 of these.)
 
 $ python train_dmd.py
-$ torchrun --nproc_per_node 2 train_dmd.py --batch-size 8 --init ckpt/ode.pt
+$ torchrun --nproc_per_node 2 train_dmd.py --batch-size 8 --init ckpt/cd.pt
 """
 import argparse
 import gc
@@ -50,81 +52,85 @@ from model import (
 )
 
 
-class Exit(NamedTuple):
-    """The step of a chunk that carries gradient: all that it takes to make it again."""
+class LastPass(NamedTuple):
+    """The last pass of a chunk: all that it takes to make it again."""
     frames: slice
     x_t: Tensor  # [b chunk c h w], what it started from
     sigma: Tensor  # [b chunk]
     kv_cache: KVCache  # of the chunks before
 
-
-def predict(generator: nn.Module, batch: Batch, step: Exit) -> Tensor:
-    """The x0 [b chunk c h w] that the generator predicts at this step."""
-    camera = batch.camera.frames(step.frames)
-    v = generator(step.x_t, step.sigma, batch.prompt, camera, kv_cache=step.kv_cache)
-    return velocity_to_x0(v, step.x_t, step.sigma)
+def predict(generator: nn.Module, batch: Batch, last: LastPass) -> Tensor:
+    """The x0 [b chunk c h w] that the generator predicts in this pass."""
+    camera = batch.camera.frames(last.frames)
+    v = generator(last.x_t, last.sigma, batch.prompt, camera, kv_cache=last.kv_cache)
+    return velocity_to_x0(v, last.x_t, last.sigma)
 
 
 @torch.no_grad()
-def self_rollout(generator: nn.Module, batch: Batch, meta: Meta, exit_step: int) -> tuple[Tensor, list[Exit]]:
-    """A video made chunk by chunk after its own past [b f c h w], without gradient, and the last step of each chunk.
+def self_rollout(generator: nn.Module, batch: Batch, meta: Meta, exit_step: int) -> tuple[Tensor, list[LastPass]]:
+    """A video made chunk by chunk after its own past [b f c h w], without gradient, and the last pass of each chunk.
 
-    Every chunk is denoised up to step exit_step, which is shared by all chunks and ranks. The result is the prediction
-    of that step: clean only in the sense in which a few-step model's predictions are, which is what the scores must
-    judge. Given frames are the batch's own.
+    As model.py's rollout with few_step, but each chunk stops at exit_step (0: after one pass), and the video is what is
+    predicted there. Early ones are rough: the scores must see them, too, since few_step noises them again and goes on.
+    All chunks share it, and all ranks, whose collectives must match. Given frames are the batch's own.
     """
     f, chunk = batch.x0.shape[1], meta["chunk"]
     sigmas = noise_levels(meta["sampling_steps"], meta["shift"])
     noise = [batch.noise() for _ in range(exit_step + 1)]  # one for each denoising step
-    noise[0] = add_noise(batch.x0, noise[0], batch.generated)  # noise level 1, on given frames 0
-    kv_cache = prefill(generator, noise[0], batch.prompt, batch.camera)
-    video, exits = [], []
+    start_from = add_noise(batch.x0, noise[0], batch.generated)  # noise at level 1, given frames at level 0
+    kv_cache = prefill(generator, batch.x0, batch.prompt, batch.camera)  # no frames yet: the prompt alone
+    video, passes = [], []
     for start in range(0, f, chunk):
         frames = slice(start, start + chunk)
-        generated, x_t = batch.generated[:, frames], noise[0][:, frames]
+        generated, x_t = batch.generated[:, frames], start_from[:, frames]
         for i in range(exit_step + 1):
-            step = Exit(frames, x_t, sigmas[i] * generated, kv_cache)
-            x0 = predict(generator, batch, step)
+            last = LastPass(frames, x_t, sigmas[i] * generated, kv_cache)
+            x0 = predict(generator, batch, last)
             if i < exit_step:
                 x_t = add_noise(x0, noise[i + 1][:, frames], sigmas[i + 1] * generated)
         video.append(x0)
-        exits.append(step)
+        passes.append(last)
         if frames.stop < f:
             kv_cache = update_cache(generator, x0, batch.prompt, batch.camera.frames(frames), kv_cache)
-    return torch.cat(video, dim=1), exits
+    return torch.cat(video, dim=1), passes
 
 
 def noised(x: Tensor, batch: Batch, meta: Meta) -> tuple[Tensor, Tensor, Tensor]:
-    """A rollout x at a random level between 0.02 and 0.98, one per video -> x_t, noise, sigma [b f]."""
+    """A rollout x at a random level, one per video -> x_t, noise, sigma [b f]."""
+    # clamped after the shift, as in Self Forcing: at the very ends the scores have nothing to say
     sigma = shift_sigma(batch.rand(1), meta["shift"]).clamp(0.02, 0.98) * batch.generated
     noise = batch.noise()
     return add_noise(x, noise, sigma), noise, sigma
 
 
 def dmd_loss(x: Tensor, x0_real: Tensor, x0_fake: Tensor) -> Tensor:
-    """A loss whose gradient by x is (x0_fake - x0_real) / mean |x - x0_real| / x.numel(), the mean per video."""
+    """A loss whose gradient with respect to x is (x0_fake - x0_real) / mean |x - x0_real| / x.numel(), mean per video.
+
+    Its value is the mean square of that difference: it says how far the scores are apart, and need not fall.
+    """
+    # given frames, on which both scores return x itself, add zeros to both means: that cancels
     scale = (x.detach() - x0_real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp_min(1e-8)
     return 0.5 * F.mse_loss(x, x.detach() - (x0_fake - x0_real) / scale)
 
 
 def generator_loss(x: Tensor, real_score: nn.Module, fake_score: nn.Module, batch: Batch, meta: Meta,
                    guidance: float) -> Tensor:
-    """DMD eq. 7-8: move the rollout x [b f c h w] from where fake_score expects it to where real_score does.
+    """Move the rollout x [b f c h w] from where fake_score expects it to where real_score does.
 
-    guidance: of real_score alone. fake_score has only ever seen what the generator makes of a prompt.
+    guidance: of real_score alone. The generator's videos have it in them, and fake_score learns it from those.
     """
     with torch.no_grad():  # the scores only point
-        x_t, _, sigma = noised(x, batch, meta)  # 2
+        x_t, _, sigma = noised(x, batch, meta)  # part 2
         v_fake = fake_score(x_t, sigma, batch.prompt, batch.camera)
         v_cond = real_score(x_t, sigma, batch.prompt, batch.camera)
         v_null = real_score(x_t, sigma, batch.null, batch.camera)
         x0_fake = velocity_to_x0(v_fake, x_t, sigma)
         x0_real = velocity_to_x0(guide(v_cond, v_null, guidance), x_t, sigma)
-    return dmd_loss(x, x0_real, x0_fake)  # 3; on given frames both scores return x itself: no difference
+    return dmd_loss(x, x0_real, x0_fake)  # part 3
 
 
 def fake_score_loss(x: Tensor, fake_score: nn.Module, batch: Batch, meta: Meta) -> Tensor:
-    """Flow matching on a rollout x [b f c h w]. The score is told the level that the noise was mixed at, exactly."""
+    """Flow matching on a rollout x [b f c h w]. (Public code tells the score a neighbouring level, from a table.)"""
     x_t, noise, sigma = noised(x, batch, meta)
     return masked_mse(fake_score(x_t, sigma, batch.prompt, batch.camera), noise - x, batch.generated)
 
@@ -132,9 +138,9 @@ def fake_score_loss(x: Tensor, fake_score: nn.Module, batch: Batch, meta: Meta) 
 RECIPES = {
     "tiny": dict(steps=30, batch_size=16, accum=1, lr=5e-5, fake_score_lr=1e-4, max_grad_norm=1.0, ema_decay=0.95,
                  fake_score_updates=5, guidance=2.0, save_every=10),
-    # minWM: 200 updates of fake_score, 32 videos, lr 2e-6 and 4e-7, betas (0, 0.999), EMA 0.99 from update 200 (ours
-    # has only 40 generator steps to follow, so it forgets faster), guidance "3.0" in a formula that adds one: 4 in
-    # ours. Its cache leaks gradient between chunks; ours is truncated exactly.
+    # minWM: 200 updates of fake_score, 32 videos, lr 2e-6 and 4e-7, betas (0, 0.999), EMA 0.99 from update 200 on (ours
+    # from the start, with 40 generator steps to follow, so it forgets faster), guidance "3.0" in a formula that adds
+    # one: 4 in ours. Its cache leaks gradient between chunks; ours is truncated exactly.
     "wan-1.3b": dict(steps=40, batch_size=1, accum=4, lr=2e-6, fake_score_lr=4e-7, max_grad_norm=10.0, ema_decay=0.8,
                      fake_score_updates=5, guidance=4.0, save_every=5),
 }
@@ -157,7 +163,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--steps", type=positive, help="optimizer steps; of the generator in train_dmd.py")
     p.add_argument("--batch-size", type=positive, help="videos per process and micro-batch")
     p.add_argument("--accum", type=positive, help="micro-batches per optimizer step")
-    p.add_argument("--lr", type=float, help="learning rate of AdamW")
+    p.add_argument("--lr", type=float, help="of AdamW; in train_dmd.py the generator's")
     p.add_argument("--max-grad-norm", type=float, help="gradients longer than this are scaled down to it")
     p.add_argument("--ema-decay", type=float, help="of the averaged weights, which are what --out holds")
     # -- end ---------------------------------------------------------------------------------------------------------
@@ -177,18 +183,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def load_nets(args: argparse.Namespace, data: Latents, device: torch.device) -> tuple[Nets, Meta]:
     """generator, its ema, real_score and fake_score, and what the generator's checkpoint says of itself.
 
+    Of that, training reads chunk, sampling_steps, shift and given_prob (in `tiny` 2, 4, 3.0 and 0.25).
     Raises ValueError when student, scores and data do not belong together.
     """
     weights, source = load_checkpoint(args.init, "ode", "cd", "dmd", preset=args.preset)
     score_weights, scores = load_checkpoint(args.scores, "camera", preset=args.preset)
-    source = check_data(data, source, args.init)
+    source = check_data(data, source, args.init)  # with the size and length of these videos, if it knew none of ours
     check_data(data, scores, args.scores)
     if scores["shift"] != source["shift"]:
         raise ValueError(f"{args.init} and {args.scores} differ in noise schedule: shift {source['shift']} and "
                          f"{scores['shift']}")
     with torch.device("meta"):
         nets = {name: build(args.preset) for name in ("generator", "ema", "real_score", "fake_score")}
-    nets["real_score"].timed_text = scores.get("timed_text", False)  # it stays as it is; the others are ours
+    # HY's released scores were told the noise level with the text, too; what we train is not, see HYDiT
+    nets["real_score"].timed_text = scores.get("timed_text", False)
     shard(nets["generator"], weights, device, train=True)
     shard(nets["ema"], weights, device)
     shard(nets["real_score"], score_weights, device)
@@ -210,11 +218,11 @@ def main(args: argparse.Namespace) -> None:
     # -- end ---------------------------------------------------------------------------------------------------------
 
     nets, source = load_nets(args, data, device)
-    generator, ema, real_score, fake_score = nets.values()
+    generator, ema, real_score, fake_score = (nets[name] for name in ("generator", "ema", "real_score", "fake_score"))
     adamw = dict(betas=(0.0, 0.999), weight_decay=0.01, fused=True)  # no momentum: both chase a moving target
     optimizer = torch.optim.AdamW(generator.parameters(), lr=args.lr, **adamw)
     fake_score_optimizer = torch.optim.AdamW(fake_score.parameters(), lr=args.fake_score_lr, **adamw)
-    nets = {"generator": generator, "ema": ema, "fake_score": fake_score}  # real_score never changes
+    del nets["real_score"]  # from what is saved: it never changes
     optimizers = {"generator": optimizer, "fake_score": fake_score_optimizer}
     meta: Meta = source | {"stage": "dmd", "sampler": "few_step",
                            "from": f"{args.init.name} at step {source['step']}, scores {args.scores.name}"}
@@ -225,18 +233,18 @@ def main(args: argparse.Namespace) -> None:
     bar = tqdm(total=args.steps, initial=step, desc=meta["stage"], disable=rank > 0)
     # -- end ---------------------------------------------------------------------------------------------------------
     while step < args.steps:
-        # the generator first, reading the score that was fitted to it
+        # the generator first, reading the score that was fitted to it (in the first step: the camera model)
         t0, update = time.time(), step * (1 + args.fake_score_updates)
         exit_step = sample_exit_step(args.seed, update, meta["sampling_steps"])
         loss_sum, ids = 0.0, []
         for micro in range(args.accum):
             part, parts = micro * world_size + rank, args.accum * world_size
             batch = get_batch(data, args.seed, update, part, parts, args.batch_size, device, meta["given_prob"])
-            x, exits = self_rollout(generator, batch, meta, exit_step)  # 1
+            x, passes = self_rollout(generator, batch, meta, exit_step)  # part 1
             loss = generator_loss(x.requires_grad_(), real_score, fake_score, batch, meta, args.guidance) / args.accum
             loss.backward()  # as far as x
-            for chunk in exits:  # 4
-                predict(generator, batch, chunk).backward(x.grad[:, chunk.frames])
+            for last in passes:  # part 4
+                predict(generator, batch, last).backward(x.grad[:, last.frames])
             loss_sum, ids = loss_sum + loss.detach(), ids + batch.ids
         grad_norm = nn.utils.clip_grad_norm_(generator.parameters(), args.max_grad_norm).full_tensor()
         metrics = check_finite(step, {"loss": loss_sum, "grad_norm": grad_norm}, ids)
@@ -244,7 +252,7 @@ def main(args: argparse.Namespace) -> None:
         optimizer.zero_grad()
         update_ema(ema, generator, args.ema_decay)
 
-        for _ in range(args.fake_score_updates):  # 5: the score catches up
+        for _ in range(args.fake_score_updates):  # part 5: the score catches up
             update += 1
             exit_step = sample_exit_step(args.seed, update, meta["sampling_steps"])
             loss_sum, ids = 0.0, []
@@ -270,7 +278,7 @@ def main(args: argparse.Namespace) -> None:
             weights = full_state_dict(ema)
             if rank == 0:
                 save_checkpoint(args.out, weights, meta | {"step": step})
-            save_state(folder, step, nets, optimizers)  # after it: a state to resume from implies its checkpoint
+            save_state(folder, step, nets, optimizers)  # second: a state to resume from has its checkpoint
             write_samples(folder / f"sheet-{step:06d}.png", ema, meta, vae, data, args.seed, args.batch_size)
         # -- end -----------------------------------------------------------------------------------------------------
 

@@ -487,7 +487,7 @@ def probes(case, _):
     net = WanDiT(DiTConfig(d, d, 1, 1, 1, 1, freq_dim=case.outputs["wan_sinusoid_fp64"].shape[1]))
     net.time_embedding = nn.Identity()
     net.time_projection = nn.Linear(net.cfg.freq_dim, 6)
-    mine["wan_sinusoid_fp64"] = net.time(level(i["t"])[None])[0][0]
+    mine["wan_sinusoid_fp64"] = net.embed_time(level(i["t"])[None])[0][0]
 
     umt5 = build_umt5({name: torch.zeros(shape) for name, shape in {
         "token_embedding.weight": (8, d), "norm.weight": (d,), "blocks.0.norm1.weight": (d,),
