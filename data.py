@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from model import (
     PRESETS, Camera, HYDiT, HYPrompt, Meta, build_vae, check_same_tensors, fingerprint, invert_se3, load_checkpoint,
-    load_vae, rollout, save_checkpoint, start_process_group,
+    load_vae, point_to, rollout, save_checkpoint, start_process_group,
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -341,6 +341,32 @@ def panels_seen(hits: Hits, least: float) -> Tensor:
     return (rays / 4).amax(1)[:, :N_PANELS] >= least
 
 
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """[b 3 t h w] in [-1, 1] -> dB per video [b]."""
+    return 10 * torch.log10(4 / (a - b).square().mean((1, 2, 3, 4)).clamp_min(1e-10))
+
+
+def explain(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The best-explaining render [b 3 t h w], its looks [b 16], and which panels are large enough to tell [b 16]."""
+    hits = cast(scene.pillars, pixel_cameras(viewmats), K, video.shape[-1])
+    looks = look_errors(video, hits, scene.colours)[:, :N_PANELS].argmin(-1)
+    return paint(hits, scene.colours, looks), looks, panels_seen(hits, 24)
+
+
+def control_margin(video: Tensor, prompts: list[str], viewmats: Tensor, K: Tensor) -> float:
+    """By how many dB the room that explains each video [b 3 t h w] best, seen along its path, beats the same along the
+    path of another: how well the camera is obeyed. A frozen frame, blur and noise score about 0.
+
+    Raises ValueError when a prompt is not of the toy world, of which alone the truth is known.
+    """
+    rooms = [read_prompt(prompt) for prompt in prompts]
+    looks = torch.zeros(len(rooms), N_PANELS, dtype=torch.long)
+    scene = Scene(torch.stack([colours for colours, _ in rooms]), torch.stack([pillars for _, pillars in rooms]), looks)
+    own = psnr(video, explain(video, scene, viewmats, K)[0])
+    other = psnr(video, explain(video, scene, viewmats.roll(1, 0), K)[0])
+    return (own - other).mean().item()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Prompts. What encodes them is frozen, so it is asked once, while latents are made. The toy world has a stand-in for
 # umT5 that needs no download: each word has a fixed random vector, and a token carries its own word and the two before
@@ -450,11 +476,15 @@ def open_latents(folder: str | Path, preset: str | None = None) -> Latents:
         prompts = safe_open(folder / "prompts.safetensors", "pt")
     except SafetensorError as error:
         raise ValueError(f"{folder}: a file is truncated or not safetensors ({error})") from None
+    mark = prompts_mark(json.loads((prompts.metadata() or {}).get("prompts", "[]")))
     starts = [0]
     for file, shard in zip(files, shards, strict=True):
         missing = {"latents", "viewmats", "Ks", "prompt_ids"} - set(shard.keys())
         if missing or "meta" not in (shard.metadata() or {}):
             raise ValueError(f"{file}: not a shard of latents, it holds {sorted(shard.keys())[:5]}")
+        if json.loads(shard.metadata()["meta"]).get("prompts", mark) != mark:
+            raise ValueError(f"{file}: a shard of another folder, its prompts are not those of {folder}; data.py makes "
+                             "one folder of several videos, and of toy worlds by --count")
         starts.append(starts[-1] + shard.get_slice("prompt_ids").get_shape()[0])
     if preset:
         net, dit = PRESETS[preset].net, PRESETS[preset].dit
@@ -575,6 +605,11 @@ def save_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
         raise ValueError(f"{path}: could not be written ({error})") from error
 
 
+def prompts_mark(prompts: list[str]) -> str:
+    """A short name for a table of prompts, which all shards that count in it remember."""
+    return f"{zlib.crc32(json.dumps(prompts).encode()):08x}"
+
+
 def save_prompts(path: Path, rows: list[dict[str, Tensor]], about: dict[str, str]) -> None:
     """The table of encoded prompts, the null prompt's row last."""
     columns = {name: torch.cat([row[name] for row in rows]).half() for name in rows[0]}
@@ -621,11 +656,12 @@ def open_log(out: Path, step: int, steps: int) -> None:
     run's, none that a resumed run will write again. On rank 0."""
     if dist.get_rank() > 0:
         return
-    path = out.with_suffix("") / "metrics.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]  # a killed run or a full disk may have cut the last one
-    path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+    for name in ("metrics.jsonl", "scores.jsonl"):
+        path = out.with_suffix("") / name
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]  # a killed run or a full disk may have cut the last one
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
     print(f"{out}: step {step} of {steps}" + (", nothing left to do" if step >= steps else ""))
 
 
@@ -645,27 +681,76 @@ def from_bytes(video: Tensor) -> Tensor:
     return video.float() / 127.5 - 1
 
 
-def write_sheet(path: Path, videos: list[Tensor], every: int = 4, zoom: int = 3) -> None:
-    """A contact sheet. Each of `videos` [b 3 t h w] gives one strip per sample, every 4th frame; strips of one sample
-    stand below each other, in the order of `videos` (ground truth first, then what was made of it)."""
-    strips = torch.stack([rearrange(video[:, :, ::every], "b c t h w -> b h (t w) c") for video in videos], dim=1)
-    strips = F.pad(strips, (0, 0, 0, 0, 0, 1), value=1.0)  # a white line under each strip
-    sheet = to_bytes(rearrange(strips, "b s h w c -> (b s h) w c").clamp(-1, 1)).cpu().numpy()
+def write_sheet(path: Path, videos: list[Tensor], every: int = 4, most: int = 16) -> None:
+    """A contact sheet. Each of `videos` [b 3 t h w] gives one strip per sample, every 4th frame, or fewer if more than
+    `most` would come of it; strips of one sample stand below each other, in the order of `videos` (ground truth first, then what was made
+    of it). Small pictures are enlarged by whole pixels to about 96, large ones shrunk to 128."""
+    every = every * math.ceil(math.ceil(videos[0].shape[2] / every) / most)
+    height, width = videos[0].shape[3:]
+    strips = []
+    for video in videos:
+        frames = video[:, :, ::every].clamp(-1, 1)
+        if height > 128:
+            size = (frames.shape[2], 128, round(128 * width / height))
+            frames = F.interpolate(frames.float(), size, mode="area")
+        strips.append(rearrange(frames, "b c t h w -> b h (t w) c"))
+    strips = F.pad(torch.stack(strips, dim=1), (0, 0, 0, 0, 0, 1), value=1.0)  # a white line under each strip
+    sheet = to_bytes(rearrange(strips, "b s h w c -> (b s h) w c")).cpu().numpy()
+    zoom = max(1, 96 // height)
     path.parent.mkdir(parents=True, exist_ok=True)
     imageio.imwrite(path, sheet.repeat(zoom, 0).repeat(zoom, 1))
 
 
-def write_samples(path: Path, net: nn.Module, meta: Meta, vae: nn.Module, data: Latents, seed: int, size: int) -> None:
-    """A contact sheet of up to four training videos, and below each what the network makes of its prompt and path.
+def find_vae(data: Latents, vae: Path | None = None) -> Path:
+    """The VAE's file: the one that is named, else where data.py had it, as seen from here or from the latents folder."""
+    made_with = Path(data.meta["vae"])
+    folders = [Path(), *data.folder.absolute().parents]
+    return vae or next((folder / made_with for folder in folders if (folder / made_with).exists()), made_with)
 
-    Every rank must call it, since the network is sharded; rank 0 writes.
+
+@lru_cache(maxsize=1)
+def open_vae(path: Path, device: torch.device, known_as: str) -> nn.Module:
+    return load_vae(path, device, known_as)
+
+
+def write_samples(out: Path, step: int, net: nn.Module, meta: Meta, data: Latents, vae: Path | None, seed: int,
+                  size: int) -> None:
+    """What the network makes of the prompts and paths of up to eight training videos: of the first four a sheet, ground
+    truth above, and in the toy world a line of scores.jsonl. The best of a run so far stays as OUT.best.pt.
+
+    Every rank must call it, since the network is sharded; rank 0 decodes and writes.
     """
-    device = next(vae.parameters()).device
-    batch = get_batch(data, seed, -1, 0, 1, min(4, size), device)
+    device = next(net.parameters()).device
+    batch = get_batch(data, seed, -1, 0, 1, min(8, size), device)
     chunks = rollout(net, meta, batch.rng, batch.x0.shape[1:], batch.prompt, batch.null, batch.camera)
     x0 = torch.cat(list(chunks), dim=1)
-    if dist.get_rank() == 0:
-        write_sheet(path, [vae.decode(batch.x0)[0], vae.decode(x0)[0]])
+    folder, path = out.with_suffix(""), find_vae(data, vae)
+    if dist.get_rank() > 0:
+        return
+    if not path.exists():
+        print(f"{path}: no such file, so no sheets of samples; --vae names it")
+        return
+    decoder = open_vae(path, device, data.meta["vae_fingerprint"])
+    video = torch.cat([decoder.decode(z[None])[0] for z in x0])
+    write_sheet(folder / f"sheet-{step:06d}.png", [decoder.decode(batch.x0[:4])[0], video[:4]])
+    prompts = json.loads((data.prompts.metadata() or {}).get("prompts", "[]"))
+    ids = [int(read_row(data, row)["prompt_ids"]) for row in batch.ids]
+    try:
+        K = batch.camera.Ks[0, 0].cpu()
+        score = control_margin(video.clamp(-1, 1).cpu(), [prompts[i] for i in ids], batch.camera.viewmats.cpu(), K)
+    except (ValueError, IndexError):
+        return  # videos of which nobody knows the truth
+    scores = read_scores(folder / "scores.jsonl")
+    write_log(folder / "scores.jsonl", {"step": step, "control_margin": score})
+    if score >= max(scores.values(), default=score):
+        point_to(out.with_suffix(".best.pt"), folder / f"step-{step:06d}.pt")
+    best = max(scores | {step: score}, key=(scores | {step: score}).get)
+    print(f"{out}: step {step} obeys its camera by {score:.2f} dB; best so far is step {best}")
+
+
+def read_scores(path: Path) -> dict[int, float]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {row["step"]: row["control_margin"] for row in map(json.loads, lines)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -742,7 +827,8 @@ def make_toy(args: argparse.Namespace) -> None:
     for old in [args.out / "prompts.safetensors", *args.out.glob("latents-*.safetensors")]:
         old.unlink(missing_ok=True)  # the prompts first and written last: without them the folder does not open
     meta = {"preset": args.preset, "K": list(K_SQUARE), "size": args.size, "fps": FPS, "frames": args.frames,
-            "vae": str(args.vae), "vae_fingerprint": about_vae["fingerprint"], "prompt_length": encoder.length}
+            "vae": str(args.vae), "vae_fingerprint": about_vae["fingerprint"], "prompt_length": encoder.length,
+            "prompts": prompts_mark(prompts)}
     if encoder.encode_image:
         meta["image_share"] = args.image_share
     with_image = torch.rand(args.count, 1, 1, generator=torch.Generator().manual_seed(args.seed)) < args.image_share
@@ -2244,7 +2330,7 @@ def inspect(folder: Path) -> None:
     """Contact sheets of up to 24 rows, evenly spaced, beside the shards: a path from above, then every fourth frame."""
     data = open_latents(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae = load_vae(Path(data.meta["vae"]), device, data.meta["vae_fingerprint"])
+    vae = load_vae(find_vae(data), device, data.meta["vae_fingerprint"])
     prompts = json.loads(data.prompts.metadata()["prompts"])
     total = data.starts[-1]
     print(f"{folder}: {total} rows, {data.meta}")
@@ -2257,7 +2343,7 @@ def inspect(folder: Path) -> None:
             _, angle = camera_steps(row["viewmats"])
             print(f"row {n}: {pose_string(row['viewmats'])} | step {median_step(row['viewmats']):.3g} units, turn "
                   f"{math.degrees(angle.max()):.3g} degrees at most | {prompts[int(row['prompt_ids'])]}")
-        write_sheet(folder / f"inspect-{first // 8}.png", [torch.stack(strips)], every=1, zoom=1)
+        write_sheet(folder / f"inspect-{first // 8}.png", [torch.stack(strips)], every=1, most=64)
     print(f"{folder}/inspect-*.png: {len(shown)} of {total} rows")
 
 

@@ -37,9 +37,9 @@ from data import (
     set_recipe, write_log, write_samples,
 )
 from model import (
-    Meta, add_noise, build, check_finite, euler, full_state_dict, load_checkpoint, load_state, load_vae, masked_mse,
-    noise_levels, prefill, save_checkpoint, save_state, shard, start_process_group, update_cache, update_ema,
-    velocity_to_x0,
+    Meta, add_noise, batch_part, build, check_finite, describe_run, euler, full_state_dict, load_checkpoint, load_state,
+    lock_folder, masked_mse, noise_levels, origin, prefill, save_average, save_state, sequence_rank, shard,
+    start_process_group, stopping, update_cache, update_ema, velocity_to_x0,
 )
 
 
@@ -119,7 +119,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # -- last flags (same in every stage) ----------------------------------------------------------------------------
     p.add_argument("--seed", type=int, default=0, help="of the order of videos and of all noise")
     p.add_argument("--log-every", type=positive, default=10, help="steps from one line of metrics.jsonl to the next")
-    p.add_argument("--save-every", type=positive, default=500, help="steps from one checkpoint and state to the next")
+    p.add_argument("--save-every", type=positive, default=500, help="steps from one checkpoint and sheet to the next")
+    p.add_argument("--state-every", type=positive, default=500, help="steps from one state to resume from to the next")
+    p.add_argument("--keep", type=positive, default=5, help="checkpoints of earlier saves that stay beside --out")
+    p.add_argument("--vae", type=Path, help="for the sheets; default: what made the latents")
+    p.add_argument("--sp", type=positive, default=1, help="processes that share a video, each some of its tokens")
     set_recipe(p, RECIPES, argv)
     # -- end ---------------------------------------------------------------------------------------------------------
     args = p.parse_args(argv)
@@ -132,45 +136,44 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def pair_terms(args: argparse.Namespace, meta: Meta) -> dict:
     """What pairs depend on and training on them must agree with. meta: the teacher's."""
     sigmas = noise_levels(args.teacher_steps, meta["shift"])[:: args.teacher_steps // args.sampling_steps]
-    return {"levels": sigmas, "teacher": f"{args.init.name} at step {meta['step']}",
-            "teacher_steps": args.teacher_steps, "guidance": meta["guidance"], "chunk": meta["chunk"],
-            "given_prob": meta["given_prob"]}
+    return {"levels": sigmas, "teacher": origin(args.init, meta), "teacher_steps": args.teacher_steps,
+            "guidance": meta["guidance"], "chunk": meta["chunk"], "given_prob": meta["given_prob"]}
 
 
 def generate(args: argparse.Namespace, teacher: nn.Module, data: Latents, meta: Meta, device: torch.device) -> None:
     """Write --pairs-count videos' states as a latents folder of its own. Shards that exist are not made again."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, (part, parts) = dist.get_rank(), batch_part(0, 1)
     args.pairs.mkdir(parents=True, exist_ok=True)
-    about = json.dumps(data.meta | pair_terms(args, meta) | {"seed": args.seed, "batch": [args.batch_size, world_size]})
+    about = json.dumps(data.meta | pair_terms(args, meta) | {"seed": args.seed, "batch": [args.batch_size, parts]})
     for path in sorted(args.pairs.glob("latents-*.safetensors")):
         with safe_open(path, "pt") as file:
             if file.metadata()["meta"] != about:
                 raise ValueError(f"{path}: made by another teacher or other settings; remove {args.pairs} first")
     sigmas = noise_levels(args.teacher_steps, meta["shift"])
-    for i in tqdm(range(math.ceil(args.pairs_count / (args.batch_size * world_size))), "pairs", disable=rank > 0):
-        path = args.pairs / f"latents-{i:06d}-{rank:03d}.safetensors"
+    for i in tqdm(range(math.ceil(args.pairs_count / (args.batch_size * parts))), "pairs", disable=rank > 0):
+        path = args.pairs / f"latents-{i:06d}-{part:03d}.safetensors"
         done = torch.tensor(float(path.exists()), device=device)
         dist.all_reduce(done, op=dist.ReduceOp.MIN)  # the teacher is sharded: its ranks skip together or not at all
         if done:
             continue
-        batch = get_batch(data, args.seed, i, rank, world_size, args.batch_size, device, meta["given_prob"])
+        batch = get_batch(data, args.seed, i, part, parts, args.batch_size, device, meta["given_prob"])
         states = integrate(teacher, batch, sigmas, meta, keep=args.sampling_steps)
         if not states.isfinite().all():
             raise ValueError(f"{path}: the teacher's states of rows {batch.ids} are not finite; not written")
         rows = [read_row(data, row) for row in batch.ids]  # as they are, and beside them what was made here
         tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         tensors |= {"states": states.half(), "generated": batch.generated}
-        save_shard(path, tensors, {"meta": about})
+        if sequence_rank()[0] == 0:  # the ranks that share a video have all made it
+            save_shard(path, tensors, {"meta": about})
     if rank == 0:
         shutil.copy(data.folder / "prompts.safetensors", args.pairs)
 
 
 def main(args: argparse.Namespace) -> None:
     # -- setup (same in every stage) ---------------------------------------------------------------------------------
-    rank, world_size, device = start_process_group()
+    rank, _, device = start_process_group(args.sp)
     data = open_latents(args.data, args.preset)
-    vae = load_vae(Path(data.meta["vae"]), device, data.meta["vae_fingerprint"])
-    folder = args.out.with_suffix("")  # beside the checkpoint: state to resume from, metrics, sheets of samples
+    folder = lock_folder(args.out)  # beside the checkpoint: earlier ones, states to resume from, metrics, sheets
     # -- end ---------------------------------------------------------------------------------------------------------
 
     weights, source = load_checkpoint(args.init, "ar", preset=args.preset)
@@ -189,10 +192,11 @@ def main(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=args.betas, weight_decay=0.01, fused=True)
     nets, optimizers = {"net": net, "ema": ema}, {"net": optimizer}
     meta: Meta = source | {"stage": "ode", "sampler": "few_step", "sampling_steps": args.sampling_steps,
-                           "guidance": 1.0, "from": f"{args.init.name} at step {source['step']}"}
+                           "guidance": 1.0, "from": origin(args.init, source)}
+    run = describe_run(args, init=source)
 
     # -- start (same in every stage) ---------------------------------------------------------------------------------
-    step = load_state(folder, nets, optimizers) if args.resume else 0
+    step = load_state(folder, nets, optimizers, run) if args.resume else 0
     open_log(args.out, step, args.steps)
     bar = tqdm(total=args.steps, initial=step, desc=meta["stage"], disable=rank > 0)
     # -- end ---------------------------------------------------------------------------------------------------------
@@ -200,7 +204,7 @@ def main(args: argparse.Namespace) -> None:
         t0, loss_sum, ids = time.time(), 0.0, []
         optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
         for micro in range(args.accum):
-            part, parts = micro * world_size + rank, args.accum * world_size
+            part, parts = batch_part(micro, args.accum)
             batch = get_batch(data, args.seed, step, part, parts, args.batch_size, device)
             loss = ode_loss(net, batch, terms["levels"], meta) / args.accum
             loss.backward()
@@ -217,12 +221,16 @@ def main(args: argparse.Namespace) -> None:
         bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
         if step % args.log_every == 0 and rank == 0:
             write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
-        if step % args.save_every == 0 or step == args.steps:
+        ends = step == args.steps or stopping()
+        if step % args.save_every == 0 or ends:
             weights = full_state_dict(ema)
             if rank == 0:
-                save_checkpoint(args.out, weights, meta | {"step": step})
-            save_state(folder, step, nets, optimizers)  # second: a state to resume from has its checkpoint
-            write_samples(folder / f"sheet-{step:06d}.png", ema, meta, vae, data, args.seed, args.batch_size)
+                save_average(args.out, step, weights, meta, args.keep)
+            write_samples(args.out, step, ema, meta, data, args.vae, args.seed, args.batch_size)
+        if step % args.state_every == 0 or ends:
+            save_state(folder, step, nets, optimizers, run)  # last: a state to resume from has its checkpoint
+        if stopping():
+            break
         # -- end -----------------------------------------------------------------------------------------------------
 
 

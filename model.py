@@ -723,7 +723,7 @@ Meta = TypedDict("Meta", {  # what a checkpoint says of itself: all that it take
     "stage": str,  # base, camera, ar, ode, cd or dmd; or vae
     "preset": str,  # of PRESETS: backbone and size
     "step": int,  # optimizer steps it was trained for in its stage
-    "from": str | None,  # what it was trained from, "ar.pt at step 1000"; None: nothing of ours
+    "from": str | None,  # what it was trained from, "ar.pt at step 1000, 1f3a9c05"; None: nothing of ours
     # the videos it knows
     "size": list[int],  # pixels, height and width
     "fps": float,  # pixel frames a second
@@ -886,7 +886,7 @@ def save_checkpoint(path: Path, weights: dict[str, Tensor], meta: Meta) -> None:
 
 
 def point_to(name: Path, target: Path) -> None:
-    """Let `name` be the same file as `target`: a hard link, or a copy where there are none. At no time is it missing."""
+    """Let `name` be the same file as `target`: a hard link, or where there are none a copy. It is never missing."""
     temporary = name.with_name(name.name + ".tmp")
     try:
         temporary.unlink(missing_ok=True)
@@ -907,7 +907,8 @@ def save_average(out: Path, step: int, weights: dict[str, Tensor], meta: Meta, k
     The newest `keep` stay, so that a stage that went too far can be rewound.
     """
     path = out.with_suffix("") / f"step-{step:06d}.pt"
-    save_checkpoint(path, weights, meta | {"step": step})
+    about = {name: value for name, value in meta.items() if name != "fingerprint"}  # that of what it was made from
+    save_checkpoint(path, weights, about | {"step": step})
     point_to(out, path)
     for old in sorted(path.parent.glob("step-*.pt"), key=lambda file: file.stat().st_mtime)[:-keep]:
         old.unlink()
@@ -929,6 +930,11 @@ def check_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], ow
     if wrong:
         raise ValueError(f"{len(wrong)} of its tensors are not those of {owner}, first {wrong[0]}: "
                          f"expected shape {expected.get(wrong[0], 'none')}, found {found.get(wrong[0], 'none')}")
+
+
+def origin(path: Path, meta: Meta) -> str:
+    """What is said of a checkpoint in those that are made from it: its name, and which of that name it was."""
+    return f"{path.name} at step {meta['step']}, {meta['fingerprint']}"
 
 
 MAKERS = {  # stage: the command that makes its checkpoint
@@ -1048,16 +1054,22 @@ def read_json(path: Path) -> dict:
     return found
 
 
-def lock_folder(out: Path) -> Any:
-    """Keep other runs from writing `out`, as long as the result lives. Raises ValueError if another has it."""
-    if dist.get_rank() > 0:
-        return None
-    import fcntl  # of Unix
+LOCK: Any = None  # the open file that keeps this process's folder
+
+
+def lock_folder(out: Path) -> Path:
+    """The folder of a run, beside `out`: ckpt/ar for ckpt/ar.pt. It is this process's alone until it ends, however that
+    may be. Raises ValueError when another run has it."""
+    global LOCK
     folder = out.with_suffix("")
+    if dist.get_rank() > 0:
+        return folder
+    import fcntl  # of Unix
+    LOCK = None
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "lock", "a+")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.seek(0)
         raise ValueError(f"{folder}: another run is writing here (process {lock.read().strip()}); wait for it, or "
@@ -1065,10 +1077,11 @@ def lock_folder(out: Path) -> Any:
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
-    return lock
+    LOCK = lock
+    return folder
 
 
-# A resumed run must be the run that was saved. These flags, and the weights it started from, are what makes it that run;
+# A resumed run must be the run that was saved. These flags and the weights it started from are what makes it that run;
 # all others may change, and are named when they do.
 LASTING = ("preset", "no_camera", "seed", "shift", "chunk", "given_prob", "teacher_steps", "sampling_steps")
 

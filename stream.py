@@ -26,9 +26,8 @@ from tqdm import tqdm
 
 from data import (
     GRAMMAR, LOOKS, N_PANELS, NAMED, PALETTE, SURFACE_OF_PANEL, VIDEOS, CameraPath, Encoder, HelpFormatter, Scene, cast,
-    collate_prompts, from_bytes, intrinsics, load_encoder, look_errors, mix, paint, panels_seen, parse_trajectory,
-    pixel_cameras, pressed, read_camera, read_prompt, render, resize_and_crop, rotation, sample_toy, to_bytes,
-    write_sheet,
+    collate_prompts, explain, from_bytes, intrinsics, load_encoder, look_errors, mix, paint, parse_trajectory, pressed,
+    psnr, read_camera, read_prompt, render, resize_and_crop, rotation, sample_toy, to_bytes, write_sheet,
 )
 from model import Camera, Meta, Prompt, invert_se3, load_net, load_vae, rollout, timed, use_released_cache
 
@@ -197,18 +196,6 @@ def write_video(path: Path, video: Tensor, fps: float, keys: list[set[str]] | No
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Measuring. Geometry, colours and path are known; the looks of the panels are read off the video, and the room they
 # make is rendered along the path: the one that explains the video best. Everything is a comparison with that render.
-
-
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """[b 3 t h w] in [-1, 1] -> dB per video [b]."""
-    return 10 * torch.log10(4 / (a - b).square().mean((1, 2, 3, 4)).clamp_min(1e-10))
-
-
-def explain(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The best-explaining render [b 3 t h w], its looks [b 16], and which panels are large enough to tell [b 16]."""
-    hits = cast(scene.pillars, pixel_cameras(viewmats), K, video.shape[-1])
-    looks = look_errors(video, hits, scene.colours)[:, :N_PANELS].argmin(-1)
-    return paint(hits, scene.colours, looks), looks, panels_seen(hits, 24)
 
 
 def named_colours(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> Tensor:

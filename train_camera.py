@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 from data import Batch, HelpFormatter, get_batch, open_latents, open_log, positive, set_recipe, write_log, write_samples
 from model import (
-    Meta, add_noise, build, check_finite, fresh_weights, full_state_dict, load_checkpoint, load_state, load_vae,
-    masked_mse, save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema, where_prompt,
-    with_camera,
+    Meta, add_noise, batch_part, build, check_finite, describe_run, fresh_weights, full_state_dict, load_checkpoint,
+    load_state, lock_folder, masked_mse, origin, save_average, save_state, shard, shift_sigma, start_process_group,
+    stopping, update_ema, where_prompt, with_camera,
 )
 
 
@@ -89,7 +89,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # -- last flags (same in every stage) ----------------------------------------------------------------------------
     p.add_argument("--seed", type=int, default=0, help="of the order of videos and of all noise")
     p.add_argument("--log-every", type=positive, default=10, help="steps from one line of metrics.jsonl to the next")
-    p.add_argument("--save-every", type=positive, default=500, help="steps from one checkpoint and state to the next")
+    p.add_argument("--save-every", type=positive, default=500, help="steps from one checkpoint and sheet to the next")
+    p.add_argument("--state-every", type=positive, default=500, help="steps from one state to resume from to the next")
+    p.add_argument("--keep", type=positive, default=5, help="checkpoints of earlier saves that stay beside --out")
+    p.add_argument("--vae", type=Path, help="for the sheets; default: what made the latents")
+    p.add_argument("--sp", type=positive, default=1, help="processes that share a video, each some of its tokens")
     set_recipe(p, RECIPES, argv)
     # -- end ---------------------------------------------------------------------------------------------------------
     args = p.parse_args(argv)
@@ -99,10 +103,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     # -- setup (same in every stage) ---------------------------------------------------------------------------------
-    rank, world_size, device = start_process_group()
+    rank, _, device = start_process_group(args.sp)
     data = open_latents(args.data, args.preset)
-    vae = load_vae(Path(data.meta["vae"]), device, data.meta["vae_fingerprint"])
-    folder = args.out.with_suffix("")  # beside the checkpoint: state to resume from, metrics, sheets of samples
+    folder = lock_folder(args.out)  # beside the checkpoint: earlier ones, states to resume from, metrics, sheets
     # -- end ---------------------------------------------------------------------------------------------------------
 
     if args.no_camera:
@@ -121,10 +124,11 @@ def main(args: argparse.Namespace) -> None:
     meta |= {"stage": "base" if args.no_camera else "camera", "preset": args.preset, "camera": not args.no_camera,
              "given_prob": 0.0 if args.no_camera else args.given_prob, "chunk": 0, "shift": args.shift,
              "sampler": "euler", "sampling_steps": args.sampling_steps, "guidance": args.guidance,
-             "from": f"{args.init.name} at step {source['step']}" if source else None}
+             "from": origin(args.init, source) if source else None}
+    run = describe_run(args, init=source)
 
     # -- start (same in every stage) ---------------------------------------------------------------------------------
-    step = load_state(folder, nets, optimizers) if args.resume else 0
+    step = load_state(folder, nets, optimizers, run) if args.resume else 0
     open_log(args.out, step, args.steps)
     bar = tqdm(total=args.steps, initial=step, desc=meta["stage"], disable=rank > 0)
     # -- end ---------------------------------------------------------------------------------------------------------
@@ -132,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
         t0, loss_sum, ids = time.time(), 0.0, []
         optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
         for micro in range(args.accum):
-            part, parts = micro * world_size + rank, args.accum * world_size
+            part, parts = batch_part(micro, args.accum)
             batch = get_batch(data, args.seed, step, part, parts, args.batch_size, device, meta["given_prob"])
             loss = flow_matching_loss(net, batch, meta, args.null_prob) / args.accum
             loss.backward()
@@ -149,12 +153,16 @@ def main(args: argparse.Namespace) -> None:
         bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
         if step % args.log_every == 0 and rank == 0:
             write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
-        if step % args.save_every == 0 or step == args.steps:
+        ends = step == args.steps or stopping()
+        if step % args.save_every == 0 or ends:
             weights = full_state_dict(ema)
             if rank == 0:
-                save_checkpoint(args.out, weights, meta | {"step": step})
-            save_state(folder, step, nets, optimizers)  # second: a state to resume from has its checkpoint
-            write_samples(folder / f"sheet-{step:06d}.png", ema, meta, vae, data, args.seed, args.batch_size)
+                save_average(args.out, step, weights, meta, args.keep)
+            write_samples(args.out, step, ema, meta, data, args.vae, args.seed, args.batch_size)
+        if step % args.state_every == 0 or ends:
+            save_state(folder, step, nets, optimizers, run)  # last: a state to resume from has its checkpoint
+        if stopping():
+            break
         # -- end -----------------------------------------------------------------------------------------------------
 
 

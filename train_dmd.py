@@ -19,8 +19,8 @@ The generator moves its videos from the one to the other. One training step, its
     x = rollout(noise)     x_t = (1 - sigma) x + sigma noise'
     grad = (x0_fake(x_t) - x0_real(x_t)) / mean |x - x0_real(x_t)|          loss = 1/2 || x - sg(x - grad) ||^2
 
-  4. make the last pass of each chunk again, with gradient, and hand it its part of that. So truncation is exact, nothing
-     can flow into earlier passes or through the cache, and memory holds one chunk's activations at a time
+  4. make the last pass of each chunk again, with gradient, and hand it its part of that. So truncation is exact:
+     nothing flows into earlier passes or through the cache. And memory holds one chunk's activations at a time
   5. then fake_score catches up: --fake-score-updates plain flow-matching steps on new videos
 
 --steps counts these. (minWM's 200 updates, for Wan, are fake_score's: 40 of these.)
@@ -46,9 +46,9 @@ from data import (
     write_samples,
 )
 from model import (
-    KVCache, Meta, Nets, add_noise, build, check_finite, full_state_dict, guide, load_checkpoint, load_state, load_vae,
-    masked_mse, noise_levels, prefill, save_checkpoint, save_state, shard, shift_sigma, start_process_group,
-    update_cache, update_ema, velocity_to_x0,
+    KVCache, Meta, Nets, add_noise, batch_part, build, check_finite, describe_run, full_state_dict, guide,
+    load_checkpoint, load_state, lock_folder, masked_mse, noise_levels, origin, prefill, save_average, save_state,
+    shard, shift_sigma, start_process_group, stopping, update_cache, update_ema, velocity_to_x0,
 )
 
 
@@ -58,6 +58,7 @@ class LastPass(NamedTuple):
     x_t: Tensor  # [b chunk c h w], what it started from
     sigma: Tensor  # [b chunk]
     kv_cache: KVCache  # of the chunks before
+
 
 def predict(generator: nn.Module, batch: Batch, last: LastPass) -> Tensor:
     """The x0 [b chunk c h w] that the generator predicts in this pass."""
@@ -137,12 +138,12 @@ def fake_score_loss(x: Tensor, fake_score: nn.Module, batch: Batch, meta: Meta) 
 
 RECIPES = {
     "tiny": dict(steps=30, batch_size=16, accum=1, lr=5e-5, fake_score_lr=1e-4, max_grad_norm=1.0, ema_decay=0.95,
-                 fake_score_updates=5, guidance=2.0, save_every=10),
+                 fake_score_updates=5, guidance=2.0, save_every=10, state_every=10),
     # minWM: 200 updates of fake_score, 32 videos, lr 2e-6 and 4e-7, betas (0, 0.999), EMA 0.99 from update 200 on (ours
     # from the start, with 40 generator steps to follow, so it forgets faster), guidance "3.0" in a formula that adds
     # one: 4 in ours. Its cache leaks gradient between chunks; ours is truncated exactly.
     "wan-1.3b": dict(steps=40, batch_size=1, accum=4, lr=2e-6, fake_score_lr=4e-7, max_grad_norm=10.0, ema_decay=0.8,
-                     fake_score_updates=5, guidance=4.0, save_every=5),
+                     fake_score_updates=5, guidance=4.0, save_every=5, state_every=10),
 }
 RECIPES["wan-14b"] = RECIPES["wan-1.3b"]
 RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(lr=1e-4, fake_score_lr=2e-4)
@@ -174,16 +175,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # -- last flags (same in every stage) ----------------------------------------------------------------------------
     p.add_argument("--seed", type=int, default=0, help="of the order of videos and of all noise")
     p.add_argument("--log-every", type=positive, default=10, help="steps from one line of metrics.jsonl to the next")
-    p.add_argument("--save-every", type=positive, default=500, help="steps from one checkpoint and state to the next")
+    p.add_argument("--save-every", type=positive, default=500, help="steps from one checkpoint and sheet to the next")
+    p.add_argument("--state-every", type=positive, default=500, help="steps from one state to resume from to the next")
+    p.add_argument("--keep", type=positive, default=5, help="checkpoints of earlier saves that stay beside --out")
+    p.add_argument("--vae", type=Path, help="for the sheets; default: what made the latents")
+    p.add_argument("--sp", type=positive, default=1, help="processes that share a video, each some of its tokens")
     set_recipe(p, RECIPES, argv)
     # -- end ---------------------------------------------------------------------------------------------------------
     return p.parse_args(argv)
 
 
-def load_nets(args: argparse.Namespace, data: Latents, device: torch.device) -> tuple[Nets, Meta]:
-    """generator, its ema, real_score and fake_score, and what the generator's checkpoint says of itself.
+def load_nets(args: argparse.Namespace, data: Latents, device: torch.device) -> tuple[Nets, Meta, Meta]:
+    """generator, its ema, real_score and fake_score; what the student's and the scores' checkpoints say of themselves.
 
-    Of that, training reads chunk, sampling_steps, shift and given_prob (in `tiny` 2, 4, 3.0 and 0.25).
+    Of the student's, training reads chunk, sampling_steps, shift and given_prob (in `tiny` 2, 4, 3.0 and 0.25).
     Raises ValueError when student, scores and data do not belong together.
     """
     weights, source = load_checkpoint(args.init, "ode", "cd", "dmd", preset=args.preset)
@@ -201,7 +206,7 @@ def load_nets(args: argparse.Namespace, data: Latents, device: torch.device) -> 
     shard(nets["ema"], weights, device)
     shard(nets["real_score"], score_weights, device)
     shard(nets["fake_score"], score_weights, device, train=True)
-    return nets, source
+    return nets, source, scores
 
 
 def sample_exit_step(seed: int, update: int, steps: int) -> int:
@@ -211,13 +216,12 @@ def sample_exit_step(seed: int, update: int, steps: int) -> int:
 
 def main(args: argparse.Namespace) -> None:
     # -- setup (same in every stage) ---------------------------------------------------------------------------------
-    rank, world_size, device = start_process_group()
+    rank, _, device = start_process_group(args.sp)
     data = open_latents(args.data, args.preset)
-    vae = load_vae(Path(data.meta["vae"]), device, data.meta["vae_fingerprint"])
-    folder = args.out.with_suffix("")  # beside the checkpoint: state to resume from, metrics, sheets of samples
+    folder = lock_folder(args.out)  # beside the checkpoint: earlier ones, states to resume from, metrics, sheets
     # -- end ---------------------------------------------------------------------------------------------------------
 
-    nets, source = load_nets(args, data, device)
+    nets, source, scores = load_nets(args, data, device)
     generator, ema, real_score, fake_score = (nets[name] for name in ("generator", "ema", "real_score", "fake_score"))
     adamw = dict(betas=(0.0, 0.999), weight_decay=0.01, fused=True)  # no momentum: both chase a moving target
     optimizer = torch.optim.AdamW(generator.parameters(), lr=args.lr, **adamw)
@@ -225,10 +229,11 @@ def main(args: argparse.Namespace) -> None:
     del nets["real_score"]  # from what is saved: it never changes
     optimizers = {"generator": optimizer, "fake_score": fake_score_optimizer}
     meta: Meta = source | {"stage": "dmd", "sampler": "few_step",
-                           "from": f"{args.init.name} at step {source['step']}, scores {args.scores.name}"}
+                           "from": f"{origin(args.init, source)}; scores {origin(args.scores, scores)}"}
+    run = describe_run(args, init=source, scores=scores)
 
     # -- start (same in every stage) ---------------------------------------------------------------------------------
-    step = load_state(folder, nets, optimizers) if args.resume else 0
+    step = load_state(folder, nets, optimizers, run) if args.resume else 0
     open_log(args.out, step, args.steps)
     bar = tqdm(total=args.steps, initial=step, desc=meta["stage"], disable=rank > 0)
     # -- end ---------------------------------------------------------------------------------------------------------
@@ -238,7 +243,7 @@ def main(args: argparse.Namespace) -> None:
         exit_step = sample_exit_step(args.seed, update, meta["sampling_steps"])
         loss_sum, ids = 0.0, []
         for micro in range(args.accum):
-            part, parts = micro * world_size + rank, args.accum * world_size
+            part, parts = batch_part(micro, args.accum)
             batch = get_batch(data, args.seed, update, part, parts, args.batch_size, device, meta["given_prob"])
             x, passes = self_rollout(generator, batch, meta, exit_step)  # part 1
             loss = generator_loss(x.requires_grad_(), real_score, fake_score, batch, meta, args.guidance) / args.accum
@@ -257,7 +262,7 @@ def main(args: argparse.Namespace) -> None:
             exit_step = sample_exit_step(args.seed, update, meta["sampling_steps"])
             loss_sum, ids = 0.0, []
             for micro in range(args.accum):
-                part, parts = micro * world_size + rank, args.accum * world_size
+                part, parts = batch_part(micro, args.accum)
                 batch = get_batch(data, args.seed, update, part, parts, args.batch_size, device, meta["given_prob"])
                 x, _ = self_rollout(generator, batch, meta, exit_step)
                 loss = fake_score_loss(x, fake_score, batch, meta) / args.accum
@@ -274,12 +279,16 @@ def main(args: argparse.Namespace) -> None:
         bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
         if step % args.log_every == 0 and rank == 0:
             write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
-        if step % args.save_every == 0 or step == args.steps:
+        ends = step == args.steps or stopping()
+        if step % args.save_every == 0 or ends:
             weights = full_state_dict(ema)
             if rank == 0:
-                save_checkpoint(args.out, weights, meta | {"step": step})
-            save_state(folder, step, nets, optimizers)  # second: a state to resume from has its checkpoint
-            write_samples(folder / f"sheet-{step:06d}.png", ema, meta, vae, data, args.seed, args.batch_size)
+                save_average(args.out, step, weights, meta, args.keep)
+            write_samples(args.out, step, ema, meta, data, args.vae, args.seed, args.batch_size)
+        if step % args.state_every == 0 or ends:
+            save_state(folder, step, nets, optimizers, run)  # last: a state to resume from has its checkpoint
+        if stopping():
+            break
         # -- end -----------------------------------------------------------------------------------------------------
 
 
