@@ -557,18 +557,18 @@ def sample_generated(rng: list[torch.Generator], f: int, prob: float) -> Tensor:
     return (torch.arange(f) >= given).float()
 
 
-def get_batch(data: Latents, seed: int, step: int, part: int, parts: int, size: int, device: torch.device,
+def get_batch(data: Latents, seed: int, step: int, part: tuple[int, int], size: int, device: torch.device,
               given_prob: float | None = None) -> Batch:
-    """One of `parts` slices, of `size` videos, of the batch of a step: a pure function, so a run can stop anywhere.
+    """A part, of `size` videos, of the batch of a step: a pure function, so a run can stop anywhere.
 
-    part is rank + world_size * micro-batch. So a step of N ranks and one of N micro-batches are made of the same videos
-    with the same noise. step: train_dmd.py counts every update of either network.
+    part: which, of how many (model.py, batch_part). A step of N ranks and one of N micro-batches are made of the same
+    videos with the same noise. step: train_dmd.py counts every update of either network.
     given_prob: None gives no frames; a folder of ODE pairs says itself which are given.
     Raises ValueError when a latent is not finite.
     """
-    total = data.starts[-1]
+    total, (n, parts) = data.starts[-1], part
     ids, rng = [], []
-    for slot in range(part * size, (part + 1) * size):
+    for slot in range(n * size, (n + 1) * size):
         epoch, position = divmod(step * parts * size + slot, total)
         ids.append(shuffled(total, seed, epoch)[position])
         rng.append(torch.Generator().manual_seed(mix(seed, 2, step, slot)))
@@ -683,8 +683,8 @@ def from_bytes(video: Tensor) -> Tensor:
 
 def write_sheet(path: Path, videos: list[Tensor], every: int = 4, most: int = 16) -> None:
     """A contact sheet. Each of `videos` [b 3 t h w] gives one strip per sample, every 4th frame, or fewer if more than
-    `most` would come of it; strips of one sample stand below each other, in the order of `videos` (ground truth first, then what was made
-    of it). Small pictures are enlarged by whole pixels to about 96, large ones shrunk to 128."""
+    `most` would come of it; strips of one sample stand below each other, in the order of `videos` (ground truth first,
+    then what was made of it). Small pictures are enlarged by whole pixels to about 96, large ones shrunk to 128."""
     every = every * math.ceil(math.ceil(videos[0].shape[2] / every) / most)
     height, width = videos[0].shape[3:]
     strips = []
@@ -702,7 +702,7 @@ def write_sheet(path: Path, videos: list[Tensor], every: int = 4, most: int = 16
 
 
 def find_vae(data: Latents, vae: Path | None = None) -> Path:
-    """The VAE's file: the one that is named, else where data.py had it, as seen from here or from the latents folder."""
+    """The VAE's file: the one named, else the one that data.py used, as seen from here or from the latents folder."""
     made_with = Path(data.meta["vae"])
     folders = [Path(), *data.folder.absolute().parents]
     return vae or next((folder / made_with for folder in folders if (folder / made_with).exists()), made_with)
@@ -721,7 +721,7 @@ def write_samples(out: Path, step: int, net: nn.Module, meta: Meta, data: Latent
     Every rank must call it, since the network is sharded; rank 0 decodes and writes.
     """
     device = next(net.parameters()).device
-    batch = get_batch(data, seed, -1, 0, 1, min(8, size), device)
+    batch = get_batch(data, seed, -1, (0, 1), min(8, size), device)
     chunks = rollout(net, meta, batch.rng, batch.x0.shape[1:], batch.prompt, batch.null, batch.camera)
     x0 = torch.cat(list(chunks), dim=1)
     folder, path = out.with_suffix(""), find_vae(data, vae)

@@ -37,9 +37,9 @@ from data import (
     set_recipe, write_log, write_samples,
 )
 from model import (
-    Meta, add_noise, batch_part, build, check_finite, describe_run, euler, full_state_dict, load_checkpoint, load_state,
-    lock_folder, masked_mse, noise_levels, origin, prefill, save_average, save_state, sequence_rank, shard,
-    start_process_group, stopping, update_cache, update_ema, velocity_to_x0,
+    Meta, add_noise, batch_part, build, check_finite, describe_run, euler, load_checkpoint, load_state, lock_folder,
+    masked_mse, noise_levels, origin, prefill, save_average, save_state, sequence_rank, shard, start_process_group,
+    stopping, update_cache, update_ema, velocity_to_x0,
 )
 
 
@@ -156,7 +156,7 @@ def generate(args: argparse.Namespace, teacher: nn.Module, data: Latents, meta: 
         dist.all_reduce(done, op=dist.ReduceOp.MIN)  # the teacher is sharded: its ranks skip together or not at all
         if done:
             continue
-        batch = get_batch(data, args.seed, i, part, parts, args.batch_size, device, meta["given_prob"])
+        batch = get_batch(data, args.seed, i, (part, parts), args.batch_size, device, meta["given_prob"])
         states = integrate(teacher, batch, sigmas, meta, keep=args.sampling_steps)
         if not states.isfinite().all():
             raise ValueError(f"{path}: the teacher's states of rows {batch.ids} are not finite; not written")
@@ -200,12 +200,12 @@ def main(args: argparse.Namespace) -> None:
     open_log(args.out, step, args.steps)
     bar = tqdm(total=args.steps, initial=step, desc=meta["stage"], disable=rank > 0)
     # -- end ---------------------------------------------------------------------------------------------------------
-    while step < args.steps:
+    while step < args.steps and not stopping():
         t0, loss_sum, ids = time.time(), 0.0, []
         optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
         for micro in range(args.accum):
-            part, parts = batch_part(micro, args.accum)
-            batch = get_batch(data, args.seed, step, part, parts, args.batch_size, device)
+            part = batch_part(micro, args.accum)
+            batch = get_batch(data, args.seed, step, part, args.batch_size, device)
             loss = ode_loss(net, batch, terms["levels"], meta) / args.accum
             loss.backward()
             loss_sum, ids = loss_sum + loss.detach(), ids + batch.ids
@@ -223,14 +223,10 @@ def main(args: argparse.Namespace) -> None:
             write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
         ends = step == args.steps or stopping()
         if step % args.save_every == 0 or ends:
-            weights = full_state_dict(ema)
-            if rank == 0:
-                save_average(args.out, step, weights, meta, args.keep)
+            save_average(args.out, step, ema, meta, args.keep)
             write_samples(args.out, step, ema, meta, data, args.vae, args.seed, args.batch_size)
         if step % args.state_every == 0 or ends:
             save_state(folder, step, nets, optimizers, run)  # last: a state to resume from has its checkpoint
-        if stopping():
-            break
         # -- end -----------------------------------------------------------------------------------------------------
 
 

@@ -901,11 +901,14 @@ def point_to(name: Path, target: Path) -> None:
         raise ValueError(f"{name}: could not be written ({error}); what was there before is untouched") from error
 
 
-def save_average(out: Path, step: int, weights: dict[str, Tensor], meta: Meta, keep: int) -> None:
+def save_average(out: Path, step: int, ema: nn.Module, meta: Meta, keep: int) -> None:
     """Write the averaged weights of this step beside `out`, as out/step-STEP.pt, and let `out` be that file.
 
-    The newest `keep` stay, so that a stage that went too far can be rewound.
+    The newest `keep` stay, so that a stage that went too far can be rewound. Every rank must call it; rank 0 writes.
     """
+    weights = full_state_dict(ema)
+    if dist.get_rank() > 0:
+        return
     path = out.with_suffix("") / f"step-{step:06d}.pt"
     about = {name: value for name, value in meta.items() if name != "fingerprint"}  # that of what it was made from
     save_checkpoint(path, weights, about | {"step": step})

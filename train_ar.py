@@ -29,9 +29,9 @@ from data import (
     Batch, HelpFormatter, check_data, get_batch, open_latents, open_log, positive, set_recipe, write_log, write_samples,
 )
 from model import (
-    Meta, add_noise, batch_part, build, check_finite, describe_run, full_state_dict, load_checkpoint, load_state,
-    lock_folder, masked_mse, origin, save_average, save_state, shard, shift_sigma, start_process_group, stopping,
-    update_ema, where_prompt,
+    Meta, add_noise, batch_part, build, check_finite, describe_run, load_checkpoint, load_state, lock_folder,
+    masked_mse, origin, save_average, save_state, shard, shift_sigma, start_process_group, stopping, update_ema,
+    where_prompt,
 )
 
 
@@ -117,12 +117,12 @@ def main(args: argparse.Namespace) -> None:
     open_log(args.out, step, args.steps)
     bar = tqdm(total=args.steps, initial=step, desc=meta["stage"], disable=rank > 0)
     # -- end ---------------------------------------------------------------------------------------------------------
-    while step < args.steps:
+    while step < args.steps and not stopping():
         t0, loss_sum, ids = time.time(), 0.0, []
         optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
         for micro in range(args.accum):
-            part, parts = batch_part(micro, args.accum)
-            batch = get_batch(data, args.seed, step, part, parts, args.batch_size, device, meta["given_prob"])
+            part = batch_part(micro, args.accum)
+            batch = get_batch(data, args.seed, step, part, args.batch_size, device, meta["given_prob"])
             loss = teacher_forcing_loss(net, batch, meta, args.null_prob) / args.accum
             loss.backward()
             loss_sum, ids = loss_sum + loss.detach(), ids + batch.ids
@@ -140,14 +140,10 @@ def main(args: argparse.Namespace) -> None:
             write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
         ends = step == args.steps or stopping()
         if step % args.save_every == 0 or ends:
-            weights = full_state_dict(ema)
-            if rank == 0:
-                save_average(args.out, step, weights, meta, args.keep)
+            save_average(args.out, step, ema, meta, args.keep)
             write_samples(args.out, step, ema, meta, data, args.vae, args.seed, args.batch_size)
         if step % args.state_every == 0 or ends:
             save_state(folder, step, nets, optimizers, run)  # last: a state to resume from has its checkpoint
-        if stopping():
-            break
         # -- end -----------------------------------------------------------------------------------------------------
 
 

@@ -46,9 +46,9 @@ from data import (
     write_samples,
 )
 from model import (
-    KVCache, Meta, Nets, add_noise, batch_part, build, check_finite, describe_run, full_state_dict, guide,
-    load_checkpoint, load_state, lock_folder, masked_mse, noise_levels, origin, prefill, save_average, save_state,
-    shard, shift_sigma, start_process_group, stopping, update_cache, update_ema, velocity_to_x0,
+    KVCache, Meta, Nets, add_noise, batch_part, build, check_finite, describe_run, guide, load_checkpoint, load_state,
+    lock_folder, masked_mse, noise_levels, origin, prefill, save_average, save_state, shard, shift_sigma,
+    start_process_group, stopping, update_cache, update_ema, velocity_to_x0,
 )
 
 
@@ -237,14 +237,14 @@ def main(args: argparse.Namespace) -> None:
     open_log(args.out, step, args.steps)
     bar = tqdm(total=args.steps, initial=step, desc=meta["stage"], disable=rank > 0)
     # -- end ---------------------------------------------------------------------------------------------------------
-    while step < args.steps:
+    while step < args.steps and not stopping():
         # the generator first, reading the score that was fitted to it (in the first step: the camera model)
         t0, update = time.time(), step * (1 + args.fake_score_updates)
         exit_step = sample_exit_step(args.seed, update, meta["sampling_steps"])
         loss_sum, ids = 0.0, []
         for micro in range(args.accum):
-            part, parts = batch_part(micro, args.accum)
-            batch = get_batch(data, args.seed, update, part, parts, args.batch_size, device, meta["given_prob"])
+            part = batch_part(micro, args.accum)
+            batch = get_batch(data, args.seed, update, part, args.batch_size, device, meta["given_prob"])
             x, passes = self_rollout(generator, batch, meta, exit_step)  # part 1
             loss = generator_loss(x.requires_grad_(), real_score, fake_score, batch, meta, args.guidance) / args.accum
             loss.backward()  # as far as x
@@ -256,14 +256,13 @@ def main(args: argparse.Namespace) -> None:
         optimizer.step()
         optimizer.zero_grad()
         update_ema(ema, generator, args.ema_decay)
-
         for _ in range(args.fake_score_updates):  # part 5: the score catches up
             update += 1
             exit_step = sample_exit_step(args.seed, update, meta["sampling_steps"])
             loss_sum, ids = 0.0, []
             for micro in range(args.accum):
-                part, parts = batch_part(micro, args.accum)
-                batch = get_batch(data, args.seed, update, part, parts, args.batch_size, device, meta["given_prob"])
+                part = batch_part(micro, args.accum)
+                batch = get_batch(data, args.seed, update, part, args.batch_size, device, meta["given_prob"])
                 x, _ = self_rollout(generator, batch, meta, exit_step)
                 loss = fake_score_loss(x, fake_score, batch, meta) / args.accum
                 loss.backward()
@@ -281,14 +280,10 @@ def main(args: argparse.Namespace) -> None:
             write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
         ends = step == args.steps or stopping()
         if step % args.save_every == 0 or ends:
-            weights = full_state_dict(ema)
-            if rank == 0:
-                save_average(args.out, step, weights, meta, args.keep)
+            save_average(args.out, step, ema, meta, args.keep)
             write_samples(args.out, step, ema, meta, data, args.vae, args.seed, args.batch_size)
         if step % args.state_every == 0 or ends:
             save_state(folder, step, nets, optimizers, run)  # last: a state to resume from has its checkpoint
-        if stopping():
-            break
         # -- end -----------------------------------------------------------------------------------------------------
 
 
