@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,7 @@ TOY_PROMPT = ("orange left wall, cyan right wall, blue far wall, green floor, wh
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__ + GRAMMAR, formatter_class=HelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__ + textwrap.fill(GRAMMAR, 100), formatter_class=HelpFormatter)
     p.add_argument("--camera", default="w*3,w+l*4", help="a pose string or a .json file")
     p.add_argument("--ckpt", type=Path, help="default ckpt/dmd.pt if there is one, else the shipped four-step model")
     p.add_argument("--vae", type=Path, help="default what lies beside the checkpoint, else the shipped one")
@@ -59,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--bench", action="store_true", help="print frames/s and time to the first frame, after a warm-up")
     p.add_argument("--score", action="store_true", help="measure on held-out rooms and paths of the toy world")
     p.add_argument("--scenes", type=int, default=64, help="with --score: how many")
-    p.add_argument("--score-seed", type=int, default=1, help="with --score: which")
+    p.add_argument("--score-seed", type=int, default=1, help="with --score: which rooms and paths")
     p.add_argument("--given", type=int, default=0, help="with --score: how many latent frames of the truth are given")
     return p.parse_args(argv)
 
@@ -88,7 +89,8 @@ def stream(player: Player, prompts: list[str], camera: Camera, seeds: list[int],
     seconds: if given, the time spent is added to its "prompt", "denoise", "cache" and "decode".
     """
     net, vae, _, meta = player
-    device, (b, f) = next(net.parameters()).device, camera.viewmats.shape[:2]
+    device = next(net.parameters()).device
+    b, f = camera.viewmats.shape[:2]
     rest = -f % meta["chunk"] if meta["chunk"] else 0
     held = [z[:, -1:].expand(b, rest, *z.shape[2:]) for z in camera]
     camera = Camera(*(torch.cat([z, last], dim=1).to(device) for z, last in zip(camera, held, strict=True)))
@@ -339,7 +341,11 @@ def score(player: Player, args: argparse.Namespace) -> tuple[dict[str, float], l
     vae, meta, group = player.vae, player.meta, 8
     if args.scenes < group or args.scenes % group:
         raise ValueError(f"--scenes {args.scenes}: expected a multiple of {group}, the number of candidate paths")
-    most = meta["frames"] - 1 if meta["given_prob"] else 1 if player.encoder.encode_image else 0
+    most = 0
+    if meta["given_prob"]:
+        most = meta["frames"] - 1
+    elif player.encoder.encode_image:
+        most = 1
     if not 0 <= args.given <= most:
         raise ValueError(f"--given {args.given}: this checkpoint goes on from at most {most} given frames")
     chunk = meta["chunk"] or 2
@@ -389,7 +395,7 @@ def bench(player: Player, prompt: str, camera: Camera) -> dict:
 def check_flags(args: argparse.Namespace) -> None:
     """Raises ValueError for a flag that no checkpoint could make sense of."""
     if args.sampling_steps is not None and args.sampling_steps < 1:
-        raise ValueError(f"--steps {args.sampling_steps}: expected at least 1")
+        raise ValueError(f"--sampling-steps {args.sampling_steps}: expected at least 1")
     if args.guidance is not None and not math.isfinite(args.guidance):
         raise ValueError(f"--guidance {args.guidance}: expected a finite number")
     if args.out.suffix not in (".mp4", ".gif"):
@@ -499,8 +505,8 @@ def main(args: argparse.Namespace) -> None:
         return
 
     for path, prompt in zip(paths, prompts, strict=True):
-        several = args.out.with_name(f"{args.out.stem}-{path.name}{args.out.suffix}")
-        walk(args, player, path, prompt, args.out if len(paths) == 1 else several)
+        out = args.out if len(paths) == 1 else args.out.with_name(f"{args.out.stem}-{path.name}{args.out.suffix}")
+        walk(args, player, path, prompt, out)
 
 
 if __name__ == "__main__":
