@@ -28,12 +28,13 @@ import sys
 import zlib
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 import imageio.v3 as imageio
 import imageio_ffmpeg
@@ -148,7 +149,8 @@ def pressed(viewmats: Tensor) -> list[set[str]]:
         move, turn = step[:3, :3].T @ step[:3, 3], step[:3, 2]  # along the new axes; where the view goes
         amounts = {"d": move[0], "a": -move[0], "dn": move[1], "u": -move[1], "w": move[2], "s": -move[2],
                    "l": turn[0], "j": -turn[0], "i": -turn[1], "k": turn[1]}
-        keys.append({key for key, amount in amounts.items() if amount > (STEP if key in "wasdudn" else TURN) / 3})
+        least = {key: (TURN if key in "jlik" else STEP) / 3 for key in amounts}
+        keys.append({key for key, amount in amounts.items() if amount > least[key]})
     return keys
 
 
@@ -639,9 +641,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def set_recipe(parser: argparse.ArgumentParser, recipes: dict[str, dict], argv: list[str] | None) -> None:
     """Make the numbers of the chosen --preset the parser's defaults, and print those of all presets below its help."""
     # --preset decides what the other defaults are, so it is read first, by a parser that knows nothing else
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--preset", default="tiny")
-    preset = first.parse_known_args(argv)[0].preset
+    only = argparse.ArgumentParser(add_help=False)
+    only.add_argument("--preset", nargs="?", default="tiny")
+    preset = only.parse_known_args(argv)[0].preset
     parser.set_defaults(**recipes.get(preset, {}))
     lines = ["defaults of each preset:", f"  {'':22}" + "".join(f"{name:>14}" for name in recipes)]
     for name in dict.fromkeys(name for recipe in recipes.values() for name in recipe):
@@ -1149,10 +1151,10 @@ def collate_hy_prompts(rows: list[dict[str, Tensor]], null: dict[str, Tensor], v
     has_image = vision.flatten(1).any(1).view(-1, 1, 1, 1, 1)
     given_latents = F.pad(first, (0, 0, 0, 0, 0, 1), value=1.0) * has_image  # a channel more, 1 where they are given
     prompt = HYPrompt(text[:-1], text_mask[:-1], byt5[:-1], byt5_mask[:-1], vision, given_latents)
-    repeated = HYPrompt(
+    null_prompt = HYPrompt(
         text[-1:].expand_as(prompt.text), text_mask[-1:].expand_as(prompt.text_mask),
         byt5[-1:].expand_as(prompt.byt5), byt5_mask[-1:].expand_as(prompt.byt5_mask), vision, given_latents)
-    return prompt, repeated
+    return prompt, null_prompt
 
 
 def load_pretrained(kind: Any, folder: Path | None, dtype: torch.dtype, **source) -> nn.Module:

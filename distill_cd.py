@@ -43,24 +43,24 @@ def consistency_loss(student: nn.Module, ema: nn.Module, teacher: nn.Module, bat
 
     meta: the teacher's.
     """
-    past = dict(clean=batch.x0, chunk=meta["chunk"])
+    forced = dict(clean=batch.x0, chunk=meta["chunk"])
     n = (batch.rand_per_chunk(meta["chunk"]) * (len(sigmas) - 1)).long()  # [b f]
-    grid = torch.tensor(sigmas, device=n.device)
+    grid = torch.tensor(sigmas, dtype=torch.float32, device=n.device)
     sigma_n, sigma_m = grid[n] * batch.generated, grid[n + 1] * batch.generated  # upper and lower end
 
-    x_n = add_noise(batch.x0, batch.noise(), sigma_n)  # 1
+    x_n = add_noise(batch.x0, batch.noise(), sigma_n)  # part 1
     with torch.no_grad():
-        v_cond = teacher(x_n, sigma_n, batch.prompt, batch.camera, **past)
-        v_null = teacher(x_n, sigma_n, batch.null, batch.camera, **past)
+        v_cond = teacher(x_n, sigma_n, batch.prompt, batch.camera, **forced)
+        v_null = teacher(x_n, sigma_n, batch.null, batch.camera, **forced)
         v = guide(v_cond, v_null, meta["guidance"])
-        x_m = x_n + (sigma_m - sigma_n)[..., None, None, None] * v  # 2
-        v_ema = ema(x_m, sigma_m, batch.prompt, batch.camera, **past)
-        target = velocity_to_x0(v_ema, x_m, sigma_m)  # 3: x_m itself where sigma_m is 0
-    v = student(x_n, sigma_n, batch.prompt, batch.camera, **past)
-    return masked_mse(velocity_to_x0(v, x_n, sigma_n), target, batch.generated)  # 4
+        x_m = x_n + (sigma_m - sigma_n)[..., None, None, None] * v  # part 2
+        v_ema = ema(x_m, sigma_m, batch.prompt, batch.camera, **forced)
+        target = velocity_to_x0(v_ema, x_m, sigma_m)  # part 3: x_m itself where sigma_m is 0
+    v = student(x_n, sigma_n, batch.prompt, batch.camera, **forced)
+    return masked_mse(velocity_to_x0(v, x_n, sigma_n), target, batch.generated)  # part 4
 
 
-# minWM trains HY with Muon at lr 1e-5, whose updates are as large as AdamW's at 2e-6, in every stage.
+# minWM's Muon for HY: see train_camera.py.
 RECIPES = {
     "tiny": dict(steps=300, batch_size=16, accum=1, lr=3e-4, warmup=50, betas=(0.9, 0.99), max_grad_norm=1.0,
                  ema_decay=0.95, teacher_steps=48, sampling_steps=4),

@@ -58,10 +58,10 @@ def integrate(teacher: nn.Module, batch: Batch, sigmas: list[float], meta: Meta,
     for start in range(0, f, chunk):
         frames = slice(start, start + chunk)
         camera, generated = batch.camera.frames(frames), batch.generated[:, frames]
-        states = [noise[:, frames]]  # 1
-        for i in range(0, len(sigmas) - 1, stride):  # 2
+        states = [noise[:, frames]]  # part 1
+        for i in range(0, len(sigmas) - 1, stride):  # part 2
             part = sigmas[i : i + stride + 1]
-            states.append(euler(teacher, states[-1:], part, prompts, camera, guidance, kv_caches, generated))
+            states.append(euler(teacher, [states[-1]], part, prompts, camera, guidance, kv_caches, generated))
         chunks.append(torch.stack(states, dim=1))
         if frames.stop < f:  # what joins the past is ground truth
             kv_caches = [update_cache(teacher, batch.x0[:, frames], prompt, camera, kv_cache)
@@ -72,14 +72,15 @@ def integrate(teacher: nn.Module, batch: Batch, sigmas: list[float], meta: Meta,
 def ode_loss(net: nn.Module, batch: Batch, sigmas: list[float], meta: Meta) -> Tensor:
     """|| x0 predicted from a random state of each chunk - where the teacher's ODE ends ||^2. sigmas: of the states."""
     b, f = batch.x0.shape[:2]
-    s = (batch.rand_per_chunk(meta["chunk"]) * (len(sigmas) - 1)).long()  # 3: [b f]; the last state is the end point
+    n = len(sigmas) - 1  # the last state is the end point
+    s = (batch.rand_per_chunk(meta["chunk"]) * n).long()  # part 3: [b f]
     x_s = batch.states[torch.arange(b)[:, None], s, torch.arange(f)]  # [b f c h w]
     sigma_s = torch.tensor(sigmas, dtype=torch.float32, device=s.device)[s] * batch.generated
     v = net(x_s, sigma_s, batch.prompt, batch.camera, clean=batch.x0, chunk=meta["chunk"])
-    return masked_mse(velocity_to_x0(v, x_s, sigma_s), batch.states[:, -1], batch.generated)  # 4
+    return masked_mse(velocity_to_x0(v, x_s, sigma_s), batch.states[:, -1], batch.generated)  # part 4
 
 
-# minWM trains HY with Muon at lr 1e-5, whose updates are as large as AdamW's at 2e-6, in every stage.
+# minWM's Muon for HY: see train_camera.py.
 RECIPES = {
     "tiny": dict(steps=400, batch_size=16, accum=1, lr=3e-4, warmup=50, betas=(0.9, 0.99), max_grad_norm=1.0,
                  ema_decay=0.99, pairs_count=512, teacher_steps=48, sampling_steps=4),
@@ -183,6 +184,8 @@ def main(args: argparse.Namespace) -> None:
             teacher = build(args.preset)
         return generate(args, shard(teacher, weights, device), data, source, device)
     data, terms = open_latents(args.pairs, args.preset), pair_terms(args, source)  # from here on the data are pairs
+    if "generated" not in data.shards[0].keys():
+        raise ValueError(f"{args.pairs}: pairs of an older version of this code; remove them, --generate makes others")
     found = {name: data.meta.get(name) for name in terms}
     if found != terms:
         raise ValueError(f"{args.pairs}: expected pairs with {terms}, found {found}; --generate makes them")

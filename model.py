@@ -9,8 +9,8 @@ The networks, what their output means, and how their weights travel.
     6. Wan VAE          causal 3-D convolutions; encode and decode whole or as a stream
     7. Presets          tiny (trained on a laptop), wan-1.3b, wan-14b
     ---- the course ends here ----
-    8. HY DiT           HunyuanVideo-1.5: video and text as two streams, an image to go on from, actions; its presets
-    9. HY VAE           16 times smaller in space; what was a stride is channels folded out of the grid
+    8. HY DiT           HunyuanVideo-1.5: video and text as two streams, an image to go on from, actions
+    9. HY VAE           16 times smaller in space; what was a stride is channels folded out of the grid; HY's presets
     10. UniPC           the multistep sampler that public Wan is used with
     11. Released files  Wan2.1's, HunyuanVideo-1.5's, HY-WorldPlay's and minWM's, each in their own format
 
@@ -129,7 +129,7 @@ class Camera(NamedTuple):
 def invert_se3(pose: Tensor) -> Tensor:
     """Inverse of rigid transforms [... 4 4] by transposition: R^T, -R^T t."""
     R, t = pose[..., :3, :3].mT, pose[..., :3, 3:]
-    last = pose.new_tensor([0, 0, 0, 1]).expand(*pose.shape[:-2], 1, 4)
+    last = F.pad(torch.zeros_like(t.mT), (0, 1), value=1.0)  # 0 0 0 1, made on the device: nothing waits for the host
     return torch.cat([torch.cat([R, -R @ t], dim=-1), last], dim=-2)
 
 
@@ -746,7 +746,7 @@ Meta = TypedDict("Meta", {  # what a checkpoint says of itself: all that it take
     "mean": list[float],  # of its latents, per channel, and their deviation
     "std": list[float],
 }, total=False)
-OLD_KEYS = {"steps": "sampling_steps", "prefix_prob": "given_prob"}  # in older files: today
+OLD_KEYS = {"steps": "sampling_steps", "prefix_prob": "given_prob"}  # a key's name in older files: its name today
 
 
 def upgrade(meta: dict) -> dict:
@@ -973,6 +973,8 @@ def load_checkpoint(path: Path, *stages: str, preset: str | None = None) -> tupl
         raise ValueError(f"{path}: a {meta['preset']} network, but --preset is {preset}")
     if meta["preset"] not in PRESETS:
         raise ValueError(f"{path}: a network of preset {meta['preset']!r}, known are {', '.join(PRESETS)}")
+    if meta.get("sampler", "euler") not in SAMPLERS:
+        raise ValueError(f"{path}: sampled by {meta['sampler']!r}, known are {', '.join(SAMPLERS)}")
     with torch.device("meta"):
         net = build_vae(meta["preset"]) if stage == "vae" else build(meta["preset"], meta["camera"])
     expected = net.state_dict()
@@ -1157,10 +1159,10 @@ def load_state(folder: Path, nets: Nets, optimizers: Optimizers, run: dict) -> i
     for name, net in nets.items():
         set_model_state_dict(net, state[name])
     for name, optimizer in optimizers.items():
-        flags = [{key: z for key, z in group.items() if key != "params"} for group in optimizer.param_groups]
+        settings = [{key: z for key, z in group.items() if key != "params"} for group in optimizer.param_groups]
         options = StateDictOptions(strict=False)
         set_optimizer_state_dict(nets[name], optimizer, state[f"{name}.optimizer"], options=options)
-        for group, asked in zip(optimizer.param_groups, flags, strict=True):
+        for group, asked in zip(optimizer.param_groups, settings, strict=True):
             group.update(asked)  # learning rate, betas ... are this run's, not those of the run that was saved
     return int(state["step"])
 
@@ -2432,7 +2434,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def main(argv: list[str] | None = None) -> None:
     """python model.py ckpt/ar.pt describes a checkpoint; --half OUT also writes it with its weights rounded to fp16."""
     p = argparse.ArgumentParser(description=main.__doc__)
-    p.add_argument("checkpoint", type=Path)
+    p.add_argument("checkpoint", type=Path, help="file, or released folder")
     p.add_argument("--half", type=Path, metavar="OUT", help="write a copy in half precision, to ship")
     args = p.parse_args(argv)
     weights, meta = load_checkpoint(args.checkpoint)

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ TOY_PROMPT = ("orange left wall, cyan right wall, blue far wall, green floor, wh
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__ + GRAMMAR, formatter_class=HelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__ + textwrap.fill(GRAMMAR, 100), formatter_class=HelpFormatter)
     p.add_argument("--camera", default="w*3,w+l*4", help="a pose string or a .json file")
     p.add_argument("--ckpt", type=Path, help="default ckpt/dmd.pt if there is one, else the shipped four-step model")
     p.add_argument("--vae", type=Path, help="default what lies beside the checkpoint, else the shipped one")
@@ -58,7 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--bench", action="store_true", help="print frames/s and time to the first frame, after a warm-up")
     p.add_argument("--score", action="store_true", help="measure on held-out rooms and paths of the toy world")
     p.add_argument("--scenes", type=int, default=64, help="with --score: how many")
-    p.add_argument("--score-seed", type=int, default=1, help="with --score: which")
+    p.add_argument("--score-seed", type=int, default=1, help="with --score: which rooms and paths")
     p.add_argument("--given", type=int, default=0, help="with --score: how many latent frames of the truth are given")
     return p.parse_args(argv)
 
@@ -87,7 +88,8 @@ def stream(player: Player, prompts: list[str], camera: Camera, seeds: list[int],
     seconds: if given, the time spent is added to its "prompt", "denoise", "cache" and "decode".
     """
     net, vae, _, meta = player
-    device, (b, f) = next(net.parameters()).device, camera.viewmats.shape[:2]
+    device = next(net.parameters()).device
+    b, f = camera.viewmats.shape[:2]
     rest = -f % meta["chunk"] if meta["chunk"] else 0
     held = [z[:, -1:].expand(b, rest, *z.shape[2:]) for z in camera]
     camera = Camera(*(torch.cat([z, last], dim=1).to(device) for z, last in zip(camera, held, strict=True)))
@@ -203,11 +205,13 @@ def named_colours(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> T
 
     Of every fourth frame, those whose poses viewmats [b f 4 4] holds.
     """
-    video, hits = video[:, :, ::4], cast(scene.pillars, viewmats, K, video.shape[-1])
-    errors, b = [], len(video)
+    video = video[:, :, ::4]
+    hits = cast(scene.pillars, viewmats, K, video.shape[-1])
+    b = len(video)
     surface = hits.surface.flatten(1)
-    rays = torch.zeros(b, NAMED + 1).scatter_add_(1, surface, torch.ones(surface.shape))
-    for colour in range(len(PALETTE)):
+    rays = torch.zeros(b, NAMED + 1).scatter_add_(1, surface, torch.ones(surface.shape))  # that meet each surface
+    errors = []
+    for colour in range(len(PALETTE)):  # of each surface, were it of this colour; a panel may have the look it likes
         colours = torch.full((b, NAMED + 1), colour)
         by_panel = look_errors(video, hits, colours)[:, :N_PANELS].min(-1).values
         by_surface = torch.zeros(b, NAMED + 1).index_add_(1, torch.tensor(SURFACE_OF_PANEL), by_panel)
@@ -218,7 +222,7 @@ def named_colours(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> T
         errors.append(by_surface)
     best = torch.stack(errors, dim=-1).argmin(-1)
     right = (best == scene.colours)[:, :NAMED].float()
-    return torch.where(rays[:, :NAMED] / 4 >= 8, right, torch.nan)
+    return torch.where(rays[:, :NAMED] / 4 >= 8, right, torch.nan)  # four rays a pixel; under eight pixels is unseen
 
 
 def read_pose(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,21 +245,26 @@ def read_pose(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple
         return c2w @ delta
 
     start = c2w = invert_se3(viewmats)
-    image, damping = view(c2w), torch.full(c2w.shape[:2], 0.01)
+    image = view(c2w)
+    damping = torch.full(c2w.shape[:2], 0.01)
     for wide in (4.0, 3.0, 2.0, 1.0, 1.0, 0.5):
+        # how the picture changes with each of the five, by central differences
         rise = [view(moved(c2w, wide * axis)) - view(moved(c2w, -wide * axis)) for axis in torch.eye(5)]
         J = rearrange(rise, "k b c n h w -> b n (c h w) k") / (2 * wide)
-        H, g = J.mT @ J, J.mT @ rearrange(video - image, "b c n h w -> b n (c h w) 1")
+        H = J.mT @ J
+        g = J.mT @ rearrange(video - image, "b c n h w -> b n (c h w) 1")
         H = H + damping[..., None, None] * H.diagonal(dim1=-2, dim2=-1).diag_embed() + 1e-6 * torch.eye(5)
         trial = moved(c2w, torch.linalg.solve(H, g)[..., 0].clamp(-12, 12))
         tried = view(trial)
+        # a frame takes the step only if it explains the frame better; if not, a shorter one is tried next
         better = (tried - video).square().mean((1, 3, 4)) < (image - video).square().mean((1, 3, 4))  # [b n]
         c2w = torch.where(better[..., None, None], trial, c2w)
         image = torch.where(better[:, None, :, None, None], tried, image)
         damping = torch.where(better, damping / 4, damping * 8)
     turn = start[..., :3, :3].mT @ c2w[..., :3, :3]
     angle = torch.arccos(((turn.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2).clamp(-1, 1))
-    return torch.rad2deg(angle), (c2w - start)[..., :3, 3].norm(dim=-1)
+    distance = (c2w - start)[..., :3, 3].norm(dim=-1)
+    return torch.rad2deg(angle), distance
 
 
 def sharpness(video: Tensor) -> Tensor:
@@ -266,6 +275,7 @@ def sharpness(video: Tensor) -> Tensor:
 def edge_ratio(video: Tensor, chunk: int) -> Tensor:
     """Frame differences across chunk edges over those inside chunks [b]."""
     change = video.diff(dim=2).abs().mean((1, 3, 4))  # [b t-1]; entry t is the step from frame t to t + 1
+    # pixel frame 4n is the last of latent frame n
     edge = torch.tensor([t % 4 == 0 and (t // 4 + 1) % chunk == 0 for t in range(change.shape[1])])
     return change[:, edge].mean(1) / change[:, ~edge].mean(1)
 
@@ -275,7 +285,7 @@ def coverage(looks: Tensor, seen: Tensor) -> float:
     entropies = []
     for panel in range(N_PANELS):
         counts = torch.bincount(looks[seen[:, panel], panel], minlength=len(LOOKS)).double()
-        if counts.sum() >= 8:
+        if counts.sum() >= 8:  # seen in enough videos to speak of a distribution
             p = counts / counts.sum()
             bias = ((counts > 0).sum() - 1) / (2 * counts.sum())  # Miller-Madow: few samples look uneven
             entropies.append(-(p * p.clamp_min(1e-12).log()).sum() + bias)
@@ -285,13 +295,13 @@ def coverage(looks: Tensor, seen: Tensor) -> float:
 def measure(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor, chunk: int) -> dict[str, Tensor]:
     """Every per-video number for a group of videos [b 3 t h w]. Each other's paths are the counterfactuals."""
     best, looks, seen = explain(video, scene, viewmats, K)
-    dB = [psnr(video, best)]
+    dB = [psnr(video, best)]  # along its own path, then along each other's
     for shift in range(1, len(video)):
         other = viewmats.roll(shift, 0)
         same = (other - viewmats).abs().amax((1, 2, 3)) < 1e-4  # two videos with one path are no counterfactual
         dB.append(torch.where(same, -torch.inf, psnr(video, explain(video, scene, other, K)[0])))
     dB = torch.stack(dB, dim=1)  # [b candidates], the commanded path first
-    first = video[:, :, :1].expand_as(video)
+    first = video[:, :, :1].expand_as(video)  # the first frame held: what standing still would score
     shown = torch.arange(4, video.shape[2], 8)  # the last pixel frame of every second latent
     rot, trans = read_pose(video[:, :, shown], scene._replace(looks=looks), viewmats[:, shown // 4], K)
     per_frame = 10 * torch.log10(4 / (video - best).square().mean((1, 3, 4)))  # [b t]
@@ -326,18 +336,23 @@ def score(player: Player, args: argparse.Namespace) -> tuple[dict[str, float], l
     vae, meta, group = player.vae, player.meta, 8
     if args.scenes < group or args.scenes % group:
         raise ValueError(f"--scenes {args.scenes}: expected a multiple of {group}, the number of candidate paths")
-    most = meta["frames"] - 1 if meta["given_prob"] else 1 if player.encoder.encode_image else 0
+    most = 0
+    if meta["given_prob"]:
+        most = meta["frames"] - 1
+    elif player.encoder.encode_image:
+        most = 1
     if not 0 <= args.given <= most:
         raise ValueError(f"--given {args.given}: this checkpoint goes on from at most {most} given frames")
     chunk = meta["chunk"] or 2
     prompts, paths, scene = sample_toy(args.scenes, mix(args.score_seed, 4), meta["frames"] - 1, held=True)
-    viewmats, K = torch.stack([parse_trajectory(path) for path in paths]), intrinsics(meta["K"])
+    viewmats = torch.stack([parse_trajectory(path) for path in paths])
+    K = intrinsics(meta["K"])
     rows, ceilings, videos, best = [], [], [], []
     for i in tqdm(range(0, args.scenes, group), "score"):
         rooms = Scene(*(z[i : i + group] for z in scene))
         camera = Camera(viewmats[i : i + group], K.expand(group, len(viewmats[0]), 3, 3))
         truth = render(rooms, camera.viewmats, K, meta["size"][0])
-        with torch.no_grad():
+        with torch.no_grad():  # the ceiling: no network shows more than its VAE can
             x0 = vae.encode(truth.to(next(vae.parameters()).device))[0]
             through_vae = vae.decode(x0)[0].clamp(-1, 1).cpu()
         given = truth[:, :, : 1 + 4 * (args.given - 1)] if args.given else None
@@ -351,13 +366,14 @@ def score(player: Player, args: argparse.Namespace) -> tuple[dict[str, float], l
     floors = ("psnr_copy_first", "psnr_shuffled_camera")
     ceiling = {f"{name}_ceiling": value for name, value in average(ceilings).items() if name not in floors}
     errors = {f"{name}_standard_error": standard_error(rows, name) for name in ("psnr", "sharpness", "boundary_jump")}
-    return average(rows) | {"chance": 1 / group} | errors | ceiling, [torch.cat(best)[:16], torch.cat(videos)[:16]]
+    sheet = [torch.cat(best)[:16], torch.cat(videos)[:16]]
+    return average(rows) | {"chance": 1 / group} | errors | ceiling, sheet
 
 
 def bench(player: Player, prompt: str, camera: Camera) -> dict:
     """One warm-up, then the best of three: frames/s over the whole path, time to the first frame, and where it goes."""
     runs = []
-    for _ in range(4):
+    for _ in range(4):  # of which the first warms up
         seconds: dict[str, float] = {}
         start, first, frames = time.perf_counter(), None, 0
         for video in stream(player, [prompt], camera, [0], seconds=seconds):
@@ -376,7 +392,7 @@ def bench(player: Player, prompt: str, camera: Camera) -> dict:
 def check_flags(args: argparse.Namespace) -> None:
     """Raises ValueError for a flag that no checkpoint could make sense of."""
     if args.sampling_steps is not None and args.sampling_steps < 1:
-        raise ValueError(f"--steps {args.sampling_steps}: expected at least 1")
+        raise ValueError(f"--sampling-steps {args.sampling_steps}: expected at least 1")
     if args.guidance is not None and not math.isfinite(args.guidance):
         raise ValueError(f"--guidance {args.guidance}: expected a finite number")
     if args.out.suffix not in (".mp4", ".gif"):
@@ -486,8 +502,8 @@ def main(args: argparse.Namespace) -> None:
         return
 
     for path, prompt in zip(paths, prompts, strict=True):
-        several = args.out.with_name(f"{args.out.stem}-{path.name}{args.out.suffix}")
-        walk(args, player, path, prompt, args.out if len(paths) == 1 else several)
+        out = args.out if len(paths) == 1 else args.out.with_name(f"{args.out.stem}-{path.name}{args.out.suffix}")
+        walk(args, player, path, prompt, out)
 
 
 if __name__ == "__main__":

@@ -38,15 +38,15 @@ from model import (
 def teacher_forcing_loss(net: nn.Module, batch: Batch, meta: Meta, null_prob: float) -> Tensor:
     """|| v - (noise - x0) ||^2 at one noise level per chunk, each chunk after its clean past."""
     chunk = meta["chunk"]
-    sigma = shift_sigma(batch.rand_per_chunk(chunk), meta["shift"]) * batch.generated  # 1: [b f], one level per chunk
+    sigma = shift_sigma(batch.rand_per_chunk(chunk), meta["shift"]) * batch.generated  # part 1: [b f], one per chunk
     noise = batch.noise()  # [b f c h w]
     dropped = batch.rand(1)[:, 0] < null_prob  # [b]: guidance needs a network that knows videos without a prompt
     prompt = where_prompt(dropped, batch.null, batch.prompt)
-    v = net(add_noise(batch.x0, noise, sigma), sigma, prompt, batch.camera, clean=batch.x0, chunk=chunk)  # 2
+    v = net(add_noise(batch.x0, noise, sigma), sigma, prompt, batch.camera, clean=batch.x0, chunk=chunk)  # part 2
     return masked_mse(v, noise - batch.x0, batch.generated)
 
 
-# minWM trains HY with Muon at lr 1e-5, whose updates are as large as AdamW's at 2e-6, in every stage.
+# minWM's Muon for HY: see train_camera.py.
 RECIPES = {
     "tiny": dict(steps=1000, batch_size=16, accum=1, lr=1e-3, warmup=50, betas=(0.9, 0.99), max_grad_norm=1.0,
                  ema_decay=0.995, chunk=2, null_prob=0.1, guidance=1.25, sampling_steps=48),
@@ -108,7 +108,7 @@ def main(args: argparse.Namespace) -> None:
     net, ema = shard(net, weights, device, train=True), shard(ema, weights, device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=args.betas, weight_decay=0.01, fused=True)
     nets, optimizers = {"net": net, "ema": ema}, {"net": optimizer}
-    meta: Meta = source | {"stage": "ar", "chunk": args.chunk, "sampling_steps": args.sampling_steps,  # 3
+    meta: Meta = source | {"stage": "ar", "chunk": args.chunk, "sampling_steps": args.sampling_steps,  # part 3
                            "guidance": args.guidance, "from": origin(args.init, source)}
     run = describe_run(args, init=source)
 

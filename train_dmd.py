@@ -23,7 +23,7 @@ The generator moves its videos from the one to the other. One training step, its
      nothing flows into earlier passes or through the cache. And memory holds one chunk's activations at a time
   5. then fake_score catches up: --fake-score-updates plain flow-matching steps on new videos
 
---steps counts these. (minWM's 200 updates, for Wan, are fake_score's: 40 of these.)
+--steps counts training steps, that is generator updates. (minWM's 200, for Wan, are fake_score's: 40 of ours.)
 
 $ python train_dmd.py
 $ torchrun --nproc_per_node 2 train_dmd.py --batch-size 8 --init ckpt/cd.pt
@@ -107,7 +107,7 @@ def noised(x: Tensor, batch: Batch, meta: Meta) -> tuple[Tensor, Tensor, Tensor]
 def dmd_loss(x: Tensor, x0_real: Tensor, x0_fake: Tensor) -> Tensor:
     """A loss whose gradient with respect to x is (x0_fake - x0_real) / mean |x - x0_real| / x.numel(), mean per video.
 
-    Its value is the mean square of that difference: it says how far the scores are apart, and need not fall.
+    Its value, half the mean square of the scaled difference, says how far the scores are apart, and need not fall.
     """
     # given frames, on which both scores return x itself, add zeros to both means: that cancels
     scale = (x.detach() - x0_real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp_min(1e-8)
@@ -168,7 +168,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--max-grad-norm", type=float, help="gradients longer than this are scaled down to it")
     p.add_argument("--ema-decay", type=float, help="of the averaged weights, which are what --out holds")
     # -- end ---------------------------------------------------------------------------------------------------------
-    p.add_argument("--scores", type=Path, default=Path("ckpt/camera.pt"), help="bidirectional, starts both scores")
+    p.add_argument("--scores", type=Path, default=Path("ckpt/camera.pt"), help="real_score, and fake_score's start")
     p.add_argument("--fake-score-lr", type=float, help="learning rate of fake_score's AdamW")
     p.add_argument("--fake-score-updates", type=positive, help="of fake_score, per generator update")
     p.add_argument("--guidance", type=float, help="of real_score: w in null + w (cond - null); 1 is off")
@@ -192,21 +192,21 @@ def load_nets(args: argparse.Namespace, data: Latents, device: torch.device) -> 
     Raises ValueError when student, scores and data do not belong together.
     """
     weights, source = load_checkpoint(args.init, "ode", "cd", "dmd", preset=args.preset)
-    score_weights, scores = load_checkpoint(args.scores, "camera", preset=args.preset)
+    score_weights, score_meta = load_checkpoint(args.scores, "camera", preset=args.preset)
     source = check_data(data, source, args.init)  # with the size and length of these videos, if it knew none of ours
-    check_data(data, scores, args.scores)
-    if scores["shift"] != source["shift"]:
+    check_data(data, score_meta, args.scores)
+    if score_meta["shift"] != source["shift"]:
         raise ValueError(f"{args.init} and {args.scores} differ in noise schedule: shift {source['shift']} and "
-                         f"{scores['shift']}")
+                         f"{score_meta['shift']}")
     with torch.device("meta"):
         nets = {name: build(args.preset) for name in ("generator", "ema", "real_score", "fake_score")}
     # HY's released scores were told the noise level with the text, too; what we train is not, see HYDiT
-    nets["real_score"].timed_text = scores.get("timed_text", False)
+    nets["real_score"].timed_text = score_meta.get("timed_text", False)
     shard(nets["generator"], weights, device, train=True)
     shard(nets["ema"], weights, device)
     shard(nets["real_score"], score_weights, device)
     shard(nets["fake_score"], score_weights, device, train=True)
-    return nets, source, scores
+    return nets, source, score_meta
 
 
 def sample_exit_step(seed: int, update: int, steps: int) -> int:
@@ -221,7 +221,7 @@ def main(args: argparse.Namespace) -> None:
     folder = lock_folder(args.out)  # beside the checkpoint: earlier ones, states to resume from, metrics, sheets
     # -- end ---------------------------------------------------------------------------------------------------------
 
-    nets, source, scores = load_nets(args, data, device)
+    nets, source, score_meta = load_nets(args, data, device)
     generator, ema, real_score, fake_score = (nets[name] for name in ("generator", "ema", "real_score", "fake_score"))
     adamw = dict(betas=(0.0, 0.999), weight_decay=0.01, fused=True)  # no momentum: both chase a moving target
     optimizer = torch.optim.AdamW(generator.parameters(), lr=args.lr, **adamw)
@@ -229,8 +229,8 @@ def main(args: argparse.Namespace) -> None:
     del nets["real_score"]  # from what is saved: it never changes
     optimizers = {"generator": optimizer, "fake_score": fake_score_optimizer}
     meta: Meta = source | {"stage": "dmd", "sampler": "few_step",
-                           "from": f"{origin(args.init, source)}; scores {origin(args.scores, scores)}"}
-    run = describe_run(args, init=source, scores=scores)
+                           "from": f"{origin(args.init, source)}; scores {origin(args.scores, score_meta)}"}
+    run = describe_run(args, init=source, scores=score_meta)
 
     # -- start (same in every stage) ---------------------------------------------------------------------------------
     step = load_state(folder, nets, optimizers, run) if args.resume else 0

@@ -782,7 +782,8 @@ def test_fenced_blocks_are_the_same_in_variants():
 
 def readme_commands():
     """[script, flags ...] of every `python x.py` and `torchrun ... x.py` in the README's fenced blocks."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```$", (ROOT / "README.md").read_text(), re.S | re.M)
+    pages = [(ROOT / name).read_text() for name in ("README.md", "examples/README.md")]
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", "".join(pages), re.S | re.M)
     found = []
     for line in "".join(blocks).replace("\\\n", " ").splitlines():
         line = line.removeprefix("$ ")
