@@ -928,11 +928,12 @@ def fingerprint(weights: dict[str, Tensor], numbers: int | None = None) -> str:
 
 def check_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], owner: str) -> None:
     """Raises ValueError unless two state dicts agree name for name and shape for shape. owner: whose `expected` is."""
-    expected, found = ({name: tuple(w.shape) for name, w in weights.items()} for weights in (expected, found))
-    wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
+    right = {name: tuple(w.shape) for name, w in expected.items()}
+    there = {name: tuple(w.shape) for name, w in found.items()}
+    wrong = [name for name in right | there if right.get(name) != there.get(name)]
     if wrong:
         raise ValueError(f"{len(wrong)} of its tensors are not those of {owner}, first {wrong[0]}: "
-                         f"expected shape {expected.get(wrong[0], 'none')}, found {found.get(wrong[0], 'none')}")
+                         f"expected shape {right.get(wrong[0], 'none')}, found {there.get(wrong[0], 'none')}")
 
 
 def origin(path: Path, meta: Meta) -> str:

@@ -139,17 +139,18 @@ def read_given(path: Path, player: Player, latent_frames: int) -> Tensor:
         raise ValueError(f"--image {path}: this checkpoint was never trained to go on from an image")
     try:
         if path.suffix in VIDEOS:
-            video = np.stack(list(imageio.imiter(path)))[..., :3]
+            pixels = np.stack(list(imageio.imiter(path)))[..., :3]
         else:
-            video = imageio.imread(path)[None]
+            pixels = imageio.imread(path)[None]
     except Exception as error:  # each of imageio's plugins has its own
         raise ValueError(f"--image {path}: cannot be read ({str(error).splitlines()[0]})") from None
-    if len(video) > 1 and not several:
-        raise ValueError(f"--image {path}: {len(video)} frames, but this checkpoint goes on from a single one")
-    if video.ndim != 4 or video.shape[3] < 3 or len(video) % 4 != 1 or 1 + len(video) // 4 >= latent_frames:
-        raise ValueError(f"--image {path}: found shape {list(video.shape)}, expected [t h w 3] with t = 1 + 4k and "
+    t = len(pixels)
+    if t > 1 and not several:
+        raise ValueError(f"--image {path}: {t} frames, but this checkpoint goes on from a single one")
+    if pixels.ndim != 4 or pixels.shape[3] < 3 or t % 4 != 1 or 1 + t // 4 >= latent_frames:
+        raise ValueError(f"--image {path}: found shape {list(pixels.shape)}, expected [t h w 3] with t = 1 + 4k and "
                          f"fewer latent frames than the path's {latent_frames}")
-    video = from_bytes(rearrange(torch.from_numpy(video[..., :3].copy()), "t h w c -> t c h w"))
+    video = from_bytes(rearrange(torch.from_numpy(pixels[..., :3].copy()), "t h w c -> t c h w"))
     return rearrange(resize_and_crop(video, player.meta["size"]), "t c h w -> 1 c t h w")
 
 
@@ -295,12 +296,12 @@ def coverage(looks: Tensor, seen: Tensor) -> float:
 def measure(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor, chunk: int) -> dict[str, Tensor]:
     """Every per-video number for a group of videos [b 3 t h w]. Each other's paths are the counterfactuals."""
     best, looks, seen = explain(video, scene, viewmats, K)
-    dB = [psnr(video, best)]  # along its own path, then along each other's
+    candidates = [psnr(video, best)]  # along its own path, then along each other's
     for shift in range(1, len(video)):
         other = viewmats.roll(shift, 0)
         same = (other - viewmats).abs().amax((1, 2, 3)) < 1e-4  # two videos with one path are no counterfactual
-        dB.append(torch.where(same, -torch.inf, psnr(video, explain(video, scene, other, K)[0])))
-    dB = torch.stack(dB, dim=1)  # [b candidates], the commanded path first
+        candidates.append(torch.where(same, -torch.inf, psnr(video, explain(video, scene, other, K)[0])))
+    dB = torch.stack(candidates, dim=1)  # [b candidates], the commanded path first
     first = video[:, :, :1].expand_as(video)  # the first frame held: what standing still would score
     shown = torch.arange(4, video.shape[2], 8)  # the last pixel frame of every second latent
     rot, trans = read_pose(video[:, :, shown], scene._replace(looks=looks), viewmats[:, shown // 4], K)

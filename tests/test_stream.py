@@ -388,7 +388,7 @@ def test_bad_path_file_is_refused_by_name(chain, tmp_path, text, found):
 @pytest.mark.parametrize("flags, found", [
     (["--camera", "w*2,q"], "'q'"), (["--camera", ""], "trajectory"),
     (["--camera", "none.json"], "none.json: no such file"),
-    (["--prompt", ""], "--prompt"), (["--prompt", "  "], "--prompt"), (["--steps", "0"], "--steps 0"),
+    (["--prompt", ""], "--prompt"), (["--prompt", "  "], "--prompt"), (["--steps", "0"], "--sampling-steps 0"),
     (["--sampling-steps", "0"], "steps 0: expected at least 1"), (["--guidance", "nan"], "--guidance nan"),
     (["--prompt", "fog " * 33], "33 words"),
     (["--ckpt", "ckpt/none.pt"], "ckpt/none.pt: no such file"), (["--ckpt", "ckpt/vae.pt"], "ckpt/vae.pt: expected"),
