@@ -72,6 +72,10 @@ def refusal(script, *flags, cwd):
     return message
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: reads the chain below, or takes over a second")
+
+
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory):
     """A folder in which the recipe ran once, start to end. Tests read it, and write elsewhere."""
