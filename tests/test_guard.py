@@ -21,10 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model
-from conftest import MINIATURE, ROOT, SCRIPTS, STAGES, call
-from data import (
-    K_SQUARE, Batch, duplicates, get_batch, intrinsics, load_encoder, open_latents, parse_trajectory, randn,
-)
+from conftest import SCRIPTS, STAGES, call
+from data import K_SQUARE, Batch, duplicates, get_batch, intrinsics, load_encoder, open_latents, parse_trajectory
 from distill_cd import consistency_loss
 from distill_ode import integrate, ode_loss
 from model import PRESETS, HYDiT, WanDiT, build, build_vae, load_checkpoint, noise_levels, rollout, save_checkpoint
@@ -80,7 +78,10 @@ def read_batch(folder, step, size=4):
 
 
 def pairs_of(net, batch, guidance=1.0):
-    """States [b 5 f c h w] of the teacher's ODE: as distill_ode.py --generate makes them, no frame given."""
+    """States [b 5 f c h w] of the teacher's ODE: as distill_ode.py --generate makes them, no frame given.
+
+    To find that none is given, one number is drawn from each generator before the noise.
+    """
     return integrate(net, batch, LEVELS, 4, guidance, CHUNK, 0.0)
 
 
@@ -173,6 +174,7 @@ class Watch:
             event = SimpleNamespace(
                 kind="commit" if commit else "pass", net=number, x=x.detach(), sigma=sigma.detach(), prompt=prompt,
                 camera=camera, clean=clean, chunk=chunk, streams=past is not None, grad=torch.is_grad_enabled(),
+                weights=next(net.parameters()).detach().clone(),  # the first of them: enough to tell networks apart
                 fresh=not any(p.grad is not None and p.grad.abs().max() for p in self.trained.get(number, ())))
             self.events.append(event)
             result = forward(net, x, sigma, prompt, camera, **flags)
@@ -367,8 +369,13 @@ ELSEWHERE = {  # flags of which other tests see more: below, of the optimizer an
 def usual(world, tmp_path_factory):
     """The outcome of a stage with its usual flags."""
     found = {}
-    return lambda stage: found.setdefault(stage, None) or found.update(
-        {stage: run(world, tmp_path_factory.mktemp(stage), stage)}) or found[stage]
+
+    def get(stage):
+        if stage not in found:
+            found[stage] = run(world, tmp_path_factory.mktemp(stage), stage)
+        return found[stage]
+
+    return get
 
 
 def same(a, b):
@@ -383,7 +390,7 @@ def test_a_flag_changes_what_it_should(world, usual, tmp_path, stage, flags, exp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage, changes, expected", SETTINGS, ids=lambda z: "=".join(*z) if isinstance(z, dict) else z)
+@pytest.mark.parametrize("stage, changes, expected", SETTINGS, ids=lambda z: str(z).strip("{}"))
 def test_a_checkpoints_setting_changes_what_it_should(world, usual, tmp_path, stage, changes, expected):
     before = usual(stage)
     after = run(world, tmp_path, stage, *changed_meta(world, tmp_path, stage, **changes))
@@ -457,6 +464,26 @@ def test_every_pass_has_its_camera(watched, stage):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
+def test_networks_start_from_their_checkpoints_and_the_frozen_ones_stay(world, watched, stage):
+    updates, _ = watched(stage)
+    trained, given = {step.net for step, _ in updates}, [STARTS[stage], "camera"]  # the second: DMD's scores
+    start, score = (next(iter(load_checkpoint(world / f"ckpt/{name}.pt")[0].values())) for name in given)
+    for z in updates[0][1]:
+        assert torch.equal(z.weights, score if stage == "dmd" and not z.streams else start)
+    for z in updates[-1][1]:
+        same_as_ever = z.net not in trained and (stage != "cd" or is_null(z.prompt).all())  # of CD's two, the teacher
+        assert not same_as_ever or torch.equal(z.weights, score if stage == "dmd" else start)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_two_updates_see_the_same(watched, stage):
+    first = [found[0].x for _, found in watched(stage)[0]]
+    assert all(not torch.equal(a, b) for n, a in enumerate(first) for b in first[:n])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
 def test_prompts_are_dropped_where_they_should(watched, stage):
     """In half of the videos of the first two stages, here; in no other student's."""
     updates, _ = watched(stage)
@@ -467,14 +494,16 @@ def test_prompts_are_dropped_where_they_should(watched, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_or_two_frames_are_given_each_as_often(watched, stage):
-    updates, _ = watched(stage)  # of DMD's, the streams' first chunk and what is left of it
-    given = Counter((torch.cat([found[0].sigma[:, :3] for _, found in updates]) == 0).sum(1).tolist())
-    total = sum(given.values())
-    assert given.keys() == {0, 1, 2} and min(given[1], given[2]) > total / 8 and total / 4 < given[0] < 3 * total / 4
-    for _, found in updates:
-        for z in found:
-            if z.x.shape[1] == 4 and z.grad:
-                assert torch.equal((z.sigma == 0).sum(1), (found[0].sigma == 0).sum(1)) and (z.sigma[:, 2:] > 0).all()
+    updates, _ = watched(stage)
+    for net in {step.net for step, _ in updates}:
+        mine = [found for step, found in updates if step.net == net]  # of DMD's, the first pass is that of a chunk
+        given = Counter((torch.cat([found[0].sigma[:, :3] for found in mine]) == 0).sum(1).tolist())
+        total = sum(given.values())
+        assert given.keys() == {0, 1, 2} and total / 4 < given[0] < 3 * total / 4
+        assert min(given[1], given[2]) > total / 8
+        for first, *_, last in (found if len(found) > 1 else found * 2 for found in mine):
+            assert torch.equal((last.sigma[:, :2] == 0).sum(1), (first.sigma[:, :2] == 0).sum(1))
+            assert (last.sigma[:, 2:] > 0).all()
 
 
 @pytest.mark.slow
@@ -574,6 +603,17 @@ def test_exit_steps_are_uniform_and_change_from_update_to_update(watched):
 
 
 @pytest.mark.slow
+def test_the_seed_decides_noise_and_exit_steps_and_the_weights_that_are_new(world, tmp_path):
+    noise, exits, fresh = [], [], []
+    for seed in "01":
+        updates, _ = watch(world, tmp_path / seed, "dmd", "--seed", seed)
+        noise.append(updates[0][1][0].x)
+        exits.append([rollout_of(found, updates[0][0].net)[1] for _, found in updates])
+        fresh.append(run(world, tmp_path / seed, "base", "--seed", seed, "--lr", "0")["weights"])
+    assert not torch.equal(*noise) and exits[0] != exits[1] and not torch.equal(*fresh)
+
+
+@pytest.mark.slow
 def test_score_levels_are_shifted_and_one_for_a_video(watched):
     updates, _ = watched("dmd")
     for which in (updates[::4], [z for n, z in enumerate(updates) if n % 4]):
@@ -586,6 +626,16 @@ def test_scores_are_asked_between_0_02_and_0_98(loss):
     for sigma in score_levels(loss, many_videos(400)):
         assert (sigma == sigma[:, :1]).all() and 0.45 < sigma.mean() < 0.55
         assert sigma.min() == pytest.approx(0.02) and sigma.max() == pytest.approx(0.98)
+
+
+def test_the_generator_goes_where_the_real_score_is_and_the_fake_one_is_not():
+    further = torch.zeros((), requires_grad=True)
+
+    def constant(v):
+        return lambda x_t, *_, **flags: (0.0,) if passed(flags)[3] else v * torch.ones_like(x_t)  # a smaller v: more x0
+
+    LOSSES["generator"](constant(-further), (constant(-1.0), constant(0.0)), make_batch("wan")).backward()
+    assert further.grad < 0  # so that the step is upwards
 
 
 # --------------------------------------------------------------------------------------- Rollouts of either backbone
@@ -648,10 +698,11 @@ def test_losses_in_bf16_are_those_in_fp32(backbone, loss):
 def test_teacher_forcing_in_bf16_is_the_cached_rollout_in_bf16(backbone):
     net = make_net(backbone).to(torch.bfloat16)
     whole, pieces = forced_and_streamed(net, make_batch(backbone))
+    assert whole.dtype == pieces.dtype == torch.float32
     torch.testing.assert_close(pieces, whole, atol=1e-2, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------------- Labels, files, tables
+# ------------------------------------------------------------------------------------------------ Labels, files, tables
 
 PATHS = {  # pose string: HY-WorldPlay's labels, 9 * translation + rotation
     "w,s,d": [0, 9, 18, 27], "a,u,dn": [0, 36, 0, 0], "l,j,i": [0, 1, 2, 3], "k,l+i,j+k": [0, 4, 5, 8],
@@ -685,7 +736,8 @@ def test_a_stream_has_the_labels_of_its_path(path):
     encoder, viewmats = load_encoder("tiny-hy", None, CPU), parse_trajectory(path)[None]
     Ks = intrinsics(K_SQUARE).expand(1, 4, 3, 3)
     list(stream(net, vae, settings(**{SAMPLING_STEPS: 1}), encoder, [TOY_PROMPT], viewmats, Ks, [0]))
-    assert [*dict.fromkeys(tuple(z[0].tolist()) for z in told if z.numel())] == [(*PATHS[path][:2],), (*PATHS[path][2:],)]
+    chunks = [*dict.fromkeys(tuple(z[0].tolist()) for z in told if z.numel())]
+    assert chunks == [tuple(PATHS[path][:2]), tuple(PATHS[path][2:])]
 
 
 def hy_prompt(b):
@@ -745,10 +797,8 @@ def test_the_film_has_the_checkpoints_frame_rate(world, tmp_path):
 
 
 def test_copies_are_dropped_and_what_is_merely_alike_is_kept():
-    torch.manual_seed(0)
-    a, b = torch.linalg.qr(torch.randn(64, 3) - torch.randn(64, 3).mean(0)).Q.T[:2]
-    a, b = (z - z.mean() for z in (a, b))
-    b = torch.nn.functional.normalize(b - (a @ b) / (a @ a) * a, dim=0) * a.norm()
+    t = torch.arange(64) * torch.pi / 32
+    a, b = t.sin(), t.cos()  # as long as each other, and at right angles
     alike = lambda r: (r * a + (1 - r * r) ** 0.5 * b).expand(3, 64)  # its correlation with a is r
     for r, found in ((0.95, {}), (0.97, {}), (0.985, {1: 0}), (0.99, {1: 0})):
         assert duplicates(torch.stack([a.expand(3, 64), alike(r)]).tolist()) == found
