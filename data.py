@@ -1,12 +1,16 @@
 """
 Everything frozen, and everything that becomes a batch.
 
-    1. Cameras      one type, one trajectory grammar, path.json
+    1. Cameras      poses, intrinsics, and the one grammar of trajectories
     2. Toy world    rooms ray-cast in torch: the data set, the base model and the ground truth of a laptop
-    3. Prompts      what reads them, and for HY first frames: deterministic stand-ins, umT5, Qwen2.5-VL, byT5, SigLIP
-    4. Latents      the folder a training run reads, and get_batch, a pure function of (seed, step, part)
-    5. Videos       real ones with captions and cameras: look, judge, report; pictures of what came out
-    6. main         $ python data.py                        render the toy world, train its VAE, write its latents
+    3. Prompts      what an encoder makes of them; a deterministic stand-in for umT5
+    4. Batches      the folder of latents that a run reads, and get_batch, a pure function of (seed, step, part)
+    5. Making       the toy world: render it, train its VAE, write its latents
+    ---- the course ends here ----
+    6. Pose files   JSON in several dialects, COLMAP, RealEstate10K, HY-WorldPlay
+    7. Encoders     umT5, Qwen2.5-VL, byT5, SigLIP, and HY's stand-ins
+    8. Videos       real ones with captions and cameras: look, judge, encode, report; pictures of what came out
+    9. main         $ python data.py                        render the toy world, train its VAE, write its latents
                     $ python data.py --videos clips         the latents of your own videos instead
                     $ python data.py --inspect data/videos  draw frames and camera paths of a latents folder
 
@@ -22,12 +26,14 @@ import math
 import re
 import sys
 import zlib
+from bisect import bisect_right
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 import imageio.v3 as imageio
 import imageio_ffmpeg
@@ -39,6 +45,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from model import (
+    PRESETS, Camera, HYDiT, HYPrompt, Meta, build_vae, check_same_tensors, fingerprint, invert_se3, load_checkpoint,
+    load_vae, rollout, save_checkpoint, start_process_group,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Cameras.
@@ -57,7 +68,7 @@ KEYS = {  # key: (help text, translation along the camera's own axes, yaw, pitch
     "k": ("look down", (0, 0, 0), 0, -TURN),
 }
 WORDS = {"left": "j", "right": "l", "up": "i", "down": "k"}  # HY-WorldPlay's data says right-8,a-11 for l*8,a*11
-GRAMMAR = "keys: " + ", ".join(f"{key} {help}" for key, (help, *_) in KEYS.items()) + (
+GRAMMAR = "keys: " + ", ".join(f"{key} {text}" for key, (text, *_) in KEYS.items()) + (
     f"; each for one latent frame ({STEP} units or {math.degrees(TURN):g} degrees); w*4 or w-4 repeats, w+l is both at "
     "once, commas follow one another: 'w*4,w+l*3'")
 K_WIDE = (0.5050505, 0.89786756, 0.5, 0.5)  # 16:9, the intrinsics of minWM's training data
@@ -66,7 +77,8 @@ K_SQUARE = (0.5050505, 0.5050505, 0.5, 0.5)  # the same field of view on square 
 
 def rotation(yaw: Tensor, pitch: Tensor) -> Tensor:
     """R_y(yaw) R_x(pitch) [... 3 3]: positive yaw looks right, positive pitch looks up."""
-    (cy, sy), (cp, sp) = (torch.cos(yaw), torch.sin(yaw)), (torch.cos(pitch), torch.sin(pitch))
+    cy, sy = torch.cos(yaw), torch.sin(yaw)
+    cp, sp = torch.cos(pitch), torch.sin(pitch)
     zero = torch.zeros_like(cy)
     rows = [cy, sy * sp, sy * cp, zero, cp, -sp, -sy, cy * sp, cy * cp]
     return rearrange(torch.stack(rows, dim=-1), "... (i j) -> ... i j", i=3)
@@ -75,13 +87,16 @@ def rotation(yaw: Tensor, pitch: Tensor) -> Tensor:
 def parse_trajectory(text: str) -> Tensor:
     """'w*4,w+l*3' -> viewmats [f 4 4] fp32, f = 1 + number of steps. Raises ValueError naming the offending part.
 
-    Each step turns first, then moves along the new axes: c2w <- c2w . R . t, as minWM's training data does.
+    Each step turns first, then moves along the new axes: c2w <- c2w . R . t, as minWM's training data does. Built as
+    camera-to-world, where a step is a product from the right; returned as world-to-camera.
     """
-    c2w, poses = torch.eye(4, dtype=torch.float64), [torch.eye(4, dtype=torch.float64)]
+    c2w = torch.eye(4, dtype=torch.float64)
+    poses = [c2w]
     for part in text.replace(" ", "").split(","):
-        read = re.fullmatch(r"([a-z+]+)(?:[*-]([0-9]{1,4}))?", part)
-        keys, count = ([WORDS.get(key, key) for key in read[1].split("+")], int(read[2] or 1)) if read else ([], 0)
-        if not count or any(key not in KEYS for key in keys):
+        match = re.fullmatch(r"([a-z+]+)(?:[*-]([0-9]{1,4}))?", part)  # w, w*4, w-4, w+l*4
+        keys = [WORDS.get(key, key) for key in match[1].split("+")] if match else []
+        count = int(match[2] or 1) if match else 0
+        if count == 0 or not set(keys) <= set(KEYS):
             raise ValueError(f"trajectory {text!r}: cannot read {part!r}. {GRAMMAR}")
         move, yaw, pitch = (torch.tensor([KEYS[key][n] for key in keys], dtype=torch.float64).sum(0) for n in (1, 2, 3))
         step = torch.eye(4, dtype=torch.float64)
@@ -93,126 +108,15 @@ def parse_trajectory(text: str) -> Tensor:
     return invert_se3(torch.stack(poses)).float()
 
 
-def invert_se3(pose: Tensor) -> Tensor:
-    """Inverse of rigid transforms [... 4 4] by transposition: R^T, -R^T t."""
-    R, t = pose[..., :3, :3].mT, pose[..., :3, 3:]
-    last = pose.new_tensor([0, 0, 0, 1]).expand(*pose.shape[:-2], 1, 4)
-    return torch.cat([torch.cat([R, -R @ t], dim=-1), last], dim=-2)
-
-
 def intrinsics(K: tuple[float, ...] | list[float]) -> Tensor:
     """(fx, fy, cx, cy), normalised by width and height -> [3 3] fp32. Raises ValueError when out of range."""
-    if not isinstance(K, (list, tuple)) or len(K) != 4 or not all(
-            isinstance(k, (int, float)) and math.isfinite(k) for k in K) or not all(0.05 < k < 20 for k in K[:2]):
+    numbers = isinstance(K, (list, tuple)) and len(K) == 4 and all(isinstance(k, (int, float)) for k in K)
+    if not numbers or not all(math.isfinite(k) for k in K) or not all(0.05 < k < 20 for k in K[:2]):
         raise ValueError(f"K {K}: expected (fx/W, fy/H, cx/W, cy/H) with focal lengths between 0.05 and 20, not pixels")
     fx, fy, cx, cy = K
     if not (0 <= cx <= 1 and 0 <= cy <= 1):
         raise ValueError(f"K {K}: the principal point (cx, cy) lies outside the image, expected between 0 and 1")
     return torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], dtype=torch.float32)
-
-
-def check_poses(poses: Tensor, name: str) -> Tensor:
-    """Rigid transforms [f 4 4], unchanged; raises ValueError at the first that is not in SE(3)."""
-    if poses.ndim != 3 or poses.shape[1:] != (4, 4):
-        raise ValueError(f"{name}: expected a list of 4x4 matrices, found shape {list(poses.shape)}")
-    R, last = poses[:, :3, :3].double(), poses.new_tensor([0, 0, 0, 1])
-    for i in range(len(poses)):
-        off = (R[i] @ R[i].mT - torch.eye(3, dtype=torch.float64)).abs().max().item()
-        wrong = {"it holds NaN or inf": not poses[i].isfinite().all(), f"its rotation is off by {off:.2g}": off > 1e-3,
-                 "it mirrors": R[i].det() < 0, "its last row is not 0 0 0 1": (poses[i, 3] - last).abs().max() > 1e-5}
-        if why := [text for text, found in wrong.items() if found]:
-            raise ValueError(f"{name}: pose {i} is not a rigid transform (SE(3)): {why[0]}")
-    return poses
-
-
-class CameraPath(NamedTuple):
-    """One camera path: viewmats [f 4 4], K (fx, fy, cx, cy) or None for the checkpoint's own, and what came with it."""
-    viewmats: Tensor
-    K: tuple[float, ...] | None = None
-    name: str = "path"
-    prompt: str | None = None
-
-
-def read_camera(source: str) -> list[CameraPath]:
-    """A pose string, or a .json file holding one of
-
-        "w*4,l*3"                                     a pose string
-        {"c2w": [4x4, ...], "K": [fx, fy, cx, cy]}     or "w2c", or "c2w_opengl" (y up, z backwards); one matrix per
-                                                      latent frame, K normalised and optional
-        {"0": {"extrinsic": 4x4 c2w, "K": 3x3}, ...}   HY-WorldPlay, one entry per latent frame, K in pixels
-        {"0": {"w2c": 4x4, "intrinsic": 3x3}, ...}     its training data, one entry per pixel frame; every fourth counts
-        [{"id", "caption", "trajectory"}, ...]         minWM, several paths
-
-    Raises ValueError, naming the file and what is wrong with it. Poses are re-based so that the first is the identity.
-    """
-    if not source.endswith(".json"):
-        return [CameraPath(parse_trajectory(source))]
-    try:
-        spec = json.loads(Path(source).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{source}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source}: not JSON ({error})") from None
-    try:
-        entries, stem = spec if isinstance(spec, list) else [spec], Path(source).stem
-        paths = [_camera_path(entry, f"{stem}-{n}" if len(entries) > 1 else stem) for n, entry in enumerate(entries)]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{source}: {error}") from None
-    if not paths:
-        raise ValueError(f"{source}: an empty list, expected at least one path")
-    names = [path.name for path in paths]
-    if len(set(names)) < len(names) or any(Path(name).name != name for name in names):
-        raise ValueError(f"{source}: ids {names} name the videos, so each must be a different file name")
-    return paths
-
-
-MATRICES = ("c2w", "w2c", "c2w_opengl")
-WORLDPLAY = {"extrinsic": "K", "w2c": "intrinsic"}  # camera-to-world and K for its generator; its training data's
-
-
-def _poses(spec: dict) -> tuple[Tensor, list | None, int]:
-    """An object that holds a path in any of read_camera's formats -> world-to-camera, OpenCV [n 4 4] fp64; its K, or a
-    list of one for each pose; and how many poses there are for a latent frame."""
-    if "trajectory" in spec:
-        return parse_trajectory(str(spec["trajectory"])).double(), spec.get("K"), 1
-    entries = [spec[key] for key in sorted(spec, key=lambda key: (len(key), key))]  # "2" before "10"
-    kind, numbered = next((kind for kind in MATRICES if kind in spec), None), False
-    if kind is None and entries and all(isinstance(entry, dict) for entry in entries):
-        kind, numbered = next((kind for kind in WORLDPLAY if kind in entries[0]), None), True
-    if kind is None:
-        raise ValueError(f"expected 'trajectory', 'c2w', 'w2c' or 'extrinsic' entries, found {list(spec)[:4]}")
-    poses = [entry.get(kind) for entry in entries] if numbered else spec[kind]
-    if numbered and None in poses:
-        raise ValueError(f"entry {poses.index(None)} has no {kind!r}")
-    poses = check_poses(torch.tensor(poses, dtype=torch.float64), kind)
-    if kind == "c2w_opengl":  # the camera's own y and z point the other way
-        poses = poses @ torch.diag(poses.new_tensor([1, -1, -1, 1]))
-    K = [_pixel_K(entry.get(WORLDPLAY[kind]), WORLDPLAY[kind]) for entry in entries] if numbered else spec.get("K")
-    return poses if kind == "w2c" else invert_se3(poses), K, 4 if numbered and kind == "w2c" else 1
-
-
-def _pixel_K(K: list | None, name: str) -> tuple[float, ...]:
-    """HY-WorldPlay's 3x3, in pixels -> (fx/W, fy/H, cx/W, cy/H). Its rule: the image is twice the principal point."""
-    K = torch.tensor(K or [], dtype=torch.float64)
-    if K.shape != (3, 3) or not (K[:2, 2] > 0).all():
-        raise ValueError(f"expected a 3x3 {name!r} in pixels with a principal point, found {K.tolist()}")
-    return K[0, 0].item() / (2 * K[0, 2].item()), K[1, 1].item() / (2 * K[1, 2].item()), 0.5, 0.5
-
-
-def _camera_path(spec: str | dict, name: str) -> CameraPath:
-    if isinstance(spec, str):
-        return CameraPath(parse_trajectory(spec), name=name)
-    if not isinstance(spec, dict):
-        raise ValueError(f"expected a pose string or an object, found {spec!r}")
-    name, prompt = str(spec.get("id", name)), spec.get("caption", spec.get("prompt"))
-    if prompt is not None and not (isinstance(prompt, str) and prompt.strip()):
-        raise ValueError(f"path {name!r}: its prompt is {prompt!r}, expected a description of the world")
-    viewmats, K, every = _poses(spec)
-    viewmats = (viewmats @ invert_se3(viewmats[:1]))[::every].float()
-    if K is not None:
-        K = K[0] if isinstance(K, list) and isinstance(K[0], tuple) else K  # WorldPlay has one for each pose
-        intrinsics(K)
-    return CameraPath(viewmats, None if K is None else tuple(K), name, prompt)
 
 
 def pixel_cameras(viewmats: Tensor) -> Tensor:
@@ -237,35 +141,15 @@ def pixel_cameras(viewmats: Tensor) -> Tensor:
 
 def pressed(viewmats: Tensor) -> list[set[str]]:
     """Which keys would make each step of a path [f 4 4]: one set per latent frame, the first empty."""
-    c2w, keys = invert_se3(viewmats.double()), [set()]
+    c2w = invert_se3(viewmats.double())
+    keys: list[set[str]] = [set()]
     for a, b in zip(c2w, c2w[1:]):
-        step = invert_se3(a) @ b
-        move, turn = step[:3, :3].T @ step[:3, 3], step[:3, 2]
+        step = invert_se3(a) @ b  # R t, as parse_trajectory makes it
+        move, turn = step[:3, :3].T @ step[:3, 3], step[:3, 2]  # along the new axes; where the view goes
         amounts = {"d": move[0], "a": -move[0], "dn": move[1], "u": -move[1], "w": move[2], "s": -move[2],
                    "l": turn[0], "j": -turn[0], "i": -turn[1], "k": turn[1]}
         keys.append({key for key, amount in amounts.items() if amount > (STEP if key in "wasdudn" else TURN) / 3})
     return keys
-
-
-ACTIONS = torch.tensor([[8, 2, 7], [4, 0, 3], [6, 1, 5]])  # back, none, forward x left, none, right; or yaw x pitch
-
-
-def action_labels(viewmats: Tensor) -> Tensor:
-    """HY-WorldPlay's label of each step of a path [... f 4 4] -> [... f] int64: 9 * translation + rotation, first 0.
-
-    Class 0 is none, 1 forward (a turn right), 2 backward (left), 3 right (up), 4 left (down), 5 to 8 are pairs of them.
-    None is less than 0.01 units or 0.05 degrees, and any motion along y. The poses alone decide: minWM's table of keys
-    exchanges left and right, its training data and WorldPlay do not.
-    """
-    w2c = viewmats.double()
-    step = w2c[..., :-1, :, :] @ invert_se3(w2c[..., 1:, :, :])  # each camera in the axes of the one before
-    R, move, classes = step[..., :3, :3], step[..., :3, 3], ACTIONS.to(w2c.device)
-    distance = move.norm(dim=-1, keepdim=True)
-    cosines = torch.where(distance > 0.01, move / distance.clamp_min(1e-12), 0)  # 0.5: within 60 degrees of an axis
-    yaw, pitch = -torch.asin(R[..., 2, 0].clamp(-1, 1)).rad2deg(), torch.atan2(R[..., 2, 1], R[..., 2, 2]).rad2deg()
-    side = lambda amount, least: (amount > least).long() - (amount < -least).long() + 1
-    translation = classes[side(cosines[..., 2], 0.5), side(cosines[..., 0], 0.5)]
-    return F.pad(9 * translation + classes[side(yaw, 0.05), side(pitch, 0.05)], (1, 0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -309,12 +193,14 @@ class Hits(NamedTuple):
 
 
 def sample_prompt(rng: torch.Generator) -> str:
+    """A random room in words: five surfaces by colour, two pillars by colour and place."""
     names = list(PALETTE)
     colours = [names[i] for i in torch.randint(len(names), (NAMED,), generator=rng)]
     xs = torch.randperm(3, generator=rng)[:2]
     zs = torch.randint(2, (2,), generator=rng)
     parts = [f"{colour} {surface}" for colour, surface in zip(colours[:5], SURFACES)]
-    parts += [f"{list(PILLAR_Z)[z]} {list(PILLAR_X)[x]} {colour} pillar" for x, z, colour in zip(xs, zs, colours[5:])]
+    for x, z, colour in zip(xs, zs, colours[5:], strict=True):
+        parts.append(f"{list(PILLAR_Z)[z]} {list(PILLAR_X)[x]} {colour} pillar")
     return ", ".join(parts)
 
 
@@ -340,10 +226,10 @@ def sample_path(rng: torch.Generator, steps: int) -> str:
     """A random trajectory of one to three movements that stays clear of walls and pillars."""
     moves, turns = ["w", "s", "a", "d", "u", "dn"], ["j", "l", "i", "k"]
     while True:
-        cuts = torch.randperm(steps - 1, generator=rng)[: torch.randint(3, (), generator=rng)].sort().values + 1
-        lengths = torch.tensor([0, *cuts, steps]).diff().tolist()
+        order = torch.randperm(steps - 1, generator=rng)
+        cuts = order[: torch.randint(3, (), generator=rng)].sort().values + 1  # none, one or two
         parts = []
-        for length in lengths:
+        for length in torch.tensor([0, *cuts, steps]).diff().tolist():
             move = moves[torch.multinomial(torch.tensor([3, 3, 3, 3, 1, 1.0]), 1, generator=rng)]
             turn = turns[torch.multinomial(torch.tensor([3, 3, 1, 1.0]), 1, generator=rng)]
             kind = torch.multinomial(torch.tensor([4, 3, 3.0]), 1, generator=rng).item()
@@ -362,46 +248,61 @@ def held_out(text: str) -> bool:
 def sample_toy(count: int, seed: int, steps: int, held: bool) -> tuple[list[str], list[str], Scene]:
     """Prompts, paths and scenes, all held out or none."""
     rng = torch.Generator().manual_seed(seed)
-    prompts, paths = [], []
+    prompts: list[str] = []
     while len(prompts) < count:
-        if held_out(text := sample_prompt(rng)) == held:
-            prompts.append(text)
+        prompt = sample_prompt(rng)
+        if held_out(prompt) == held:
+            prompts.append(prompt)
+    paths: list[str] = []
     while len(paths) < count:
-        if held_out(text := sample_path(rng, steps)) == held:
-            paths.append(text)
-    colours, pillars = (torch.stack(z) for z in zip(*map(read_prompt, prompts)))
-    return prompts, paths, Scene(colours, pillars, torch.randint(len(LOOKS), (count, N_PANELS), generator=rng))
+        path = sample_path(rng, steps)
+        if held_out(path) == held:
+            paths.append(path)
+    rooms = [read_prompt(prompt) for prompt in prompts]
+    colours = torch.stack([colours for colours, _ in rooms])
+    pillars = torch.stack([pillars for _, pillars in rooms])
+    looks = torch.randint(len(LOOKS), (count, N_PANELS), generator=rng)
+    return prompts, paths, Scene(colours, pillars, looks)
 
 
 def cast(pillars: Tensor, viewmats: Tensor, K: Tensor, size: int) -> Hits:
     """pillars [b 2 2], viewmats [b t 4 4], K [3 3] -> what each ray of a size x size image meets."""
+    # a ray through the middle of each quarter of a pixel, in the camera's axes, then in the world's
     grid = (torch.arange(2 * size, dtype=torch.float32) + 0.5) / (2 * size)
     y, x = torch.meshgrid((grid - K[1, 2]) / K[1, 1], (grid - K[0, 2]) / K[0, 0], indexing="ij")
     ray = torch.stack([x, y, torch.ones_like(x)])
     c2w = invert_se3(viewmats)
-    d = torch.einsum("btij,jhw->ibthw", c2w[..., :3, :3], ray)
-    d = torch.where(d.abs() < 1e-6, 1e-6, d)
-    o = rearrange(c2w[..., :3, 3], "b t i -> i b t 1 1")
+    d = torch.einsum("btij,jhw->ibthw", c2w[..., :3, :3], ray)  # direction [3 b t 2h 2w]
+    d = torch.where(d.abs() < 1e-6, 1e-6, d)  # divided by below
+    o = rearrange(c2w[..., :3, 3], "b t i -> i b t 1 1")  # origin
 
-    lo, hi = (torch.tensor(bound).view(3, 1, 1, 1, 1) for bound in zip(*ROOM))
+    # seen from inside, a ray leaves the box through the nearest of the three walls it runs towards
+    lo, hi = (torch.tensor(bound).view(3, 1, 1, 1, 1) for bound in zip(*ROOM, strict=True))
     distance, axis = ((torch.where(d > 0, hi, lo) - o) / d).min(dim=0)
     positive = d.gather(0, axis[None])[0] > 0
     wall = torch.where(positive, torch.tensor([1, 3, 2])[axis], torch.tensor([0, 4, 7])[axis])  # +y is the floor
-    for n in range(2):
+    for n in range(2):  # a pillar, from outside: the ray is in it once it is between both pairs of faces
         centre = rearrange(pillars[:, n], "b i -> i b 1 1 1")
         a, b = ((centre + side * PILLAR - o[[0, 2]]) / d[[0, 2]] for side in (-1, 1))
         enter, face = torch.minimum(a, b).max(dim=0)
-        hit = (enter < torch.maximum(a, b).min(dim=0).values) & (enter > 0) & (enter < distance)
-        distance, wall, axis = (torch.where(hit, new, old) for new, old in
-                                ((enter, distance), (5 + n, wall), (2 * face, axis)))
+        leave = torch.maximum(a, b).min(dim=0).values
+        hit = (enter < leave) & (enter > 0) & (enter < distance)
+        distance = torch.where(hit, enter, distance)
+        wall = torch.where(hit, 5 + n, wall)
+        axis = torch.where(hit, 2 * face, axis)
 
+    # where on the surface: its panel, and u, v along it
     x, y, z = o + distance * d
-    side, flat, pillar = axis == 0, (wall == 3) | (wall == 4), (wall == 5) | (wall == 6)
-    first, across = (torch.tensor(column)[wall] for column in zip(*[PANELS[name] for name in SURFACES]))
+    side = axis == 0
+    flat = (wall == 3) | (wall == 4)  # floor and ceiling
+    pillar = (wall == 5) | (wall == 6)
+    first = torch.tensor([PANELS[name][0] for name in SURFACES])[wall]
+    across = torch.tensor([PANELS[name][1] for name in SURFACES])[wall]
     row = torch.where((side | flat) & ~pillar, (z + 1.4).floor().clamp(0, 2).long(), 0)
     panel = first + row + torch.where(across == 2, (x > 0).long(), 0)
     facing = torch.tensor([0.80, 0.88, 0.95, 1.0, 0.90, 0.95, 0.95, 0.85])[wall] - 0.15 * (pillar & side).float()
-    return Hits(wall, panel, torch.where(side, z, x), torch.where(flat, z, y), facing / (1 + 0.12 * distance))
+    shade = facing / (1 + 0.12 * distance)
+    return Hits(wall, panel, u=torch.where(side, z, x), v=torch.where(flat, z, y), shade=shade)
 
 
 def paint(hits: Hits, colours: Tensor, looks: Tensor) -> Tensor:
@@ -409,10 +310,11 @@ def paint(hits: Hits, colours: Tensor, looks: Tensor) -> Tensor:
     rgb = torch.tensor([*PALETTE.values(), (0.5, 0.5, 0.5)])
     batch = torch.arange(len(colours)).view(-1, 1, 1, 1)
     colour = torch.where(hits.surface == NAMED, len(PALETTE), colours[batch, hits.surface])
-    look, turn = F.pad(looks, (0, 1), value=-1)[batch, hits.panel], 2 * math.pi / PERIOD
+    look = F.pad(looks, (0, 1), value=-1)[batch, hits.panel]  # -1: the pillars, which are plain
+    turn = 2 * math.pi / PERIOD
     su, sv = torch.sin(turn * hits.u), torch.sin(turn * hits.v)
-    wave = torch.where(look == 0, sv, torch.where(look == 1, su, torch.where(
-        look == 2, 1.4 * su * sv, torch.sin(turn * 0.75 * (hits.u + hits.v)))))
+    slanted = torch.sin(turn * 0.75 * (hits.u + hits.v))
+    wave = torch.where(look == 0, sv, torch.where(look == 1, su, torch.where(look == 2, 1.4 * su * sv, slanted)))
     tone = hits.shade * torch.where(look < 0, 0.9, 0.74 + 0.26 * torch.tanh(2.5 * wave))
     return reduce(2 * tone[..., None] * rgb[colour] - 1, "b t (h p) (w q) c -> b c t h w", "mean", p=2, q=2)
 
@@ -440,71 +342,21 @@ def panels_seen(hits: Hits, least: float) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. Prompts. What reads them is frozen, and the toy world has a stand-in for it that needs no download.
+# 3. Prompts. What encodes them is frozen, so it is asked once, while latents are made. The toy world has a stand-in for
+# umT5 that needs no download: each word has a fixed random vector, and a token carries its own word and the two before
+# it, so that "red left wall" is not "left red wall". Zero rows pad, as in Wan.
+
+WORD_DIM = 32
+TEXT_LEN, TEXT_DIM = 32, 3 * WORD_DIM
 
 
 class Encoder(NamedTuple):
     """What turns prompts, and for HY the first frames of videos, into what a network reads."""
     name: str
-    read: Callable[[str], dict[str, Tensor]]  # a prompt -> embeds [l d], or for HY text and byt5, each as long as it is
+    encode_text: Callable[[str], dict[str, Tensor]]  # a prompt -> embeds [l d], or for HY text and byt5, unpadded
     length: int | None  # that prompts are padded to with zeros; None: to the longest of a batch, with masks
-    see: Callable[[Tensor], Tensor] | None  # images [b 3 H W] in [-1, 1] -> [b l d]; Wan knows none
+    encode_image: Callable[[Tensor], Tensor] | None  # images [b 3 H W] in [-1, 1] -> [b l d]; Wan has none
     null: str  # the prompt that guidance steers away from
-
-
-def load_encoder(preset: str, path: Path | None, device: torch.device) -> Encoder:
-    """path: umT5 for a Wan preset, HunyuanVideo-1.5's folder for a HY one; without it, the stand-ins. Networks are
-    loaded when they are first asked."""
-    from model import PRESETS, HYConfig
-    hy = isinstance(PRESETS[preset].dit, HYConfig)
-    if path is None and hy:
-        return Encoder("words", read_hy_words, None, see_places, "")
-    if path is None:
-        return Encoder("words", lambda prompt: {"embeds": trimmed(encode_words(prompt))}, TEXT_LEN, None, "")
-    if hy:
-        path = path.parent if path.name == "text_encoder" else path  # SigLIP lies beside it
-        readers = lru_cache(lambda: load_hy_encoders(path, device, "llm", "tokenizer", "byt5", "byt5_tokenizer"))
-        eyes = lru_cache(lambda: load_hy_encoders(path, device, "siglip", "pixels"))
-        return Encoder("hy", lambda prompt: read_hy(prompt, readers()), None, lambda image: see(image, eyes()), "")
-    umt5 = lru_cache(lambda: load_text_encoder(path, device))
-    read = lambda prompt: {"embeds": trimmed(encode_prompts([prompt], umt5())[0])}
-    return Encoder("umt5", read, UMT5_LEN, None, NULL_PROMPT)
-
-
-def trimmed(z: Tensor) -> Tensor:
-    """One prompt [l d] without the zeros past its end."""
-    return z[: int(z.any(-1).sum())]
-
-
-def pair(rows: list[dict[str, Tensor]], null: dict[str, Tensor], length: int | None, vision: Tensor | None = None,
-         first: Tensor | None = None) -> tuple:
-    """What an encoder read from the prompts of a batch, and from the null prompt -> both as networks take them, b each.
-
-    Wan: [b length d], zero past their ends. HY: HYPrompts, padded to the longest, with masks, and with an image to go
-    on from: vision [b l d] is how it was seen, all zero where there is none, and first [b 1 c h w] are its latents.
-    """
-    joined = {}
-    for name in null:
-        parts = [*(row[name] for row in rows), null[name]]
-        ends = torch.tensor([len(part) for part in parts], device=parts[0].device)
-        z = nn.utils.rnn.pad_sequence(parts, batch_first=True)
-        joined[name] = F.pad(z, (0, 0, 0, max(length or 1, z.shape[1]) - z.shape[1]))
-        if length is None:
-            joined[f"{name}_mask"] = torch.arange(joined[name].shape[1], device=z.device) < ends[:, None]
-    texts = {name: z[:-1] for name, z in joined.items()}
-    nulls = {name: z[-1:].expand_as(texts[name]) for name, z in joined.items()}
-    if "embeds" in null:
-        return texts["embeds"], nulls["embeds"]
-    from model import HYPrompt
-    image = F.pad(first, (0, 0, 0, 0, 0, 1), value=1.0) * vision.flatten(1).any(1).view(-1, 1, 1, 1, 1)
-    return HYPrompt(**texts, vision=vision, image=image), HYPrompt(**nulls, vision=vision, image=image)
-
-
-# The stand-in for umT5 gives each word a fixed random vector and lets a token carry its own word and the two before it,
-# so that "red left wall" is not "left red wall". Zero rows pad, as in Wan.
-
-WORD_DIM = 32
-TEXT_LEN, TEXT_DIM = 32, 3 * WORD_DIM
 
 
 @lru_cache(maxsize=4096)
@@ -518,24 +370,722 @@ def encode_words(prompt: str) -> Tensor:
     if len(words) > TEXT_LEN:
         raise ValueError(f"prompt {prompt!r}: {len(words)} words, expected at most {TEXT_LEN}")
     vectors = [torch.zeros(WORD_DIM)] * 2 + [word_vector(word) for word in words]
-    rows = [torch.cat([vectors[i], vectors[i - 1], vectors[i - 2]]) for i in range(2, len(vectors))]
-    return F.pad(torch.stack(rows), (0, 0, 0, TEXT_LEN - len(rows))) if rows else torch.zeros(TEXT_LEN, TEXT_DIM)
+    tokens = torch.zeros(TEXT_LEN, TEXT_DIM)
+    for i in range(2, len(vectors)):
+        tokens[i - 2] = torch.cat([vectors[i], vectors[i - 1], vectors[i - 2]])
+    return tokens
 
 
-def read_hy_words(prompt: str) -> dict[str, Tensor]:
-    """HY's: the words, in place of Qwen2.5-VL, and none in quotes for byT5, since the toy world shows no writing."""
+def trimmed(z: Tensor) -> Tensor:
+    """One prompt [l d] without the zeros past its end."""
+    return z[: int(z.any(-1).sum())]
+
+
+def collate_prompts(rows: list[dict[str, Tensor]], null: dict[str, Tensor], length: int | None,
+                    vision: Tensor | None = None, first: Tensor | None = None) -> tuple:
+    """The encoded prompts of a batch, and the null prompt -> both as a network takes them, b each.
+
+    Wan: [b length d], zero past their ends. HY: HYPrompts, padded to the longest, with masks, and with an image to go
+    on from: vision [b l d] is what the encoder made of it, zero where there is none, and first [b 1 c h w] its latents.
+    """
+    if "embeds" not in null:
+        return collate_hy_prompts(rows, null, vision, first)
+    embeds = nn.utils.rnn.pad_sequence([row["embeds"] for row in (*rows, null)], batch_first=True)
+    embeds = F.pad(embeds, (0, 0, 0, max(length or 1, embeds.shape[1]) - embeds.shape[1]))
+    prompt = embeds[:-1]
+    return prompt, embeds[-1:].expand_as(prompt)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Batches. A folder of safetensors shards, read through memory maps: latents [n f c h w] fp16, viewmats [n f 4 4] and
+# Ks [n f 3 3] fp32, prompt_ids [n], for HY also vision [n l d]; and prompts.safetensors, the encoded prompts one after
+# another, the null prompt last: embeds [l d] fp16, or for HY text and byt5; embeds_ends [n] is where each ends.
+
+
+class Batch(NamedTuple):
+    """What a stage trains on. Every random number that a sample needs comes from that sample's own generator: the same
+    on any device, on any number of ranks, and whatever else is in the batch."""
+    x0: Tensor  # [b f c h w] fp32, clean latents
+    prompt: Any  # [b l d], or HY's HYPrompt
+    null: Any  # alike, the prompt that guidance steers away from; HY's keeps the image
+    camera: Camera  # viewmats [b f 4 4], Ks [b f 3 3]
+    generated: Tensor  # [b f]: 1 on frames that the model makes, 0 on given ones, which stay clean and unscored
+    rng: list[torch.Generator]  # one per sample
+    ids: list[int]  # rows of the data set
+    states: Tensor | None  # [b n f c h w], of a folder of ODE pairs (distill_ode.py): on the way from noise to x0
+
+    def rand(self, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1), [b *shape]."""
+        return torch.stack([torch.rand(shape, generator=g) for g in self.rng]).to(self.x0.device)
+
+    def rand_per_chunk(self, chunk: int) -> Tensor:
+        """Uniform numbers in [0, 1), one per chunk of frames, the last of which may be short: [b f]."""
+        f = self.x0.shape[1]
+        return self.rand(math.ceil(f / chunk)).repeat_interleave(chunk, dim=1)[:, :f]
+
+    def noise(self) -> Tensor:
+        """Normal noise of the latents' shape [b f c h w]."""
+        return torch.stack([torch.randn(self.x0.shape[1:], generator=g) for g in self.rng]).to(self.x0.device)
+
+
+class Latents(NamedTuple):
+    """An open latents folder: memory maps, nothing read yet."""
+    folder: Path
+    shards: list  # of safetensors' files
+    starts: list[int]  # first row of each shard, and the total
+    prompts: Any  # safetensors' file of the encoded prompts
+    ends: dict[str, list[int]]  # of each prompt in it
+    meta: dict  # preset, size, fps, frames, K, vae, vae_fingerprint as in Meta; prompt_length, and how it was made
+
+
+def open_latents(folder: str | Path, preset: str | None = None) -> Latents:
+    """Raises ValueError when the folder is missing, empty, holds a file that is not safetensors, or has latents or
+    prompts that the preset's network, if one is named, cannot read."""
+    folder = Path(folder)
+    files = sorted(folder.glob("latents-*.safetensors"))
+    if not files or not (folder / "prompts.safetensors").exists():
+        raise ValueError(f"{folder}: no latents here; `python data.py --out {folder}` makes the toy world's")
+    try:
+        shards = [safe_open(file, "pt") for file in files]
+        prompts = safe_open(folder / "prompts.safetensors", "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: a file is truncated or not safetensors ({error})") from None
+    starts = [0]
+    for file, shard in zip(files, shards, strict=True):
+        missing = {"latents", "viewmats", "Ks", "prompt_ids"} - set(shard.keys())
+        if missing or "meta" not in (shard.metadata() or {}):
+            raise ValueError(f"{file}: not a shard of latents, it holds {sorted(shard.keys())[:5]}")
+        starts.append(starts[-1] + shard.get_slice("prompt_ids").get_shape()[0])
+    if preset:
+        net, dit = PRESETS[preset].net, PRESETS[preset].dit
+        column = net.text_column
+        channels = shards[0].get_slice("latents").get_shape()[2]
+        text_dim = prompts.get_slice(column).get_shape()[1] if column in prompts.keys() else 0
+        if (channels, text_dim) != (dit.channels, dit.text_dim):
+            raise ValueError(f"{folder}: made by the VAE or text encoder of another network than {preset}: {channels} "
+                             f"channels, prompts with {text_dim} of {column}, expected {dit.channels} and "
+                             f"{dit.text_dim}")
+    columns = [name for name in ("embeds", "text", "byt5") if f"{name}_ends" in prompts.keys()]
+    if not columns:
+        raise ValueError(f"{folder}/prompts.safetensors: no table of prompts; data.py makes the folder anew")
+    ends = {name: prompts.get_tensor(f"{name}_ends").tolist() for name in columns}
+    return Latents(folder, shards, starts, prompts, ends, json.loads(shards[0].metadata()["meta"]))
+
+
+def check_data(data: Latents, source: Meta, path: Path) -> Meta:
+    """Raises ValueError when latents are not of the kind that the checkpoint at path, described by `source`, knows.
+
+    Returns `source`. A released checkpoint (made "from" None) may be shown any videos, and knows their kind from then
+    on; what is made of it has none of its quirks.
+    """
+    kind = {name: data.meta[name] for name in ("K", "size", "fps", "frames")}
+    for name in ("vae_fingerprint", *(kind if source["from"] else ())):
+        if data.meta[name] != source[name]:
+            raise ValueError(f"{data.folder}: has {name} {data.meta[name]}, but {path} was trained with {source[name]}")
+    plain = {name: value for name, value in source.items() if name not in ("timed_text", "released_cache")}
+    return plain | kind
+
+
+def mix(*numbers: int) -> int:
+    """Integers -> a well-spread 62-bit seed, so that neighbouring (seed, step, sample) share no stream."""
+    digest = 0
+    for number in numbers:
+        digest = (digest ^ (number + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9 % 2**64
+        digest ^= digest >> 29
+    return digest >> 2
+
+
+@lru_cache(maxsize=8)
+def shuffled(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of an epoch."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, 1, epoch))).tolist()
+
+
+def read_row(data: Latents, row: int) -> dict[str, Tensor]:
+    """All that the folder holds of one video."""
+    n = bisect_right(data.starts, row) - 1
+    shard = data.shards[n]
+    return {name: shard.get_slice(name)[row - data.starts[n]] for name in shard.keys()}
+
+
+def read_embeds(data: Latents, i: int) -> dict[str, Tensor]:
+    """Encoded prompt i; -1 is the null prompt."""
+    row = {}
+    for name, ends in data.ends.items():
+        start = ends[i - 1] if i % len(ends) else 0
+        row[name] = data.prompts.get_slice(name)[start : ends[i]]
+    return row
+
+
+def sample_generated(rng: list[torch.Generator], f: int, prob: float) -> Tensor:
+    """[b f]: 1 but for the first frame or the first two, which with probability prob / 2 each are given: 0.
+
+    So a model learns to go on from an image or a short video.
+    """
+    draw = torch.stack([torch.rand(1, generator=g) for g in rng])  # [b 1]
+    given = torch.where(draw < prob / 2, 1, torch.where(draw < prob, 2, 0)).clamp_max(f - 1)
+    return (torch.arange(f) >= given).float()
+
+
+def get_batch(data: Latents, seed: int, step: int, part: int, parts: int, size: int, device: torch.device,
+              given_prob: float | None = None) -> Batch:
+    """Samples part * size ... of the parts * size that make up `step`: a pure function, so a run can stop anywhere.
+
+    part is rank + world_size * micro-batch, so N ranks and N micro-batches see the same samples with the same noise.
+    given_prob: None gives no frames; a folder of ODE pairs says itself which are given.
+    Raises ValueError when a latent is not finite.
+    """
+    total = data.starts[-1]
+    ids, rng = [], []
+    for slot in range(part * size, (part + 1) * size):
+        epoch, position = divmod(step * parts * size + slot, total)
+        ids.append(shuffled(total, seed, epoch)[position])
+        rng.append(torch.Generator().manual_seed(mix(seed, 2, step, slot)))
+    rows = [read_row(data, row) for row in ids]
+    for row, sample in zip(ids, rows, strict=True):
+        if not sample["latents"].isfinite().all():
+            raise ValueError(f"{data.folder}: latents of row {row} hold NaN or inf")
+
+    def column(name: str) -> Tensor | None:
+        """Of all rows, in fp32 on the device; None where the folder has none."""
+        return torch.stack([row[name] for row in rows]).to(device, torch.float32) if name in rows[0] else None
+
+    x0 = column("latents")
+    generated = column("generated")
+    if generated is None and given_prob is not None:
+        generated = sample_generated(rng, x0.shape[1], given_prob).to(device)
+    elif generated is None:
+        generated = torch.ones(x0.shape[:2], device=device)
+    texts = [read_embeds(data, int(row["prompt_ids"])) for row in rows] + [read_embeds(data, -1)]
+    texts = [{name: z.to(device, torch.float32) for name, z in text.items()} for text in texts]
+    prompt, null = collate_prompts(texts[:-1], texts[-1], data.meta["prompt_length"], column("vision"), x0[:, :1])
+    camera = Camera(column("viewmats"), column("Ks"))
+    return Batch(x0, prompt, null, camera, generated, rng, ids, column("states"))
+
+
+def save_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write safetensors so that a crash or a full disk never leaves half a file under the final name."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file({name: z.cpu().contiguous() for name, z in tensors.items()}, temporary, metadata)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"{path}: could not be written ({error})") from error
+
+
+def save_prompts(path: Path, rows: list[dict[str, Tensor]], about: dict[str, str]) -> None:
+    """The table of encoded prompts, the null prompt's row last."""
+    columns = {name: torch.cat([row[name] for row in rows]).half() for name in rows[0]}
+    ends = {f"{name}_ends": torch.tensor([len(row[name]) for row in rows]).cumsum(0) for name in rows[0]}
+    save_shard(path, columns | ends, about)
+
+
+# What the stages' command lines, logs and pictures share.
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: expected at least 1")
+    return number
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Docstrings as they are written, and behind each flag's help its default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        no_default = action.default is None or action.default is False or action.default is argparse.SUPPRESS
+        return action.help if no_default else f"{action.help} (default: %(default)s)"
+
+
+def set_recipe(parser: argparse.ArgumentParser, recipes: dict[str, dict], argv: list[str] | None) -> None:
+    """Make the numbers of the chosen --preset the parser's defaults, and print those of all presets below its help."""
+    # --preset decides what the other defaults are, so it is read first, by a parser that knows nothing else
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--preset", default="tiny")
+    preset = first.parse_known_args(argv)[0].preset
+    parser.set_defaults(**recipes.get(preset, {}))
+    lines = ["defaults of each preset:", f"  {'':22}" + "".join(f"{name:>14}" for name in recipes)]
+    for name in dict.fromkeys(name for recipe in recipes.values() for name in recipe):
+        values = [recipe.get(name, "") for recipe in recipes.values()]
+        cells = [" ".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in values]
+        lines.append(f"  --{name.replace('_', '-'):20}" + "".join(f"{cell:>14}" for cell in cells))
+    parser.epilog = "\n".join(lines)
+
+
+def open_log(out: Path, step: int, steps: int) -> None:
+    """Say where the run that writes `out` stands, and keep the lines of its metrics up to `step`: none of an earlier
+    run's, none that a resumed run will write again. On rank 0."""
+    if dist.get_rank() > 0:
+        return
+    path = out.with_suffix("") / "metrics.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]  # a killed run or a full disk may have cut the last one
+    path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+    print(f"{out}: step {step} of {steps}" + (", nothing left to do" if step >= steps else ""))
+
+
+def write_log(path: Path, row: dict) -> None:
+    """Append one line of metrics."""
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def to_bytes(video: Tensor) -> Tensor:
+    """[-1, 1] -> 0 .. 255."""
+    return ((video + 1) * 127.5).round().byte()
+
+
+def from_bytes(video: Tensor) -> Tensor:
+    """0 .. 255 -> [-1, 1], fp32."""
+    return video.float() / 127.5 - 1
+
+
+def write_sheet(path: Path, videos: list[Tensor], every: int = 4, zoom: int = 3) -> None:
+    """A contact sheet. Each of `videos` [b 3 t h w] gives one strip per sample, every 4th frame; strips of one sample
+    stand below each other, in the order of `videos` (ground truth first, then what was made of it)."""
+    strips = torch.stack([rearrange(video[:, :, ::every], "b c t h w -> b h (t w) c") for video in videos], dim=1)
+    strips = F.pad(strips, (0, 0, 0, 0, 0, 1), value=1.0)  # a white line under each strip
+    sheet = to_bytes(rearrange(strips, "b s h w c -> (b s h) w c").clamp(-1, 1)).cpu().numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    imageio.imwrite(path, sheet.repeat(zoom, 0).repeat(zoom, 1))
+
+
+def write_samples(path: Path, net: nn.Module, meta: Meta, vae: nn.Module, data: Latents, seed: int, size: int) -> None:
+    """A contact sheet of up to four training videos, and below each what the network makes of its prompt and path.
+
+    Every rank must call it, since the network is sharded; rank 0 writes.
+    """
+    device = next(vae.parameters()).device
+    batch = get_batch(data, seed, -1, 0, 1, min(4, size), device)
+    chunks = rollout(net, meta, batch.rng, batch.x0.shape[1:], batch.prompt, batch.null, batch.camera)
+    x0 = torch.cat(list(chunks), dim=1)
+    if dist.get_rank() == 0:
+        write_sheet(path, [vae.decode(batch.x0)[0], vae.decode(x0)[0]])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Making the toy world.
+
+
+def train_vae(vae: nn.Module, video: Tensor, steps: int, lr: float, seed: int) -> None:
+    """Reconstruct random clips of video [n 3 t h w]; a little KL keeps the latents smooth. In place.
+
+    Many small steps learn faster here than few large ones. Every fourth step sees one long clip, at times forth and
+    back again: a VAE that has only seen short ones drifts off in colour later in a video.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    t = video.shape[2]
+    for step in (bar := tqdm(range(steps), "vae")):
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 50, 2 * (1 - step / steps) + 0.02)
+        if step % 4:
+            rooms, length = 3, 5
+        else:
+            rooms, length = 1, t if step % 16 else 2 * t - 1
+        rows = torch.randint(len(video), (rooms,), generator=rng)
+        start = torch.randint(2 * t - length, (), generator=rng)
+        forth_and_back = torch.cat([video[rows], video[rows].flip(2)[:, :, 1:]], dim=2)
+        clip = from_bytes(forth_and_back[:, :, start : start + length])
+
+        mu, logvar = vae.moments(clip, {})
+        logvar = logvar.clamp(-20, 10)
+        z = mu + (0.5 * logvar).exp() * torch.randn(mu.shape, generator=rng)
+        error = F.mse_loss(vae.reconstruct(z, {}), clip)
+        kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean()
+        optimizer.zero_grad()
+        (error + 3e-5 * kl).backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        bar.set_postfix(psnr=f"{10 * math.log10(4 / error.item()):.2f}", kl=f"{kl.item():.2f}", refresh=False)
+
+
+def make_vae(args: argparse.Namespace, video: Tensor) -> None:
+    """Train a VAE on video [n 3 t h w] uint8 and save it with the mean and std of its latents."""
+    torch.manual_seed(args.seed)
+    vae = build_vae(args.preset)
+    vae.init_weights()
+    train_vae(vae, video, args.vae_steps, args.vae_lr, args.seed)
+    with torch.no_grad():
+        z = torch.cat([vae.encode(from_bytes(v[None]))[0] for v in video[:256]])
+    mean, std = z.mean((0, 1, 3, 4)).tolist(), z.std((0, 1, 3, 4)).tolist()
+    weights = vae.state_dict()
+    meta = {"stage": "vae", "preset": args.preset, "mean": mean, "std": std, "fingerprint": fingerprint(weights)}
+    save_checkpoint(args.vae, weights, meta)
+
+
+def make_toy(args: argparse.Namespace) -> None:
+    """Render the toy world, train its VAE if there is none, and write its latents folder."""
+    if args.vae.exists():
+        _, about_vae = load_checkpoint(args.vae, "vae")
+        if about_vae["preset"] != args.preset:
+            raise ValueError(f"{args.vae}: a VAE of preset {about_vae['preset']}, but --preset is {args.preset}")
+    size = args.size[0]
+    prompts, paths, scene = sample_toy(args.count, args.seed, args.frames - 1, held=False)
+    viewmats, K = torch.stack([parse_trajectory(path) for path in paths]), intrinsics(K_SQUARE)
+    video = torch.empty(args.count, 3, 1 + 4 * (args.frames - 1), size, size, dtype=torch.uint8)
+    for i in tqdm(range(0, args.count, 16), "render"):
+        rooms = Scene(*(z[i : i + 16] for z in scene))
+        video[i : i + 16] = to_bytes(render(rooms, viewmats[i : i + 16], K, size))
+
+    if not args.vae.exists():
+        make_vae(args, video)
+    _, about_vae = load_checkpoint(args.vae, "vae")
+    vae = load_vae(args.vae, torch.device("cpu"), about_vae["fingerprint"])
+    encoder = load_encoder(args.preset, None, torch.device("cpu"))
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    for old in [args.out / "prompts.safetensors", *args.out.glob("latents-*.safetensors")]:
+        old.unlink(missing_ok=True)  # the prompts first and written last: without them the folder does not open
+    meta = {"preset": args.preset, "K": list(K_SQUARE), "size": args.size, "fps": FPS, "frames": args.frames,
+            "vae": str(args.vae), "vae_fingerprint": about_vae["fingerprint"], "prompt_length": encoder.length}
+    if encoder.encode_image:
+        meta["image_share"] = args.image_share
+    with_image = torch.rand(args.count, 1, 1, generator=torch.Generator().manual_seed(args.seed)) < args.image_share
+    for start in tqdm(range(0, args.count, 512), "encode"):
+        rows = slice(start, min(start + 512, args.count))
+        with torch.no_grad():
+            latents = torch.cat([vae.encode(from_bytes(v))[0] for v in video[rows].split(16)])
+        shard = {"latents": latents.half(), "viewmats": viewmats[rows], "prompt_ids": torch.arange(args.count)[rows],
+                 "Ks": K.expand(len(latents), args.frames, 3, 3)}
+        if encoder.encode_image:
+            shard["vision"] = (encoder.encode_image(from_bytes(video[rows, :, 0])) * with_image[rows]).half()
+        save_shard(args.out / f"latents-{start:06d}.safetensors", shard, {"meta": json.dumps(meta)})
+    encoded = [encoder.encode_text(prompt) for prompt in [*prompts, encoder.null]]
+    save_prompts(args.out / "prompts.safetensors", encoded, {"prompts": json.dumps(prompts)})
+
+
+# ======================================================================================================================
+# The course ends here. Nothing above refers to what follows, but for one call each of load_encoder and
+# collate_hy_prompts.
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Pose files. Each reader returns (viewmats, K) as the file has them: viewmats [n 4 4] fp64, world-to-camera, not yet
+# re-based to the first; K is (fx, fy, cx, cy) divided by width and height, or a list of one for each pose, or None.
+
+
+def check_poses(poses: Tensor, name: str) -> Tensor:
+    """Rigid transforms [n 4 4] fp64, unchanged; raises ValueError at the first that is not in SE(3)."""
+    if poses.ndim != 3 or poses.shape[1:] != (4, 4):
+        raise ValueError(f"{name}: expected a list of 4x4 matrices, found shape {list(poses.shape)}")
+    for i, pose in enumerate(poses):
+        R, last_row = pose[:3, :3], pose[3]
+        error = (R @ R.mT - torch.eye(3, dtype=torch.float64)).abs().max().item()
+        if not pose.isfinite().all():
+            wrong = "it holds NaN or inf"
+        elif error > 1e-3:
+            wrong = f"its rotation is off by {error:.2g}"
+        elif R.det() < 0:
+            wrong = "it mirrors"
+        elif (last_row - last_row.new_tensor([0, 0, 0, 1])).abs().max() > 1e-5:
+            wrong = "its last row is not 0 0 0 1"
+        else:
+            continue
+        raise ValueError(f"{name}: pose {i} is not a rigid transform (SE(3)): {wrong}")
+    return poses
+
+
+class CameraPath(NamedTuple):
+    """One camera path for stream.py, and what came with it."""
+    viewmats: Tensor  # [f 4 4] fp32, one per latent frame, the first the identity
+    K: tuple[float, ...] | None = None  # (fx, fy, cx, cy); None: the one that the network was trained with
+    name: str = "path"
+    prompt: str | None = None
+
+
+def read_camera(source: str) -> list[CameraPath]:
+    """A pose string, or a .json file holding one of
+
+        "w*4,l*3"                                     a pose string
+        {"c2w": [4x4, ...], "K": [fx, fy, cx, cy]}     or "w2c", or "c2w_opengl" (y up, z backwards); one matrix per
+                                                      latent frame, K normalised and optional
+        {"0": {"extrinsic": 4x4 c2w, "K": 3x3}, ...}   HY-WorldPlay, one entry per latent frame, K in pixels
+        {"0": {"w2c": 4x4, "intrinsic": 3x3}, ...}     its training data, one entry per pixel frame; every fourth counts
+        [{"id", "caption", "trajectory"}, ...]         minWM, several paths
+
+    Raises ValueError, naming the file and what is wrong with it. Poses are re-based so that the first is the identity.
+    """
+    if not source.endswith(".json"):
+        return [CameraPath(parse_trajectory(source))]
+    try:
+        spec = json.loads(Path(source).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{source}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source}: not JSON ({error})") from None
+    entries = spec if isinstance(spec, list) else [spec]
+    stem = Path(source).stem
+    names = [f"{stem}-{n}" for n in range(len(entries))] if len(entries) > 1 else [stem]
+    try:
+        paths = [read_path(entry, name) for entry, name in zip(entries, names)]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{source}: {error}") from None
+    if not paths:
+        raise ValueError(f"{source}: an empty list, expected at least one path")
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names) or any(Path(name).name != name for name in names):
+        raise ValueError(f"{source}: ids {names} name the videos, so each must be a different file name")
+    return paths
+
+
+def read_path(spec: str | dict, name: str) -> CameraPath:
+    """One path of a camera file; `name`, unless it brings its own. Raises ValueError or TypeError."""
+    if isinstance(spec, str):
+        return CameraPath(parse_trajectory(spec), name=name)
+    if not isinstance(spec, dict):
+        raise ValueError(f"expected a pose string or an object, found {spec!r}")
+    name = str(spec.get("id", name))
+    prompt = spec.get("caption", spec.get("prompt"))
+    if prompt is not None and not (isinstance(prompt, str) and prompt.strip()):
+        raise ValueError(f"path {name!r}: its prompt is {prompt!r}, expected a description of the world")
+    viewmats, K = read_object(spec)
+    viewmats = viewmats @ invert_se3(viewmats[:1])
+    pose_key = find_worldplay_key(spec)
+    if pose_key is not None:
+        K = K[0]  # HY-WorldPlay has one for each pose; a path has one
+    if pose_key == "w2c":
+        viewmats = viewmats[::4]  # latent frame i ends with pixel frame 4 i
+    if K is not None:
+        intrinsics(K)  # are they in range?
+        K = tuple(K)
+    return CameraPath(viewmats.float(), K, name, prompt)
+
+
+def read_poses(poses: str | dict, folder: Path) -> tuple[Tensor, list | None]:
+    """The `poses` of a row, in any format of TABLE -> viewmats [n 4 4] fp64, the first the identity, and K: one or n
+    times (fx, fy, cx, cy), or None. Files lie below `folder`. Raises ValueError."""
+    try:
+        if isinstance(poses, str):
+            viewmats, K = read_pose_string_or_file(poses, folder)
+        else:
+            viewmats, K = read_object(poses)
+    except OSError as error:
+        raise ValueError(f"{Path(error.filename).name}: {error.strerror}") from None
+    except KeyError as error:
+        raise ValueError(f"an entry has no {error}") from None
+    except (TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot be read ({error})") from None
+    one_each = isinstance(K, (list, tuple)) and len(K) > 0 and isinstance(K[0], (list, tuple))
+    Ks = K if K is None or one_each else [K]
+    return viewmats @ invert_se3(viewmats[:1]), Ks
+
+
+def read_pose_string_or_file(poses: str, folder: Path) -> tuple[Tensor, Any]:
+    """By how it ends: a .json file, COLMAP's images.txt, RealEstate10K's .txt, or else it is a pose string."""
+    if poses.endswith(".json"):
+        return read_object(json.loads((folder / poses).read_text()))
+    if poses.endswith("images.txt"):
+        return read_colmap(folder / poses)
+    if poses.endswith(".txt"):
+        return read_realestate(folder / poses)
+    return parse_trajectory(poses).double(), None
+
+
+MATRICES = ("c2w", "w2c", "c2w_opengl")
+# HY-WorldPlay numbers its poses: {"0": {...}, "1": {...}}. The key of a pose, and of its K: in what its generator reads
+# (camera-to-world, one entry per latent frame), and in its training data (world-to-camera, one per pixel frame).
+WORLDPLAY_KEYS = {"extrinsic": "K", "w2c": "intrinsic"}
+
+
+def read_object(spec: Any) -> tuple[Tensor, Any]:
+    """A JSON object that holds one path: a pose string, matrices or HY-WorldPlay's entries."""
+    if not isinstance(spec, dict):
+        raise ValueError(f"expected a pose string or an object, found {spec!r:.80}")
+    if "trajectory" in spec:
+        return parse_trajectory(str(spec["trajectory"])).double(), spec.get("K")
+    for kind in MATRICES:
+        if kind in spec:
+            return read_matrices(spec, kind)
+    pose_key = find_worldplay_key(spec)
+    if pose_key is None:
+        raise ValueError(f"expected 'trajectory', 'c2w', 'w2c' or 'extrinsic' entries, found {list(spec)[:4]}")
+    return read_worldplay(spec, pose_key)
+
+
+def read_matrices(spec: dict, kind: str) -> tuple[Tensor, Any]:
+    """{kind: [4x4, ...], "K": optional}."""
+    poses = check_poses(torch.tensor(spec[kind], dtype=torch.float64), kind)
+    if kind == "c2w_opengl":  # OpenGL's camera has its own y and z pointing the other way
+        poses = poses @ torch.diag(poses.new_tensor([1, -1, -1, 1]))
+    return poses if kind == "w2c" else invert_se3(poses), spec.get("K")
+
+
+def numbered_entries(spec: dict) -> list:
+    """The values of {"0": ..., "1": ..., ...} in the order of their numbers: "2" before "10"."""
+    return [spec[key] for key in sorted(spec, key=lambda key: (len(key), key))]
+
+
+def find_worldplay_key(spec: dict) -> str | None:
+    """Which of WORLDPLAY_KEYS the poses stand under; None if these are no entries of HY-WorldPlay's."""
+    entries = numbered_entries(spec)
+    if entries and all(isinstance(entry, dict) for entry in entries):
+        for pose_key in WORLDPLAY_KEYS:
+            if pose_key in entries[0]:
+                return pose_key
+    return None
+
+
+def read_worldplay(spec: dict, pose_key: str) -> tuple[Tensor, list[tuple[float, ...]]]:
+    """HY-WorldPlay's entries, each a pose and its 3x3 K in pixels."""
+    entries, K_key = numbered_entries(spec), WORLDPLAY_KEYS[pose_key]
+    matrices = [entry.get(pose_key) for entry in entries]
+    if None in matrices:
+        raise ValueError(f"entry {matrices.index(None)} has no {pose_key!r}")
+    poses = check_poses(torch.tensor(matrices, dtype=torch.float64), pose_key)
+    Ks = [normalise_intrinsics(entry.get(K_key), K_key) for entry in entries]
+    return poses if pose_key == "w2c" else invert_se3(poses), Ks
+
+
+def normalise_intrinsics(K: list | None, name: str) -> tuple[float, ...]:
+    """HY-WorldPlay's 3x3, in pixels -> (fx/W, fy/H, cx/W, cy/H). Its rule: the image is twice the principal point."""
+    matrix = torch.tensor(K or [], dtype=torch.float64)
+    if matrix.shape != (3, 3) or not (matrix[:2, 2] > 0).all():
+        raise ValueError(f"expected a 3x3 {name!r} in pixels with a principal point, found {matrix.tolist()}")
+    width, height = 2 * matrix[0, 2].item(), 2 * matrix[1, 2].item()
+    return matrix[0, 0].item() / width, matrix[1, 1].item() / height, 0.5, 0.5
+
+
+def read_colmap(path: Path) -> tuple[Tensor, list[tuple[float, ...]]]:
+    """COLMAP's images.txt, with cameras.txt beside it: an image's line is id qw qx qy qz tx ty tz camera name, and
+    quaternion and translation are world-to-camera. Images count in the order of their names."""
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    cameras = read_colmap_cameras(path.with_name("cameras.txt"))
+    images = {}
+    for line in lines[::2]:  # every second line holds an image's points, and may be empty
+        if line.strip():
+            _, *pose, camera, name = line.split(maxsplit=9)
+            w, x, y, z, tx, ty, tz = map(float, pose)
+            viewmat = [[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y), tx],
+                       [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x), ty],
+                       [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y), tz], [0, 0, 0, 1]]
+            images[name] = (viewmat, cameras[camera])
+    viewmats = torch.tensor([images[name][0] for name in sorted(images)], dtype=torch.float64)
+    return check_poses(viewmats, "w2c"), [images[name][1] for name in sorted(images)]
+
+
+COLMAP_FOCALS = {  # camera models that are pinholes if all their distortion is zero: how many focal lengths each has
+    "SIMPLE_PINHOLE": 1, "PINHOLE": 2, "SIMPLE_RADIAL": 1, "RADIAL": 1, "OPENCV": 2,
+}
+
+
+def read_colmap_cameras(path: Path) -> dict[str, tuple[float, ...]]:
+    """COLMAP's cameras.txt -> (fx/W, fy/H, cx/W, cy/H) by id. A line is: id model width height, then the model's
+    parameters in pixels, focal lengths first, then cx cy, then distortion."""
+    cameras: dict[str, tuple[float, ...]] = {}
+    for line in path.read_text().splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, model, *numbers = line.split()
+        width, height, *parameters = map(float, numbers)
+        focals = COLMAP_FOCALS.get(model)
+        if focals is None or any(abs(k) > 1e-3 for k in parameters[focals + 2 :]):
+            raise ValueError(f"cameras.txt: camera {name} is {model} {parameters}, expected no distortion: undistort")
+        cx, cy = parameters[focals : focals + 2]
+        cameras[name] = (parameters[0] / width, parameters[focals - 1] / height, cx / width, cy / height)
+    return cameras
+
+
+def read_realestate(path: Path) -> tuple[Tensor, list[list[float]]]:
+    """RealEstate10K: a line per frame, time fx fy cx cy k1 k2 and a 3x4 world-to-camera, below the video's URL."""
+    lines = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("http")]
+    rows = [[float(number) for number in line.split()] for line in lines]
+    for n, row in enumerate(rows):
+        if len(row) != 19 or abs(row[5]) > 1e-3 or abs(row[6]) > 1e-3:
+            raise ValueError(f"line {n} of the poses: expected time fx fy cx cy k1 k2 (no distortion) and 12 numbers, "
+                             f"found {len(row)} numbers, k {row[5:7]}")
+    viewmats = torch.tensor([[row[7:11], row[11:15], row[15:19], [0, 0, 0, 1]] for row in rows], dtype=torch.float64)
+    return check_poses(viewmats, "w2c"), [row[1:5] for row in rows]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Encoders. The real ones are transformers', imported where they are used: that takes seconds, and the toy world does
+# without.
+
+
+def load_encoder(preset: str, path: Path | None, device: torch.device) -> Encoder:
+    """path: umT5 for a Wan preset, HunyuanVideo-1.5's folder for an HY one; None: the toy world's stand-ins.
+
+    Networks are loaded when they are first asked, which is when a missing or broken one raises ValueError; and they are
+    kept by the Encoder alone, so that dropping it frees their memory.
+    """
+    hy = PRESETS[preset].net is HYDiT
+    if path is None and hy:
+        return Encoder("words", encode_hy_words, None, encode_places, "")
+    if path is None:
+        return Encoder("words", encode_wan_words, TEXT_LEN, None, "")
+    if hy:
+        return make_hy_encoder(path, device)
+    return make_umt5_encoder(path, device)
+
+
+def encode_wan_words(prompt: str) -> dict[str, Tensor]:
+    """The toy world's umT5: embeds [l 96]."""
+    return {"embeds": trimmed(encode_words(prompt))}
+
+
+def encode_hy_words(prompt: str) -> dict[str, Tensor]:
+    """The toy world's Qwen2.5-VL: text [l 96]. byt5 [0 8] is empty, since its rooms show no writing."""
     return {"text": trimmed(encode_words(prompt)), "byt5": torch.zeros(0, 8)}
 
 
-def see_places(image: Tensor) -> Tensor:
-    """SigLIP's: of 4 x 4 places of images [b 3 H W] the colours of the quarters and where the place is -> [b 16 16]."""
+def encode_places(image: Tensor) -> Tensor:
+    """The toy world's SigLIP: images [b 3 H W] in [-1, 1] -> [b 16 16], a token for each of 4 x 4 places: the mean
+    colours of its four quarters (12 numbers) and where it is (y, x and their squares)."""
     colours = rearrange(F.adaptive_avg_pool2d(image, 8), "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
     y, x = torch.meshgrid(torch.linspace(-1, 1, 4), torch.linspace(-1, 1, 4), indexing="ij")
-    where = rearrange([y, x, y * y, x * x], "k h w -> (h w) k").to(image.device)
-    return torch.cat([colours, where.expand(len(image), -1, -1)], dim=2)
+    position = rearrange([y, x, y * y, x * x], "k h w -> (h w) k").to(image.device)
+    return torch.cat([colours, position.expand(len(image), -1, -1)], dim=2)
 
 
-# umT5 itself is transformers', imported where it is used: that takes seconds, and the toy world does without.
+def pad_prompts(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts [l d] of several lengths -> [b l d], zero past their ends, and the mask [b l] of what is no padding. l is
+    the longest of them and at least 1, as attention needs."""
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    if padded.shape[1] == 0:
+        padded = F.pad(padded, (0, 0, 0, 1))
+    lengths = torch.tensor([len(row) for row in rows], device=padded.device)
+    return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+
+
+def collate_hy_prompts(rows: list[dict[str, Tensor]], null: dict[str, Tensor], vision: Tensor,
+                       first: Tensor) -> tuple[HYPrompt, HYPrompt]:
+    """The encoded prompts of a batch, and the null prompt -> both as HYPrompts of b; they share the image.
+
+    rows, null: text [l d] and byt5 [l d], unpadded. vision [b l d]: SigLIP's tokens of each video's first frame, zero
+    where there is no image to go on from; first [b 1 c h w]: the latents of that frame.
+    """
+    text, text_mask = pad_prompts([row["text"] for row in rows] + [null["text"]])
+    byt5, byt5_mask = pad_prompts([row["byt5"] for row in rows] + [null["byt5"]])
+    has_image = vision.flatten(1).any(1).view(-1, 1, 1, 1, 1)
+    given_latents = F.pad(first, (0, 0, 0, 0, 0, 1), value=1.0) * has_image  # a channel more, 1 where they are given
+    prompt = HYPrompt(text[:-1], text_mask[:-1], byt5[:-1], byt5_mask[:-1], vision, given_latents)
+    repeated = HYPrompt(
+        text[-1:].expand_as(prompt.text), text_mask[-1:].expand_as(prompt.text_mask),
+        byt5[-1:].expand_as(prompt.byt5), byt5_mask[-1:].expand_as(prompt.byt5_mask), vision, given_latents)
+    return prompt, repeated
+
+
+def load_pretrained(kind: Any, folder: Path | None, dtype: torch.dtype, **source) -> nn.Module:
+    """A net of transformers' class `kind`, frozen. What its files lack, transformers would fill with noise and a
+    warning: here that raises ValueError."""
+    net, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+                                     **source)
+    mismatched = [name for name, *_ in info["mismatched_keys"]]
+    if lost := sorted([*info["missing_keys"], *mismatched]):
+        raise ValueError(f"{len(lost)} of its tensors are missing or misshapen, first {lost[0]}")
+    return net.eval().requires_grad_(False)
+
+
+def first_line(error: Exception) -> str:
+    """Of an error's text; its type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+# umT5, Wan's text encoder.
 
 UMT5_LEN = 512
 NULL_PROMPT = (  # what guidance steers public Wan away from, in diffusers' wording
@@ -556,14 +1106,28 @@ UMT5_NAMES = (  # of a parameter: in Wan's file, in transformers
 
 
 class TextEncoder(NamedTuple):
+    """umT5."""
     net: nn.Module
-    tokenizer: object
+    tokenizer: Any
+
+
+def make_umt5_encoder(path: Path, device: torch.device) -> Encoder:
+    """umT5 as an Encoder; path as load_text_encoder takes it."""
+
+    @lru_cache(maxsize=1)  # here, not on load_text_encoder: the cache goes with the Encoder
+    def loaded() -> TextEncoder:
+        return load_text_encoder(path, device)
+
+    def encode_text(prompt: str) -> dict[str, Tensor]:
+        return {"embeds": trimmed(encode_prompts([prompt], loaded())[0])}
+
+    return Encoder("umt5", encode_text, UMT5_LEN, None, NULL_PROMPT)
 
 
 def umt5_name(name: str) -> str:
     """Wan's name of a umT5 parameter -> transformers'."""
-    for ours, theirs in UMT5_NAMES:
-        name = re.sub(ours, theirs, name)
+    for wan_pattern, transformers_name in UMT5_NAMES:
+        name = re.sub(wan_pattern, transformers_name, name)
     return name
 
 
@@ -571,21 +1135,20 @@ def build_umt5(weights: dict[str, Tensor]) -> nn.Module:
     """transformers' UMT5EncoderModel with Wan's weights, sizes read off them; ValueError names what does not fit."""
     from transformers import UMT5Config, UMT5EncoderModel
     try:
-        (vocabulary, d), (inner, _) = weights["token_embedding.weight"].shape, weights["blocks.0.attn.q.weight"].shape
+        vocabulary, d_model = weights["token_embedding.weight"].shape
+        inner, _ = weights["blocks.0.attn.q.weight"].shape
         buckets, heads = weights["blocks.0.pos_embedding.embedding.weight"].shape
         d_ff = weights["blocks.0.ffn.fc1.weight"].shape[0]
     except (KeyError, ValueError) as error:
         raise ValueError(f"not the weights of a umT5 encoder ({error!r})") from None
     layers = sum(name.endswith("attn.q.weight") for name in weights)
+    config = UMT5Config(vocab_size=vocabulary, d_model=d_model, d_kv=inner // heads, d_ff=d_ff, num_layers=layers,
+                        num_heads=heads, relative_attention_num_buckets=buckets)
     with torch.device("meta"):
-        net = UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, d_model=d, d_kv=inner // heads, d_ff=d_ff,
-                                          num_layers=layers, num_heads=heads, relative_attention_num_buckets=buckets))
+        net = UMT5EncoderModel(config)
     weights = {umt5_name(name): w for name, w in weights.items()}
-    weights |= {"encoder.embed_tokens.weight": weights["shared.weight"]}
-    expected, found = ({name: tuple(w.shape) for name, w in z.items()} for z in (net.state_dict(), weights))
-    if wrong := [name for name in expected | found if expected.get(name) != found.get(name)]:
-        raise ValueError(f"{len(wrong)} tensors are not those of a umT5 encoder, first {wrong[0]}: expected shape "
-                         f"{expected.get(wrong[0], 'none')}, found {found.get(wrong[0], 'none')}")
+    weights["encoder.embed_tokens.weight"] = weights["shared.weight"]
+    check_same_tensors(weights, net.state_dict(), owner="a umT5 encoder")
     net.load_state_dict(weights, assign=True)
     return net.eval().requires_grad_(False)  # or its dropout would be on
 
@@ -603,36 +1166,37 @@ def load_text_encoder(path: Path, device: torch.device) -> TextEncoder:
     either is missing, broken or something else.
     """
     from transformers import AutoTokenizer, UMT5EncoderModel
-    places = [path, path.parent / "tokenizer", path.parent / "google/umt5-xxl"]
-    home = next((z for z in places if (z / "tokenizer.json").exists() or (z / "spiece.model").exists()), None)
-    if not path.exists() or home is None:
-        lacks = f"no tokenizer in {', '.join(map(str, places))}" if path.exists() else "no such file or folder"
-        raise ValueError(f"{path}: {lacks}; expected models_t5_umt5-xxl-enc-bf16.pth or a transformers folder of umT5")
+    candidates = [path, path.parent / "tokenizer", path.parent / "google/umt5-xxl"]
+    with_tokenizer = [z for z in candidates if (z / "tokenizer.json").exists() or (z / "spiece.model").exists()]
+    if not path.exists() or not with_tokenizer:
+        missing = f"no tokenizer in {', '.join(map(str, candidates))}" if path.exists() else "no such file or folder"
+        raise ValueError(f"{path}: {missing}; expected models_t5_umt5-xxl-enc-bf16.pth or a transformers folder of "
+                         "umT5")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         if path.is_dir():
-            net, info = UMT5EncoderModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
-            if lost := [*info["missing_keys"], *info["mismatched_keys"]]:
-                raise ValueError(f"{len(lost)} of umT5's tensors are missing or misshapen, first {lost[0]}")
+            net = load_pretrained(UMT5EncoderModel, path, dtype)
         else:
             net = build_umt5(torch.load(path, map_location="cpu", weights_only=True))
-        return TextEncoder(net.to(device, dtype).eval().requires_grad_(False), AutoTokenizer.from_pretrained(home))
-    except Exception as error:  # each of the three readers has its own
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{path}: not a umT5 encoder with its tokenizer ({reason[0]})") from error
+        tokenizer = AutoTokenizer.from_pretrained(with_tokenizer[0])
+        return TextEncoder(net.to(device, dtype).eval().requires_grad_(False), tokenizer)
+    except Exception as error:  # each of the three readers raises its own kinds
+        raise ValueError(f"{path}: not a umT5 encoder with its tokenizer ({first_line(error)})") from error
 
 
 def encode_prompts(prompts: list[str], encoder: TextEncoder) -> Tensor:
     """Prompts -> umT5's [b 512 d], zero past their ends, cut at 512 tokens as Wan does."""
+    # cleaned as Wan's pipeline does: HTML entities, some of them escaped twice, and runs of white space
     clean = [re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip() for prompt in prompts]
     tokens = encoder.tokenizer(clean, padding="max_length", max_length=UMT5_LEN, truncation=True, return_tensors="pt")
-    ids, mask = (tokens[name].to(encoder.net.device) for name in ("input_ids", "attention_mask"))
-    return embed_tokens(encoder.net, ids, mask)
+    device = next(encoder.net.parameters()).device
+    return embed_tokens(encoder.net, tokens["input_ids"].to(device), tokens["attention_mask"].to(device))
 
 
-# HunyuanVideo-1.5 has three readers, transformers' too: Qwen2.5-VL's language model for the prompt, byT5 for words to
-# be seen in the video, SigLIP for its first frame. There is one way to ask each, that of HunyuanVideo-1.5 itself. minWM
-# has two, one in training and one in inference (a template for images, byT5 given the whole prompt).
+# HunyuanVideo-1.5 uses three encoders: Qwen2.5-VL's language model for the prompt, byT5 for words to be seen in the
+# video, SigLIP for its first frame. We call each as HunyuanVideo-1.5's own pipeline does, in training and in use alike.
+# (minWM calls them in two ways, one in training and one in inference: a template for images, byT5 given the whole
+# prompt.)
 
 HY_TEXT_LEN, HY_BYT5_LEN = 1000, 256
 HY_SYSTEM = "You are a helpful assistant. Describe the video by detailing the following aspects:" + "".join(
@@ -644,33 +1208,53 @@ HY_SYSTEM = "You are a helpful assistant. Describe the video by detailing the fo
         "5. camera angles, movements, and transitions used in the video."))
 HY_BEFORE = f"<|im_start|>system\n{HY_SYSTEM}<|im_end|>\n<|im_start|>user\n"  # Qwen's chat, as its tokenizer writes it
 HY_AFTER = "<|im_end|>\n<|im_start|>assistant\n"
-HY_FOLDERS = {  # what: where HunyuanVideo-1.5 has it, where diffusers has it
+HY_FOLDERS = {  # part: where HunyuanVideo-1.5 has it, where diffusers has it
     "llm": ("text_encoder/llm", "text_encoder"),
     "tokenizer": ("text_encoder/llm", "tokenizer"),
     "byt5_tokenizer": ("text_encoder/byt5-small", "tokenizer_2"),
     "byt5": ("text_encoder/Glyph-SDXL-v2", "text_encoder_2"),
     "siglip": ("vision_encoder/siglip/image_encoder", "image_encoder"),
-    "pixels": ("vision_encoder/siglip/feature_extractor", "feature_extractor"),
+    "feature_extractor": ("vision_encoder/siglip/feature_extractor", "feature_extractor"),
 }
 
 
-class HYEncoders(NamedTuple):
-    """Those that were asked for."""
-    llm: nn.Module | None = None  # without its last two layers and norm: HY reads what goes into them
-    tokenizer: object = None
-    byt5: nn.Module | None = None
-    byt5_tokenizer: object = None
-    siglip: nn.Module | None = None
-    pixels: dict | None = None  # how SigLIP wants an image: size (height, width), mode of interpolation, mean and std
+class HYTextEncoders(NamedTuple):
+    """What reads HY's prompts."""
+    llm: nn.Module  # without its last two layers and norm: HY takes what goes into them
+    tokenizer: Any
+    byt5: nn.Module
+    byt5_tokenizer: Any
 
 
-def load_whole(kind: type, folder: Path | None, dtype: torch.dtype, **source) -> nn.Module:
-    """A net of transformers, frozen. What its files lack it would fill with noise and a warning: here that is fatal."""
-    net, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
-                                     **source)
-    if lost := sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]):
-        raise ValueError(f"{len(lost)} of its tensors are missing or misshapen, first {lost[0]}")
-    return net.eval().requires_grad_(False)
+class SigLIP(NamedTuple):
+    """What sees HY's first frames."""
+    net: Any
+    size: tuple[int, int]  # height, width of the images it wants
+    mode: str  # of interpolation
+    mean: list[float]  # per colour, of images in [0, 1]
+    std: list[float]
+
+
+def make_hy_encoder(path: Path, device: torch.device) -> Encoder:
+    """HunyuanVideo-1.5's encoders as one. Whoever only encodes text loads no SigLIP, and the reverse."""
+    if path.name == "text_encoder":
+        path = path.parent  # SigLIP lies beside it
+
+    @lru_cache(maxsize=1)
+    def text_encoders() -> HYTextEncoders:
+        return load_hy_text_encoders(path, device)
+
+    @lru_cache(maxsize=1)
+    def siglip() -> SigLIP:
+        return load_siglip(path, device)
+
+    def encode_text(prompt: str) -> dict[str, Tensor]:
+        return encode_hy_prompt(prompt, text_encoders())
+
+    def encode_image(image: Tensor) -> Tensor:
+        return encode_first_frame(image, siglip())
+
+    return Encoder("hy", encode_text, None, encode_image, "")
 
 
 def load_llm(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -680,12 +1264,13 @@ def load_llm(folder: Path, dtype: torch.dtype) -> nn.Module:
     class Language(Qwen2_5_VLTextModel):
         _keys_to_ignore_on_load_unexpected = [r"^visual\.", r"^lm_head\."]
 
-    net = load_whole(Language, folder, dtype, config=AutoConfig.from_pretrained(folder).get_text_config())
+    net: Any = load_pretrained(Language, folder, dtype, config=AutoConfig.from_pretrained(folder).get_text_config())
     net.layers, net.norm = net.layers[:-2], nn.Identity()
     return net
 
 
-def load_chat_tokenizer(folder: Path) -> object:
+def load_chat_tokenizer(folder: Path) -> Any:
+    """Qwen's. Raises ValueError if it cannot spell the chat around a prompt."""
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
     ids = tokenizer(HY_BEFORE).input_ids  # without its files transformers makes a tokenizer of no words
@@ -695,22 +1280,25 @@ def load_chat_tokenizer(folder: Path) -> object:
     return tokenizer
 
 
-def load_glyph_byt5(folder: Path, base: Path, tokenizer: object) -> nn.Module:
-    """byT5-small as Glyph-SDXL-v2 trained it further. The tokenizer gains its tokens for colours and fonts."""
+def load_glyph_byt5(folder: Path, base: Path, tokenizer: Any) -> nn.Module:
+    """byT5-small, whose config lies in `base`, as Glyph-SDXL-v2 trained it further. The tokenizer gains, in place, its
+    tokens for colours and fonts."""
     from transformers import T5Config, T5EncoderModel
-    colours, fonts = (json.loads((folder / "assets" / name).read_text())
-                      for name in ("color_idx.json", "multilingual_10-lang_idx.json"))
-    tokenizer.add_tokens([f"<color-{n}>" for n in range(len(colours))] +
-                         [f"<{name[:2]}-font-{n}>" for name, n in fonts.items()], special_tokens=True)
-    weights = torch.load(folder / "checkpoints/byt5_model.pt", map_location="cpu", weights_only=True)
-    weights = {f"encoder.{name.removeprefix('module.text_tower.encoder.')}": w
-               for name, w in weights.get("state_dict", weights).items()}
+    colours = json.loads((folder / "assets/color_idx.json").read_text())
+    fonts = json.loads((folder / "assets/multilingual_10-lang_idx.json").read_text())
+    new_tokens = [f"<color-{n}>" for n in range(len(colours))]
+    new_tokens += [f"<{name[:2]}-font-{n}>" for name, n in fonts.items()]
+    tokenizer.add_tokens(new_tokens, special_tokens=True)
+    saved = torch.load(folder / "checkpoints/byt5_model.pt", map_location="cpu", weights_only=True)
+    prefix = "module.text_tower.encoder."
+    weights = {f"encoder.{name.removeprefix(prefix)}": w for name, w in saved.get("state_dict", saved).items()}
     config = T5Config.from_pretrained(base, vocab_size=len(tokenizer))
-    return load_whole(T5EncoderModel, None, torch.float32, config=config, state_dict=weights)
+    return load_pretrained(T5EncoderModel, None, torch.float32, config=config, state_dict=weights)
 
 
-def load_pixels(folder: Path) -> dict:
-    """SigLIP's recipe for an image. transformers' own processors for it differ with what else is installed."""
+def read_feature_extractor(folder: Path) -> dict[str, Any]:
+    """How SigLIP wants an image: the fields of SigLIP but for its net. transformers' own processors differ with what
+    else is installed."""
     match json.loads((folder / "preprocessor_config.json").read_text()):
         case {"size": {"height": int(h), "width": int(w)}, "resample": 2 | 3 as resample,
               "image_mean": [_, _, _] as mean, "image_std": [_, _, _] as std}:
@@ -718,279 +1306,117 @@ def load_pixels(folder: Path) -> dict:
     raise ValueError("preprocessor_config.json: expected size, resample 2 or 3, image_mean and image_std")
 
 
-def load_hy_encoders(path: Path, device: torch.device, *parts: str) -> HYEncoders:
-    """HunyuanVideo-1.5's encoders, or some of them, from its folder as released or as diffusers has it. Raises
-    ValueError naming what is missing, broken or something else.
+def is_released_layout(path: Path) -> bool:
+    """Is it HunyuanVideo-1.5's folder as released, or as diffusers has it?"""
+    return not (path / "text_encoder/config.json").exists()
 
-    fp16 on a GPU, as HY's own pipeline, else fp32; byT5 always: T5s overflow fp16.
+
+@contextmanager
+def hy_part(path: Path, part: str) -> Iterator[Path]:
+    """Where a part of HY_FOLDERS lies. Raises ValueError if it is missing; and whatever goes wrong while it is loaded
+    becomes a ValueError of one line that names the folder."""
+    released, diffusers = HY_FOLDERS[part]
+    folder = path / (released if is_released_layout(path) else diffusers)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; expected HunyuanVideo-1.5 with its encoders, or diffusers'")
+    try:
+        yield folder
+    except Exception as error:  # each of transformers' readers raises its own kinds
+        raise ValueError(f"{folder}: not the {part} of HunyuanVideo-1.5 ({first_line(error)})") from error
+
+
+def load_hy_text_encoders(path: Path, device: torch.device) -> HYTextEncoders:
+    """From HunyuanVideo-1.5's folder as released or as diffusers has it. Raises ValueError naming what is missing,
+    broken or something else.
+
+    fp16 on a GPU, as HY's own pipeline, else fp32; byT5 always fp32: T5s overflow fp16.
     """
-    from transformers import ByT5Tokenizer, SiglipVisionModel, T5EncoderModel
-    released = not (path / "text_encoder/config.json").exists()
-    half, found = torch.float16 if device.type == "cuda" else torch.float32, {}
-    readers = {
-        "llm": lambda folder: load_llm(folder, half), "tokenizer": load_chat_tokenizer,
-        "byt5_tokenizer": ByT5Tokenizer.from_pretrained,
-        "siglip": lambda folder: load_whole(SiglipVisionModel, folder, half), "pixels": load_pixels,
-        "byt5": lambda folder: load_whole(T5EncoderModel, folder, torch.float32) if not released else
-        load_glyph_byt5(folder, path / HY_FOLDERS["byt5_tokenizer"][0], found["byt5_tokenizer"]),
-    }
-    for part, places in HY_FOLDERS.items():
-        if parts and part not in parts:
-            continue
-        folder = path / places[not released]
-        if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder; expected HunyuanVideo-1.5 with its encoders, or diffusers'")
-        try:
-            found[part] = readers[part](folder)
-        except Exception as error:  # each reader has its own
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise ValueError(f"{folder}: not the {part} of HunyuanVideo-1.5 ({reason[0]})") from error
-    return HYEncoders(**{part: z.to(device) if isinstance(z, nn.Module) else z for part, z in found.items()})
+    from transformers import ByT5Tokenizer, T5EncoderModel
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    with hy_part(path, "llm") as folder:
+        llm = load_llm(folder, dtype)
+    with hy_part(path, "tokenizer") as folder:
+        tokenizer = load_chat_tokenizer(folder)
+    with hy_part(path, "byt5_tokenizer") as base:
+        byt5_tokenizer = ByT5Tokenizer.from_pretrained(base)
+    with hy_part(path, "byt5") as folder:
+        if is_released_layout(path):
+            byt5 = load_glyph_byt5(folder, base, byt5_tokenizer)
+        else:
+            byt5 = load_pretrained(T5EncoderModel, folder, torch.float32)
+    return HYTextEncoders(llm.to(device), tokenizer, byt5.to(device), byt5_tokenizer)
+
+
+def load_siglip(path: Path, device: torch.device) -> SigLIP:
+    """From the same folder, in the same precision. Raises ValueError as above."""
+    from transformers import SiglipVisionModel
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    with hy_part(path, "siglip") as folder:
+        net = load_pretrained(SiglipVisionModel, folder, dtype)
+    with hy_part(path, "feature_extractor") as folder:
+        recipe = read_feature_extractor(folder)
+    return SigLIP(net.to(device), **recipe)
 
 
 def quoted(prompt: str) -> str:
     """What a prompt has in "straight" or “curly” quotes, each once, in the words that byT5 was trained on."""
-    found = dict.fromkeys(a or b for a, b in re.findall(r'"(.*?)"|“(.*?)”', prompt))
-    return "".join(f'Text "{text}". ' for text in found)
+    pairs = re.findall(r'"(.*?)"|“(.*?)”', prompt)
+    texts = dict.fromkeys(straight or curly for straight, curly in pairs)
+    return "".join(f'Text "{text}". ' for text in texts)
 
 
-def read_padded(net: nn.Module, tokenizer: object, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
-    """Texts -> their states [b length d], zero past their ends, and which are no padding [b length]."""
+def encode_padded(net: nn.Module, tokenizer: Any, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
+    """Texts -> their last states [b length d], zero past their ends, and which are no padding [b length]."""
     tokens = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-    ids, mask = (tokens[name].to(net.device) for name in ("input_ids", "attention_mask"))
-    more = length - ids.shape[1]  # nothing reads padding: the longest of the batch decides how much there is to compute
-    return F.pad(embed_tokens(net, ids, mask), (0, 0, 0, more)), F.pad(mask, (0, more))
+    device = next(net.parameters()).device
+    ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
+    padding = length - ids.shape[1]  # of zeros, added afterwards: the longest of the batch decides how much to compute
+    return F.pad(embed_tokens(net, ids, mask), (0, 0, 0, padding)), F.pad(mask, (0, padding))
 
 
-def encode_hy(prompts: list[str], encoders: HYEncoders) -> dict[str, Tensor]:
+def encode_hy_prompts(prompts: list[str], encoders: HYTextEncoders) -> dict[str, Tensor]:
     """Prompts -> text [b 1000 d], text_mask [b 1000], byt5 [b 256 d], byt5_mask [b 256], zero where the masks are."""
-    crop = len(encoders.tokenizer(HY_BEFORE).input_ids)  # the same for every prompt: read for context, not handed on
+    # the system message is the same for every prompt: the model reads it for context, and its states are cut off
+    crop = len(encoders.tokenizer(HY_BEFORE).input_ids)
     chats = [f"{HY_BEFORE}{prompt or ' '}{HY_AFTER}" for prompt in prompts]
-    text, text_mask = read_padded(encoders.llm, encoders.tokenizer, chats, crop + HY_TEXT_LEN)
+    text, text_mask = encode_padded(encoders.llm, encoders.tokenizer, chats, crop + HY_TEXT_LEN)
     glyphs = [quoted(prompt) for prompt in prompts]
-    byt5, byt5_mask = read_padded(encoders.byt5, encoders.byt5_tokenizer, glyphs, HY_BYT5_LEN)
-    any_glyphs = torch.tensor([bool(text) for text in glyphs], device=byt5.device)[:, None]  # or only an end of text
+    byt5, byt5_mask = encode_padded(encoders.byt5, encoders.byt5_tokenizer, glyphs, HY_BYT5_LEN)
+    # a prompt without quotes would still have one token, the end of text
+    any_glyphs = torch.tensor([bool(text) for text in glyphs], device=byt5.device)[:, None]
     return {"text": text[:, crop:], "text_mask": text_mask[:, crop:], "byt5": byt5 * any_glyphs[..., None],
             "byt5_mask": byt5_mask * any_glyphs}
 
 
-def read_hy(prompt: str, encoders: HYEncoders) -> dict[str, Tensor]:
+def encode_hy_prompt(prompt: str, encoders: HYTextEncoders) -> dict[str, Tensor]:
     """One prompt, without the padding that only a batch needs: text [l d], byt5 [l d]."""
-    row = encode_hy([prompt], encoders)
-    return {name: row[name][0, : int(row[f"{name}_mask"].sum())] for name in ("text", "byt5")}
+    padded = encode_hy_prompts([prompt], encoders)
+    return {name: padded[name][0, : int(padded[f"{name}_mask"].sum())] for name in ("text", "byt5")}
 
 
 @torch.no_grad()
-def see(image: Tensor, encoders: HYEncoders) -> Tensor:
+def encode_first_frame(image: Tensor, siglip: SigLIP) -> Tensor:
     """The first frame of a video [b 3 H W] in [-1, 1] -> SigLIP's tokens [b 729 1152], in training and in use alike.
 
     HunyuanVideo-1.5 cuts an image to the video's shape, keeping its aspect, and SigLIP's processor squashes that into a
     square. A frame has its shape already, so the squash is left. To cut a square out of it would hide two fifths of a
     480x832 video. (minWM squashes twice, the image to the video's shape too.)
     """
-    pixels, device = encoders.pixels, encoders.siglip.device
-    x = F.interpolate(image.to(device, torch.float32) / 2 + 0.5, pixels["size"], mode=pixels["mode"], antialias=True)
-    mean, std = (torch.tensor(pixels[name], device=device)[:, None, None] for name in ("mean", "std"))
+    device = siglip.net.device
+    x = F.interpolate(image.to(device, torch.float32) / 2 + 0.5, siglip.size, mode=siglip.mode, antialias=True)
+    mean = torch.tensor(siglip.mean, device=device)[:, None, None]
+    std = torch.tensor(siglip.std, device=device)[:, None, None]
     x = (x.clamp(0, 1) - mean) / std  # bicubic overshoots
-    return encoders.siglip(x.to(encoders.siglip.dtype)).last_hidden_state.float()
+    return siglip.net(x.to(siglip.net.dtype)).last_hidden_state.float()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. Latents. A folder of safetensors shards, read through memory maps: latents [n f c h w] fp16, viewmats [n f 4 4] and
-# Ks [n f 3 3] fp32, prompt_ids [n], for HY also vision [n l d]; and prompts.safetensors, what was read from one prompt
-# after another, the null prompt last: embeds [l d] fp16, or for HY text and byt5; embeds_ends [n] is where each ends.
-
-
-class Batch(NamedTuple):
-    """What a stage trains on; every random number a sample needs comes from that sample's own generator in `rng`."""
-    x0: Tensor  # [b f c h w] fp32
-    prompt: Tensor  # [b l d], or HY's HYPrompt
-    null: Tensor  # alike, the prompt that guidance steers away from; HY's keeps the image
-    camera: tuple[Tensor, Tensor, Tensor]  # viewmats [b f 4 4], Ks [b f 3 3], action labels [b f]
-    rng: list[torch.Generator]
-    ids: list[int]  # rows of the data set
-    held: dict[str, Tensor]  # all else that the folder says of these rows
-    states: Tensor | None  # [b n f c h w], of an ODE-pair folder (distill_ode.py): along the way from noise to x0
-
-
-class Latents(NamedTuple):
-    """An open latents folder: memory maps, nothing read yet."""
-    folder: Path
-    shards: list
-    starts: list[int]  # first row of each shard, and the total
-    prompts: object
-    ends: dict[str, list[int]]  # in the table of prompts
-    meta: dict
-
-
-def open_latents(folder: str | Path, preset: str | None = None) -> Latents:
-    """Raises ValueError when the folder is missing, empty, holds a file that is not safetensors, or has latents or
-    prompts that the preset's network, if one is named, cannot read."""
-    folder = Path(folder)
-    files = sorted(folder.glob("latents-*.safetensors"))
-    if not files or not (folder / "prompts.safetensors").exists():
-        raise ValueError(f"{folder}: no latents here; `python data.py --out {folder}` makes the toy world's")
-    try:
-        shards = [safe_open(file, "pt") for file in files]
-        prompts = safe_open(folder / "prompts.safetensors", "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{folder}: a file is truncated or not safetensors ({error})") from None
-    starts = [0]
-    for file, shard in zip(files, shards, strict=True):
-        held, missing = shard.metadata() or {}, {"latents", "viewmats", "Ks", "prompt_ids"} - set(shard.keys())
-        if missing or "meta" not in held:
-            raise ValueError(f"{file}: not a shard of latents, it holds {sorted(shard.keys())[:5]}")
-        starts.append(starts[-1] + shard.get_slice("prompt_ids").get_shape()[0])
-    if preset:
-        from model import PRESETS, HYConfig
-        dit = PRESETS[preset].dit
-        name = "text" if isinstance(dit, HYConfig) else "embeds"
-        channels = shards[0].get_slice("latents").get_shape()[2]
-        text_dim = prompts.get_slice(name).get_shape()[1] if name in prompts.keys() else 0
-        if (channels, text_dim) != (dit.channels, dit.text_dim):
-            raise ValueError(f"{folder}: made by the VAE or text encoder of another network than {preset}: {channels} "
-                             f"channels, prompts with {text_dim} of {name}, expected {dit.channels} and {dit.text_dim}")
-    ends = {name: prompts.get_tensor(f"{name}_ends").tolist() for name in ("embeds", "text", "byt5")
-            if f"{name}_ends" in prompts.keys()}
-    if not ends:
-        raise ValueError(f"{folder}/prompts.safetensors: no table of prompts; data.py makes the folder anew")
-    return Latents(folder, shards, starts, prompts, ends, json.loads(shards[0].metadata()["meta"]))
-
-
-def check_data(data: Latents, source: dict, path: Path) -> dict:
-    """Raises ValueError when latents are not of the kind that the checkpoint at path, described by `source`, knows.
-
-    Returns `source`. A released checkpoint (made "from" None) may be shown any videos, and knows their kind from then
-    on; what is made of it has none of its habits.
-    """
-    kind = {name: data.meta[name] for name in ("K", "size", "fps", "frames")}
-    for name in ("vae_fingerprint", *(kind if source["from"] else ())):
-        if data.meta[name] != source[name]:
-            raise ValueError(f"{data.folder}: its {name} is {data.meta[name]}, that of {path} {source[name]}")
-    return source | kind | {habit: False for habit in ("timed_text", "released_cache") if habit in source}
-
-
-def read_prompt_row(data: Latents, i: int) -> dict[str, Tensor]:
-    """What the encoder read from prompt i, the null prompt's -1."""
-    return {name: data.prompts.get_slice(name)[ends[i - 1] if i % len(ends) else 0 : ends[i]]
-            for name, ends in data.ends.items()}
-
-
-def save_prompts(path: Path, rows: list[dict[str, Tensor]], about: dict[str, str]) -> None:
-    """The table of prompts, the null prompt's row last."""
-    columns = {name: torch.cat([row[name] for row in rows]).half() for name in rows[0]}
-    ends = {f"{name}_ends": torch.tensor([len(row[name]) for row in rows]).cumsum(0) for name in rows[0]}
-    save_shard(path, columns | ends, about)
-
-
-@lru_cache(maxsize=8)
-def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, 1, epoch))).tolist()
-
-
-def save_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write safetensors so that a crash or a full disk never leaves half a file under the final name."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save_file({name: z.cpu().contiguous() for name, z in tensors.items()}, temporary, metadata)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise ValueError(f"{path}: could not be written ({error})") from error
-
-
-def mix(*numbers: int) -> int:
-    """Integers -> a well-spread 62-bit seed, so that neighbouring (seed, step, sample) share no stream."""
-    digest = 0
-    for number in numbers:
-        digest = (digest ^ (number + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9 % 2**64
-        digest ^= digest >> 29
-    return digest >> 2
-
-
-def get_batch(data: Latents, seed: int, step: int, part: int, parts: int, size: int, device: torch.device) -> Batch:
-    """Samples part * size ... of the parts * size that make up `step`: a pure function, so a run can stop anywhere.
-
-    part is rank + world_size * micro-batch, so N ranks and N micro-batches see the same samples with the same noise.
-    Raises ValueError when a latent is not finite.
-    """
-    total, rows, rng, ids = data.starts[-1], [], [], []
-    for slot in range(part * size, (part + 1) * size):
-        epoch, position = divmod(step * parts * size + slot, total)
-        row = _shuffled(total, seed, epoch)[position]
-        n = next(i for i, start in enumerate(data.starts[1:]) if row < start)
-        shard, at = data.shards[n], row - data.starts[n]
-        rows.append({name: shard.get_slice(name)[at] for name in shard.keys()})
-        rng.append(torch.Generator().manual_seed(mix(seed, 2, step, slot)))
-        ids.append(row)
-    held = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    x0, states = held.pop("latents").float(), held.pop("states", None)
-    if not x0.isfinite().all():
-        bad = [row for row, x in zip(ids, x0) if not x.isfinite().all()]
-        raise ValueError(f"{data.folder}: latents of row {bad[0]} hold NaN or inf")
-    on = lambda z: z.to(device, torch.float32 if z.is_floating_point() else None)
-    x0, vision = on(x0), on(held["vision"]) if "vision" in held else None
-    texts = [{name: on(z) for name, z in read_prompt_row(data, i).items()} for i in (*held["prompt_ids"].tolist(), -1)]
-    prompt, null = pair(texts[:-1], texts[-1], data.meta["prompt_length"], vision, x0[:, :1])
-    camera = on(held["viewmats"]), on(held["Ks"]), on(action_labels(held["viewmats"]))
-    return Batch(x0, prompt, null, camera, rng, ids, held, None if states is None else on(states))
-
-
-def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: expected at least 1")
-    return number
-
-
-def randn(rng: list[torch.Generator], *shape: int) -> Tensor:
-    """Normal noise [b *shape], each sample from its own generator: the same on any device and any number of ranks."""
-    return torch.stack([torch.randn(shape, generator=g) for g in rng])
-
-
-def rand(rng: list[torch.Generator], *shape: int) -> Tensor:
-    """Uniform numbers [b *shape], each sample from its own generator."""
-    return torch.stack([torch.rand(shape, generator=g) for g in rng])
-
-
-def open_log(path: Path, step: int) -> None:
-    """Keep the lines of metrics up to `step`: none of an earlier run's, none that a resumed run will write again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]  # a killed run or a full disk may have cut the last one
-    path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-
-
-def sample_prefix(rng: list[torch.Generator], f: int, prob: float) -> Tensor:
-    """Which of f frames are to be made [b f]: 1 but for the first one or two, with probability `prob`, where they are
-    0: given, as an image or a short video that the world goes on from."""
-    draw = rand(rng, 1)
-    given = torch.where(draw < prob / 2, 1, torch.where(draw < prob, 2, 0)).clamp_max(f - 1)
-    return (torch.arange(f) >= given).float()
-
-
-def write_log(path: Path, row: dict) -> None:
-    """Append one line of metrics."""
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def write_sheet(path: Path, videos: list[Tensor], every: int = 4, zoom: int = 3) -> None:
-    """A contact sheet. Each of `videos` [b 3 t h w] gives one strip per sample, every 4th frame; strips of one sample
-    stand below each other, in the order of `videos` (ground truth first, then what was made of it)."""
-    strips = torch.stack([rearrange(video[:, :, ::every], "b c t h w -> b h (t w) c") for video in videos], dim=1)
-    strips = F.pad(strips, (0, 0, 0, 0, 0, 1), value=1.0)  # a white line under each strip
-    image = rearrange(strips, "b s h w c -> (b s h) w c")
-    image = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    imageio.imwrite(path, image.repeat(zoom, 0).repeat(zoom, 1))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. Videos. A folder of them and a table of captions and cameras become a folder of latents in three passes: look at
+# 8. Videos. A folder of them and a table of captions and cameras become a folder of latents in three passes: look at
 # every clip, judge it beside all others, encode what is kept. What a pass makes depends on its input alone, so a run
 # can be killed and started again, and any number of processes write the same files.
+#
+# Frames of a video file are pixel frames; latent frames are always called so, but for the flag --frames and for what
+# training compares, meta["frames"].
 
 VIDEOS = (".mp4", ".gif", ".webm", ".mov", ".avi", ".mkv")
 TABLE = """a table of the videos, .jsonl, .json (a list of objects) or .csv, with the columns
@@ -1023,27 +1449,51 @@ DOUBTFUL = {  # why a clip is dropped unless --keep names the reason
     "bright": "over half of it is blown out",
     "duplicate": "it looks like an earlier clip",
 }
-SURPLUS = "surplus"  # --at-most
+SURPLUS = "surplus"  # why a clip is dropped with --at-most
 
 
 class Clip(NamedTuple):
     """A row of the table, as written there."""
     file: str
-    start: int
+    start: int  # the first pixel frame to use
     caption: str
     poses: str | dict
     K: str | list | None
 
 
+class ClipFormat(NamedTuple):
+    """What every clip is turned into: 1 + 4 (latent_frames - 1) pixel frames, 1 / fps apart, of size [h, w]."""
+    latent_frames: int
+    fps: float
+    size: list[int]
+
+
+# The table.
+
+
+def find_table(folder: Path) -> Path:
+    """The one table in a folder. Raises ValueError if there is none, or several."""
+    candidates = [folder / "table.jsonl", folder / "table.json", folder / "table.csv"]
+    tables = [path for path in candidates if path.exists()]
+    if len(tables) != 1:
+        raise ValueError(f"{folder}: expected one table.jsonl, table.json or table.csv, found {len(tables)}; "
+                         "--table names another")
+    return tables[0]
+
+
+def parse_table(text: str, suffix: str) -> Any:
+    """A table's text -> what should be a list of objects, one per row."""
+    if suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text)))
+    if suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    return json.loads(text)
+
+
 def read_table(path: Path) -> list[Clip]:
     """Raises ValueError, naming the row, for what is not a table. What is wrong with one clip alone is for later."""
     try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark
-        if path.suffix == ".csv":
-            rows = list(csv.DictReader(io.StringIO(text)))
-        else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else (
-                json.loads(text))
+        rows = parse_table(path.read_text(encoding="utf-8-sig"), path.suffix)  # spreadsheets write a byte-order mark
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file, expected {TABLE.splitlines()[0]} file, caption, poses") from None
     except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
@@ -1053,199 +1503,225 @@ def read_table(path: Path) -> list[Clip]:
     clips = []
     for n, row in enumerate(rows):
         if not isinstance(row, dict) or not {"file", "caption", "poses"} <= set(row):
-            raise ValueError(f"{path}: row {n} needs the columns file, caption, poses, and has "
-                             f"{[*row] if isinstance(row, dict) else row!r}")
+            found = list(row) if isinstance(row, dict) else repr(row)
+            raise ValueError(f"{path}: row {n} needs the columns file, caption, poses, and has {found}")
         start = str(row.get("start") or 0)
         if not start.isdecimal():
             raise ValueError(f"{path}: row {n} starts at {start!r}, expected the number of a frame")
-        clips.append(Clip(str(row["file"]), int(start), str(row["caption"] or "").strip(), row["poses"], row.get("K")))
+        caption = str(row["caption"] or "").strip()
+        clips.append(Clip(str(row["file"]), int(start), caption, row["poses"], row.get("K")))
     return clips
 
 
-def cover(height: int, width: int, size: list[int]) -> tuple[int, int, int, int]:
-    """How a picture is cut to `size` = [h, w]: resized, its shape kept, to the least that covers it, [rows, columns],
-    then cut in the middle, from [top, left] on."""
+def clip_number(clip: Clip) -> int:
+    """32 bits that look random, but depend on the clip alone and not on its place in the table."""
+    return zlib.crc32(f"{clip.file} {clip.start}".encode())
+
+
+# Frames.
+
+
+def resize_crop_size(height: int, width: int, size: list[int]) -> tuple[int, int, int, int]:
+    """How a picture becomes `size` = [h, w]: resized to the least [rows, columns] that covers it, its aspect kept, then
+    cut in the middle, from [top, left] on."""
     h, w = size
     scale = max(h / height, w / width)
     rows, columns = max(h, round(scale * height)), max(w, round(scale * width))
     return rows, columns, (rows - h) // 2, (columns - w) // 2
 
 
-def fit(video: Tensor, size: list[int]) -> Tensor:
+def resize_and_crop(video: Tensor, size: list[int]) -> Tensor:
     """video [t 3 H W], floats -> [t 3 h w], cut around the middle."""
-    rows, columns, top, left = cover(*video.shape[2:], size)
+    height, width = video.shape[2:]
+    rows, columns, top, left = resize_crop_size(height, width, size)
     video = F.interpolate(video, [rows, columns], mode="bilinear", antialias=True)
     return video[:, :, top : top + size[0], left : left + size[1]]
 
 
-def fit_intrinsics(K: Tensor, height: int, width: int, size: list[int]) -> Tensor:
-    """K [... 4] (fx, fy, cx, cy) of a picture, over its width and height -> that of what `fit` cuts from it."""
-    rows, columns, top, left = cover(height, width, size)
+def crop_intrinsics(K: Tensor, height: int, width: int, size: list[int]) -> Tensor:
+    """K [... 4] (fx, fy, cx, cy) of a picture, over its width and height -> K of what resize_and_crop makes of it."""
+    rows, columns, top, left = resize_crop_size(height, width, size)
     zoom = K.new_tensor([columns / size[1], rows / size[0]] * 2)
     return K * zoom - K.new_tensor([0, 0, left / size[1], top / size[0]])
 
 
-def chosen_frames(start: int, frames: int, own_fps: float, fps: float) -> list[int]:
-    """Which frames of a video, from `start` on, show 1 + 4 (frames - 1) moments 1 / fps apart."""
-    return [start + math.floor(n * own_fps / fps + 0.5) for n in range(1 + 4 * (frames - 1))]
+def sample_frame_indices(start: int, own_fps: float, wanted: ClipFormat) -> list[int]:
+    """Which pixel frames of a video that has own_fps, from `start` on, show moments 1 / fps apart."""
+    pixel_frames = 1 + 4 * (wanted.latent_frames - 1)
+    return [start + math.floor(n * own_fps / wanted.fps + 0.5) for n in range(pixel_frames)]
 
 
-def read_clip(path: Path, start: int, frames: int, fps: float, size: list[int], whole: bool) -> tuple[Tensor, dict]:
-    """The chosen frames [t 3 h w] uint8, cut to size, and what the file is: its fps, height, width and, if it is to be
-    read as a `whole`, frames. Raises ValueError when it is missing, damaged, too short or too slow."""
+def open_video(path: Path) -> tuple[Any, dict[str, Any]]:
+    """A generator of its pixel frames, bytes [h w 3], as many as are stored; and a dict of its "size" (width, height)
+    and "fps". Raises ValueError when it is missing or damaged."""
     if not path.is_file():
         raise ValueError("no such file")
-    reader = imageio_ffmpeg.read_frames(path, output_params=["-fps_mode", "passthrough"])  # as many as are stored
+    reader = imageio_ffmpeg.read_frames(path, output_params=["-fps_mode", "passthrough"])
     try:
-        about = next(reader)
+        return reader, next(reader)
     except Exception as error:  # of any kind, with all that ffmpeg had to say
         raise ValueError(f"not a video ({str(error).strip().splitlines()[-1].strip()})") from None
+
+
+def read_clip(path: Path, start: int, wanted: ClipFormat, count_all: bool = False) -> tuple[Tensor, dict[str, Any]]:
+    """A clip [t 3 h w] uint8, and what the file is: its fps, height, width and how many pixel frames were read, which
+    is all of them with count_all. Raises ValueError when the file is missing, damaged, too short or too slow."""
+    reader, about = open_video(path)
     (width, height), own_fps = about["size"], about["fps"]
-    if own_fps < 0.998 * fps:  # 23.976 is as good as 24
-        raise ValueError(f"{own_fps:g} frames a second, fewer than --fps {fps:g}")
-    chosen, video, count = chosen_frames(start, frames, own_fps, fps), [], 0
+    if own_fps < 0.998 * wanted.fps:  # 23.976 is as good as 24
+        raise ValueError(f"{own_fps:g} frames a second, fewer than --fps {wanted.fps:g}")
+    indices = sample_frame_indices(start, own_fps, wanted)
+    video: list[Tensor] = []
+    count = 0
     try:
         for frame in reader:
-            while len(video) < len(chosen) and chosen[len(video)] == count:
-                picture = rearrange(torch.frombuffer(bytearray(frame), dtype=torch.uint8), "(h w c) -> 1 c h w",
-                                    h=height, c=3)
-                video.append(fit(picture.float(), size).round().byte())
+            # `while`: a video that is a little slower than --fps shows a frame twice now and then
+            while len(video) < len(indices) and indices[len(video)] == count:
+                pixels = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+                picture = rearrange(pixels, "(h w c) -> 1 c h w", h=height, c=3)
+                video.append(resize_and_crop(picture.float(), wanted.size).round().byte())
             count += 1
-            if len(video) == len(chosen) and not whole:
+            if len(video) == len(indices) and not count_all:
                 break
     except RuntimeError as error:
         raise ValueError(f"damaged after {count} frames ({str(error).splitlines()[0]})") from None
     finally:
         reader.close()
-    if len(video) < len(chosen):
-        raise ValueError(f"{count} frames at {own_fps:g} a second, --frames {frames} at {fps:g} needs {chosen[-1] + 1}")
+    if len(video) < len(indices):
+        raise ValueError(f"{count} frames at {own_fps:g} a second, --frames {wanted.latent_frames} at {wanted.fps:g} "
+                         f"needs {indices[-1] + 1}")
     return torch.cat(video), {"frames": count, "fps": own_fps, "height": height, "width": width}
 
 
-def look(path: Path, start: int, frames: int, fps: float, size: list[int]) -> dict:
-    """What can be said of a clip from its pixels alone; brightness is between 0 and 1. Raises as read_clip does."""
-    video, about = read_clip(path, start, frames, fps, size, whole=True)
-    grey = video.float().mean(1) / 255
+# Pass 1: look at every clip.
+
+
+def survey_clip(path: Path, start: int, wanted: ClipFormat) -> dict[str, Any]:
+    """What can be said of a clip from its pixels alone. Raises as read_clip does.
+
+    Of the file its frames (pixel frames), fps, height and width; of brightness, between 0 and 1, its mean, the share
+    that is blown out, and how much it changes from latent frame to latent frame (motion) and from pixel frame to pixel
+    frame (change, the largest, and usual_change, the median); and a hash, three thumbnails [3 64].
+    """
+    video, about = read_clip(path, start, wanted, count_all=True)
+    grey = video.float().mean(1) / 255  # [t h w]
     small = F.adaptive_avg_pool2d(grey, 32)
-    change = small.diff(dim=0).abs().mean((1, 2))
-    last = len(grey) - 1  # not the first frames: one image may be the start of many clips
-    hash = F.adaptive_avg_pool2d(grey[[last // 2, 3 * last // 4, last]], 8)
+    change = small.diff(dim=0).abs().mean((1, 2))  # [t - 1]
+    last = len(grey) - 1
+    # not of the first frames: one image may be the start of many clips
+    thumbnails = F.adaptive_avg_pool2d(grey[[last // 2, 3 * last // 4, last]], 8)
     return about | {
         "mean": grey.mean().item(), "blown": (grey > 0.98).float().mean().item(),
-        "motion": (small[4::4] - small[:-4:4]).abs().mean().item(),  # from one latent frame to the next
+        "motion": (small[4::4] - small[:-4:4]).abs().mean().item(),
         "change": change.max().item(), "usual_change": change.median().item(),
-        "hash": (255 * hash.flatten(1)).round().int().tolist()}
+        "hash": (255 * thumbnails.flatten(1)).round().int().tolist()}
 
 
-def survey(clips: list[Clip], folder: Path, out: Path, rank: int, world_size: int, how: list) -> list[dict]:
-    """`look` at every world_size-th clip, or recall what an earlier run saw. What could not be read has an "error"."""
-    seen = {}
-    for notes in out.glob("survey-*.jsonl"):
-        for line in notes.read_text().splitlines():
+def read_surveys(folder: Path) -> dict[str, dict]:
+    """What earlier runs saw: the lines of survey-*.jsonl, by what they are of."""
+    surveys = {}
+    for path in folder.glob("survey-*.jsonl"):
+        for line in path.read_text().splitlines():
             with suppress(json.JSONDecodeError):  # the last line of a run that was killed
-                row = json.loads(line)
-                seen[json.dumps(row["of"])] = row
-    rows = []
-    with open(out / f"survey-{rank}.jsonl", "a") as notes:
+                survey = json.loads(line)
+                surveys[json.dumps(survey["of"])] = survey
+    return surveys
+
+
+def survey_clips(clips: list[Clip], folder: Path, out: Path, rank: int, world_size: int,
+                 wanted: ClipFormat) -> list[dict[str, Any]]:
+    """survey_clip of every world_size-th clip, or what an earlier run saw of the same file in the same format.
+
+    Each says what it is "of"; for a file that could not be read it holds only the "error".
+    """
+    known = read_surveys(out)
+    surveys = []
+    with open(out / f"survey-{rank}.jsonl", "a") as log:
         for clip in tqdm(clips[rank::world_size], "look", disable=rank > 0):
             path = folder / clip.file
             stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
-            of = [clip.file, clip.start, stamp, *how]
-            if (row := seen.get(json.dumps(of))) is None:
+            key = [clip.file, clip.start, stamp, *wanted]
+            survey = known.get(json.dumps(key))
+            if survey is None:
                 try:
-                    row = {"of": of} | look(path, clip.start, *how)
+                    survey = {"of": key} | survey_clip(path, clip.start, wanted)
                 except ValueError as error:
-                    row = {"of": of, "error": str(error)}
-                notes.write("\n" + json.dumps(row))  # the line break first: what stands there may be half a line
-                notes.flush()
-            rows.append(row)
-    return rows
+                    survey = {"of": key, "error": str(error)}
+                log.write("\n" + json.dumps(survey))  # the line break first: what stands there may be half a line
+                log.flush()
+            surveys.append(survey)
+    return surveys
 
 
-def read_poses(poses: str | dict, folder: Path) -> tuple[Tensor, list | None]:
-    """The `poses` of a row, in any format of TABLE -> viewmats [n 4 4] fp64, the first the identity, and K: one or n
-    times (fx, fy, cx, cy), or None. Raises ValueError."""
+def read_prompts(path: Path, encoder_name: str) -> dict[str, dict[str, Tensor]]:
+    """A table of encoded prompts by prompt, empty if another encoder made it. Raises ValueError if it is damaged."""
+    embeds: dict[str, dict[str, Tensor]] = {}
     try:
-        if not isinstance(poses, str):
-            spec = poses
-        elif poses.endswith("images.txt"):
-            spec = _colmap(folder / poses)
-        elif poses.endswith(".txt"):
-            spec = _realestate((folder / poses).read_text().splitlines())
+        with safe_open(path, "pt") as table:
+            about = table.metadata() or {}
+            if about.get("encoder") != encoder_name:
+                return {}
+            prompts = [*json.loads(about["prompts"]), about["null"]]
+            columns = [name for name in table.keys() if f"{name}_ends" in table.keys()]
+            for name in columns:
+                ends = table.get_tensor(f"{name}_ends")
+                rows = table.get_tensor(name).tensor_split(ends[:-1])
+                for prompt, row in zip(prompts, rows, strict=True):
+                    embeds.setdefault(prompt, {})[name] = row
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated or not safetensors ({error}); delete it") from None
+    return embeds
+
+
+def encode_captions(captions: list[str], encoder: Encoder, tables: list[Path]) -> tuple[dict, dict[str, str]]:
+    """Each distinct caption's row of the table of prompts, on the CPU in fp16, and the errors of those without.
+
+    What `tables` of earlier runs hold is not encoded again.
+    """
+    embeds: dict[str, dict[str, Tensor]] = {}
+    for path in filter(Path.exists, tables):
+        embeds |= read_prompts(path, encoder.name)
+    new = [caption for caption in dict.fromkeys(captions) if caption not in embeds]
+    errors = {}
+    for caption in tqdm(new, "prompts"):
+        try:
+            row = encoder.encode_text(caption)
+        except ValueError as error:
+            errors[caption] = str(error)
         else:
-            spec = json.loads((folder / poses).read_text()) if poses.endswith(".json") else {"trajectory": poses}
-        if not isinstance(spec, dict):
-            raise ValueError(f"expected a pose string or an object, found {spec!r:.80}")
-        viewmats, K, _ = _poses(spec)
-    except OSError as error:
-        raise ValueError(f"{Path(error.filename).name}: {error.strerror}") from None
-    except KeyError as error:
-        raise ValueError(f"an entry has no {error}") from None
-    except (TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot be read ({error})") from None
-    if K is not None and not (isinstance(K, (list, tuple)) and K and isinstance(K[0], (list, tuple))):
-        K = [K]  # one for all
-    return viewmats @ invert_se3(viewmats[:1]), K
+            embeds[caption] = {name: z.half().cpu() for name, z in row.items()}
+    return embeds, errors
 
 
-def _colmap(images: Path) -> dict:
-    """COLMAP's images.txt, with cameras.txt beside it: quaternions, w first, and translations are world-to-camera."""
-    text = [line for line in images.read_text().splitlines() if not line.startswith("#")]
-    cameras = {}
-    for line in images.with_name("cameras.txt").read_text().splitlines():
-        if line.strip() and not line.startswith("#"):
-            name, model, *numbers = line.split()
-            width, height, *numbers = map(float, numbers)
-            focals = {"SIMPLE_PINHOLE": 1, "PINHOLE": 2, "SIMPLE_RADIAL": 1, "RADIAL": 1, "OPENCV": 2}.get(model)
-            if focals is None or any(abs(k) > 1e-3 for k in numbers[focals + 2 :]):
-                raise ValueError(f"cameras.txt: camera {name} is {model} {numbers}, expected no distortion: undistort")
-            cx, cy = numbers[focals : focals + 2]
-            cameras[name] = (numbers[0] / width, numbers[focals - 1] / height, cx / width, cy / height)
-    views = {}
-    for line in text[::2]:  # every second line holds an image's points, and may be empty
-        if line.strip():
-            _, *pose, camera, name = line.split(maxsplit=9)
-            w, x, y, z, *t = map(float, pose)
-            R = [[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y), t[0]],
-                 [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x), t[1]],
-                 [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y), t[2]], [0, 0, 0, 1]]
-            views[name] = (R, cameras[camera])
-    ordered = [views[name] for name in sorted(views)]
-    return {"w2c": [pose for pose, _ in ordered], "K": [K for _, K in ordered]}
+# Pass 2: judge each clip, alone and beside all others.
 
 
-def _realestate(lines: list[str]) -> dict:
-    rows = [list(map(float, line.split())) for line in lines if line.strip() and not line.startswith("http")]
-    for n, row in enumerate(rows):
-        if len(row) != 19 or abs(row[5]) > 1e-3 or abs(row[6]) > 1e-3:
-            raise ValueError(f"line {n} of the poses: expected time fx fy cx cy k1 k2 (no distortion) and 12 numbers, "
-                             f"found {len(row)} numbers, k {row[5:7]}")
-    return {"w2c": [[row[7:11], row[11:15], row[15:19], [0, 0, 0, 1]] for row in rows],
-            "K": [row[1:5] for row in rows]}
+def poses_per_frame(viewmats: Tensor, pixel_frames: int) -> Tensor:
+    """Poses [n 4 4] of each of a video's pixel frames, or of its latent frames -> one per pixel frame, fp64."""
+    n, latent_frames = len(viewmats), 1 + (pixel_frames - 1) // 4
+    if n not in (pixel_frames, latent_frames):
+        raise ValueError(f"{n} poses, but {pixel_frames} frames: expected {pixel_frames}, or {latent_frames}, one per "
+                         "latent frame")
+    return viewmats if n == pixel_frames else pixel_cameras(viewmats[None])[0].double()
 
 
-def every_frame(viewmats: Tensor, frames: int) -> Tensor:
-    """Poses [n 4 4] of each of a video's frames, or of its latent frames -> one per frame, fp64."""
-    n, latents = len(viewmats), 1 + (frames - 1) // 4
-    if n not in (frames, latents):
-        raise ValueError(f"{n} poses, but {frames} frames: expected {frames}, or {latents}, one per latent frame")
-    return viewmats if n == frames else pixel_cameras(viewmats[None])[0].double()
+def intrinsics_per_frame(Ks: list, pixel_frames: int) -> Tensor:
+    """One K, or one for each pixel or latent frame -> [pixel_frames 4] fp64. Raises ValueError when one is out of
+    range."""
+    for K in Ks:
+        intrinsics(K)
+    stored, latent_frames = torch.tensor(Ks, dtype=torch.float64), 1 + (pixel_frames - 1) // 4
+    if len(Ks) not in (1, pixel_frames, latent_frames):
+        raise ValueError(f"found {len(Ks)} intrinsics (K), but {pixel_frames} frames: expected 1, {pixel_frames} or "
+                         f"{latent_frames}")
+    if len(Ks) in (1, pixel_frames):
+        return stored.expand(pixel_frames, 4)
+    # in latent frames: between two of them, K changes evenly
+    position = (torch.arange(pixel_frames) / 4).clamp_max(latent_frames - 1).double()
+    return torch.lerp(stored[position.floor().long()], stored[position.ceil().long()], position.frac()[:, None])
 
 
-def every_intrinsics(K: list, frames: int) -> Tensor:
-    """One K, or one for each frame or latent frame -> [frames 4] fp64. Raises ValueError when one is out of range."""
-    for k in K:
-        intrinsics(k)
-    K, latents = torch.tensor(K, dtype=torch.float64), 1 + (frames - 1) // 4
-    if len(K) not in (1, frames, latents):
-        raise ValueError(f"{len(K)} times K, but {frames} frames: expected 1, {frames} or {latents}")
-    if len(K) in (1, frames):
-        return K.expand(frames, 4)
-    at = (torch.arange(frames) / 4).clamp_max(latents - 1).double()
-    return torch.lerp(K[at.floor().long()], K[at.ceil().long()], at.frac()[:, None])
-
-
-def steps_of(viewmats: Tensor) -> tuple[Tensor, Tensor]:
+def camera_steps(viewmats: Tensor) -> tuple[Tensor, Tensor]:
     """How far a camera [n 4 4] moves and turns from each pose to the next: units and radians [n - 1]."""
     c2w = invert_se3(viewmats.double())
     turn = c2w[:-1, :3, :3].mT @ c2w[1:, :3, :3]
@@ -1254,57 +1730,144 @@ def steps_of(viewmats: Tensor) -> tuple[Tensor, Tensor]:
     return c2w[:, :3, 3].diff(dim=0).norm(dim=-1), angle
 
 
-def usual_step(viewmats: Tensor) -> float:
-    """The median length of the steps [n 4 4] that move at all, next to the longest but for a few; 0 if none does."""
-    length, _ = steps_of(viewmats)
+def median_step(viewmats: Tensor) -> float:
+    """Median step length of a path [n 4 4], ignoring steps under 5 % of the 90th percentile; 0 if none moves."""
+    length, _ = camera_steps(viewmats)
     moving = length[length > max(0.05 * length.quantile(0.9, interpolation="lower").item(), 1e-6)]
     return moving.median().item() if len(moving) else 0.0
 
 
-def doubts(seen: dict, viewmats: Tensor, K: Tensor, size: list[int]) -> dict[str, str]:
-    """Reasons of DOUBTFUL against a clip alone, and the figures they rest on; viewmats [t 4 4] and K [t 4] of its
-    chosen frames."""
-    found = {}
-    (rows, columns, _, _), (length, angle) = cover(seen["height"], seen["width"], size), steps_of(viewmats)
-    if rows > seen["height"] or columns > seen["width"]:
-        found["small"] = f"{seen['height']}x{seen['width']} pixels, --size is {size[0]}x{size[1]}"
-    shape = (K[0, 0] * size[1] / (K[0, 1] * size[0])).item()
-    if abs(math.log(shape)) > math.log(1.1):
-        found["skewed"] = f"the focal lengths in pixels differ by a factor of {shape:.2f}"
+class Track(NamedTuple):
+    """A clip's cameras, re-based to its first frame, in the units of its poses."""
+    viewmats: Tensor  # [t 4 4] fp64
+    K: Tensor  # [t 4] fp64, of the frames as they are cut
+    Ks: Tensor  # [f 3 3] fp32, the same per latent frame
+
+
+class ClipCamera(NamedTuple):
+    """What is written of a clip's cameras, one per latent frame."""
+    viewmats: Tensor  # [f 4 4] fp32
+    Ks: Tensor  # [f 3 3] fp32
+    scale: float  # factor on translations, already applied
+
+
+class Unusable(ValueError):
+    """A clip that can never be used: what is wrong with it, and the reason of UNUSABLE that it comes under."""
+
+    def __init__(self, reason: str, found: str):
+        super().__init__(found)
+        self.reason = reason
+
+
+@contextmanager
+def unusable(reason: str) -> Iterator[None]:
+    """A ValueError within is an Unusable for this reason."""
+    try:
+        yield
+    except ValueError as error:
+        raise Unusable(reason, str(error)) from None
+
+
+def find_intrinsics(clip: Clip, from_poses: list | None, flag: list[float] | None) -> list:
+    """Those of the table, else of the poses' file, else of --K: a list of one K or several. Raises ValueError if there
+    are none."""
+    if isinstance(clip.K, str) and clip.K.strip():  # a cell of a .csv
+        return [[float(number) for number in clip.K.strip("[ ]").replace(",", " ").split()]]
+    if clip.K:
+        return [clip.K]
+    if from_poses:
+        return from_poses
+    if flag:
+        return [flag]
+    raise ValueError("none: expected a K in the table, in the file of the poses, or --K")
+
+
+def clip_track(clip: Clip, survey: dict, bad_captions: dict[str, str], args: argparse.Namespace) -> Track:
+    """A clip's cameras at the pixel frames that are used of it. Raises Unusable."""
+    if "error" in survey:
+        raise Unusable("video", survey["error"])
+    if not clip.caption:
+        raise Unusable("caption", "empty")
+    if clip.caption in bad_captions:
+        raise Unusable("caption", bad_captions[clip.caption])
+    indices = sample_frame_indices(clip.start, survey["fps"], clip_format(args))
+    with unusable("poses"):
+        viewmats, from_poses = read_poses(clip.poses, args.table.parent)
+        viewmats = poses_per_frame(viewmats, survey["frames"])
+        if indices[-1] >= len(viewmats):
+            raise ValueError(f"they end before frame {indices[-1]} of the video")
+    with unusable("intrinsics"):
+        K = intrinsics_per_frame(find_intrinsics(clip, from_poses, args.K), survey["frames"])[indices]
+        K = crop_intrinsics(K, survey["height"], survey["width"], args.size)
+        Ks = torch.stack([intrinsics(k) for k in K[::4].tolist()])
+    return Track(viewmats[indices] @ invert_se3(viewmats[indices[:1]]), K, Ks)
+
+
+def translation_factors(tracks: dict[int, Track], scale: str | float) -> dict[int, float]:
+    """What --scale makes of each clip's translations: STEP over its own median step, over that of all, or a number."""
+    steps = {n: median_step(track.viewmats[::4]) for n, track in tracks.items()}
+    if scale == "clip":
+        return {n: STEP / step if step else 1.0 for n, step in steps.items()}
+    if scale == "set":
+        moving = [step for step in steps.values() if step] or [STEP]
+        scale = float(f"{STEP / torch.tensor(moving).median().item():.6g}")
+    return {n: float(scale) for n in tracks}
+
+
+def find_doubts(survey: dict, viewmats: Tensor, K: Tensor, size: list[int]) -> dict[str, str]:
+    """Reasons of DOUBTFUL against a clip alone, and the figures they rest on; viewmats [t 4 4], scaled, and K [t 4]."""
+    doubts = {}
+    height, width = survey["height"], survey["width"]
+    rows, columns, _, _ = resize_crop_size(height, width, size)
+    if rows > height or columns > width:
+        doubts["small"] = f"{height}x{width} pixels, --size is {size[0]}x{size[1]}"
+    aspect = (K[0, 0] * size[1] / (K[0, 1] * size[0])).item()  # fx / fy, in pixels
+    if abs(math.log(aspect)) > math.log(1.1):
+        doubts["skewed"] = f"the focal lengths in pixels differ by a factor of {aspect:.2f}"
+
+    length, angle = camera_steps(viewmats)  # from pixel frame to pixel frame
     usual = length.median().item()
     if length.max() > max(10 * usual, STEP) or angle.max() > math.radians(15):
-        n = (length / STEP + angle / TURN).argmax().item()
-        found["jump"] = (f"at frame {n + 1} of the clip it moves {length[n]:.3g} units, usual are {usual:.3g}, "
-                         f"and turns {math.degrees(angle[n]):.3g} degrees")
-    usual, (length, angle) = usual_step(viewmats[::4]), steps_of(viewmats[::4])
+        n = int((length / STEP + angle / TURN).argmax())
+        doubts["jump"] = (f"at frame {n + 1} of the clip it moves {length[n]:.3g} units, usual are {usual:.3g}, "
+                          f"and turns {math.degrees(angle[n]):.3g} degrees")
+    usual = median_step(viewmats[::4])  # from latent frame to latent frame
     if usual > 10 * STEP:
-        found["scale"] = f"its usual step is {usual:.3g} units, a pose string's {STEP:g}"
-    if seen["change"] > max(0.15, 6 * seen["usual_change"]):
-        found["cut"] = f"between two frames it changes by {seen['change']:.0%}, usual are {seen['usual_change']:.1%}"
-    if seen["mean"] < 0.06:
-        found["dark"] = f"{seen['mean']:.1%} bright on average"
-    elif seen["blown"] > 0.5:
-        found["bright"] = f"{seen['blown']:.0%} of its pixels are blown out"
+        doubts["scale"] = f"its usual step is {usual:.3g} units, a pose string's {STEP:g}"
+
+    change, usual = survey["change"], survey["usual_change"]
+    if change > max(0.15, 6 * usual):
+        doubts["cut"] = f"between two frames it changes by {change:.0%}, usual are {usual:.1%}"
+    if survey["mean"] < 0.06:
+        doubts["dark"] = f"{survey['mean']:.1%} bright on average"
+    elif survey["blown"] > 0.5:
+        doubts["bright"] = f"{survey['blown']:.0%} of its pixels are blown out"
     else:  # what can be seen at all, can be seen to move
-        moves, motion = (length / STEP + angle / TURN).mean().item(), seen["motion"]  # moves: times a key's step
+        length, angle = camera_steps(viewmats[::4])
+        moves, motion = (length / STEP + angle / TURN).mean().item(), survey["motion"]  # moves: times a key's step
         if (moves > 0.5 and motion < 0.004) or (moves < 0.1 and motion > 0.02):
-            found["static"] = (f"from one latent frame to the next, the camera moves {moves:.2g} of a key's step and "
-                               f"the picture changes by {motion:.2%}")
-    return found
+            doubts["static"] = (f"from one latent frame to the next, the camera moves {moves:.2g} of a key's step and "
+                                f"the picture changes by {motion:.2%}")
+    return doubts
 
 
-def duplicates(hashes: list, least: float = 0.98) -> dict[int, int]:
-    """Of hashes [n 3 64], three thumbnails each, those of which all three correlate with an earlier one's, and which.
-    Of 96 toy rooms no two reach 0.86; a copy compressed hard (crf 24 at 32 pixels) has 0.988 or more."""
-    pictures = torch.tensor(hashes, dtype=torch.float32).view(len(hashes), 3, 64)
-    pictures = F.normalize(pictures - pictures.mean(-1, keepdim=True), dim=-1)  # plain ones are 0, and like no other
-    found = {}
+def find_duplicates(hashes: list, least: float = 0.98) -> dict[int, int]:
+    """Of hashes [n 3 64], those all of whose three thumbnails correlate above `least` with an earlier one's, and which.
+
+    Of 96 toy rooms no two reach 0.86; a copy compressed hard (crf 24 at 32 pixels) has 0.988 or more.
+    """
+    thumbnails = torch.tensor(hashes, dtype=torch.float32).view(len(hashes), 3, 64)
+    # plain ones become 0, and correlate with none
+    thumbnails = F.normalize(thumbnails - thumbnails.mean(-1, keepdim=True), dim=-1)
+    duplicates = {}
     for start in range(0, len(hashes), 1024):  # [1024 n] numbers at a time
-        alike = torch.stack([pictures[start : start + 1024, i] @ pictures[:, i].T for i in range(3)]).amin(0) > least
-        for n, row in enumerate(alike.tril(start - 1), start):
+        rows = thumbnails[start : start + 1024]
+        correlation = torch.stack([rows[:, i] @ thumbnails[:, i].T for i in range(3)]).amin(0)
+        earlier = (correlation > least).tril(start - 1)  # row n of these, clip start + n, sees only clips before it
+        for n, row in enumerate(earlier, start):
             if row.any():
-                found[n] = row.float().argmax().item()
-    return found
+                duplicates[n] = int(row.float().argmax())
+    return duplicates
 
 
 def action_class(viewmats: Tensor) -> str:
@@ -1313,86 +1876,392 @@ def action_class(viewmats: Tensor) -> str:
     return max(KEYS, key=lambda key: counts[key]) if counts else "still"
 
 
-def encode_clip(vae, video: Tensor, device: torch.device) -> Tensor:
-    """video [t 3 h w] uint8 -> latents [f c h w] fp16, a second at a time: more would not fit at full size."""
+def pose_string(viewmats: Tensor) -> str:
+    """The pose string nearest to a path [f 4 4], to be read: 'w*3,w+l*4', 'still' where nothing is pressed."""
+    steps = []
+    for keys in pressed(viewmats)[1:]:
+        in_order = [key for key in KEYS if key in keys]
+        steps.append("+".join(in_order) or "still")
+    return ",".join(f"{step}*{len(list(repeats))}" for step, repeats in groupby(steps))
+
+
+def is_sound(row: dict, *allowed: str) -> bool:
+    """Has this row of the report no reasons but those allowed?"""
+    return set(row["reasons"]) <= set(allowed)
+
+
+def judge(clips: list[Clip], surveys: list[dict], bad_captions: dict[str, str],
+          args: argparse.Namespace) -> tuple[list[dict], dict[int, ClipCamera]]:
+    """What the report says of every clip and, by the clip's number, the cameras of all that are not unusable."""
+    report: list[dict[str, Any]] = []
+    tracks: dict[int, Track] = {}
+    for n, (clip, survey) in enumerate(zip(clips, surveys, strict=True)):
+        report.append({"file": clip.file, "start": clip.start, "kept": False, "class": None, "reasons": {}})
+        try:
+            tracks[n] = clip_track(clip, survey, bad_captions, args)
+        except Unusable as error:
+            report[n]["reasons"][error.reason] = str(error)
+
+    cameras: dict[int, ClipCamera] = {}
+    for n, scale in translation_factors(tracks, args.scale).items():
+        viewmats = tracks[n].viewmats.clone()
+        viewmats[:, :3, 3] *= scale
+        cameras[n] = ClipCamera(viewmats[::4].float(), tracks[n].Ks, scale)
+        report[n]["reasons"] = find_doubts(surveys[n], viewmats, tracks[n].K, args.size)
+        path = cameras[n].viewmats
+        report[n] |= {"class": action_class(path), "path": pose_string(path), "scale": scale}
+        report[n] |= {name: value for name, value in surveys[n].items() if name not in ("of", "hash")}
+
+    # beside the others: only clips that are sound so far can make another superfluous
+    sound = [n for n, row in enumerate(report) if is_sound(row, *args.keep)]
+    for i, j in find_duplicates([surveys[n]["hash"] for n in sound]).items():
+        earlier = clips[sound[j]]
+        report[sound[i]]["reasons"]["duplicate"] = f"looks like {earlier.file} from {earlier.start} on"
+    if args.at_most:
+        drop_surplus(report, clips, args)
+    for row in report:
+        row["kept"] = is_sound(row, *args.keep)
+    return report, cameras
+
+
+def drop_surplus(report: list[dict], clips: list[Clip], args: argparse.Namespace) -> None:
+    """Of each class of action, --at-most so many of the sound clips stay, chosen at random. Changes the report."""
+    by_class: dict[str, list[dict]] = {}
+    for n in sorted(range(len(clips)), key=lambda n: clip_number(clips[n])):
+        if is_sound(report[n], *args.keep):
+            by_class.setdefault(report[n]["class"], []).append(report[n])
+    for rows in by_class.values():
+        for row in rows[args.at_most :]:
+            row["reasons"][SURPLUS] = f"one of {len(rows)}, --at-most {args.at_most}"
+
+
+def find_unlisted(clips: list[Clip], args: argparse.Namespace) -> list[dict]:
+    """Rows of the report for videos in the folder that the table does not name."""
+    listed = {(args.videos / clip.file).resolve() for clip in clips}
+    rows = []
+    for path in sorted(args.videos.rglob("*")):
+        if path.suffix.lower() in VIDEOS and path.resolve() not in listed:
+            rows.append({"file": str(path.relative_to(args.videos)), "start": 0, "kept": False, "class": None,
+                         "reasons": {"unlisted": f"not in {args.table.name}"}})
+    return rows
+
+
+def print_report(report: list[dict], keep: list[str]) -> None:
+    """How many clips of each class were found and kept, how many were dropped for each reason, and which."""
+    titles = {None: "unusable", "still": "still"} | {key: f"{key} {text}" for key, (text, *_) in KEYS.items()}
+    found = Counter(row["class"] for row in report)
+    sound = Counter(row["class"] for row in report if is_sound(row, *keep, SURPLUS))
+    kept = Counter(row["class"] for row in report if row["kept"])
+    print(f"{'class':16}{'found':>8}{'sound':>8}{'kept':>8}")
+    for name, count in found.most_common():
+        print(f"{titles[name]:16}{count:8}{sound[name]:8}{kept[name]:8}")
+    print(f"{'all':16}{found.total():8}{sound.total():8}{kept.total():8}")
+
+    meanings = UNUSABLE | DOUBTFUL | {SURPLUS: "more than --at-most of its class"}
+    dropped = []
+    for row in report:
+        if not row["kept"]:
+            dropped.append((row, {name: why for name, why in row["reasons"].items() if name not in keep}))
+    for name, count in Counter(name for _, reasons in dropped for name in reasons).most_common():
+        print(f"dropped {count}: {name}, {meanings[name]}")
+    for row, reasons in dropped[:20]:
+        why = "; ".join(f"{name}: {text:.120}" for name, text in reasons.items())
+        print(f"  {row['file']} from {row['start']}: {why}")
+    if len(dropped) > 20:
+        print(f"  and {len(dropped) - 20} more, all in report.jsonl")
+
+
+# Pass 3: encode what is kept.
+
+
+class ShardPlan(NamedTuple):
+    """What a shard is to hold: all but its latents and images, known before any video is encoded."""
+    clips: list[Clip]
+    sources: list[list]  # of each clip: file, start, caption, the file's size in bytes
+    viewmats: Tensor  # [n f 4 4]
+    Ks: Tensor  # [n f 3 3]
+    scales: Tensor  # [n]
+
+
+def plan_shards(clips: list[Clip], surveys: list[dict], report: list[dict], cameras: dict[int, ClipCamera],
+                args: argparse.Namespace) -> dict[Path, ShardPlan]:
+    """The kept clips, --shard-size to a file."""
+    kept = [n for n in range(len(clips)) if report[n]["kept"]]
+    plans = {}
+    for start in range(0, len(kept), args.shard_size):
+        rows = kept[start : start + args.shard_size]
+        sources = []
+        for n in rows:
+            size_in_bytes, _ = surveys[n]["of"][2]
+            sources.append([clips[n].file, clips[n].start, clips[n].caption, size_in_bytes])
+        viewmats = torch.stack([cameras[n].viewmats for n in rows])
+        Ks = torch.stack([cameras[n].Ks for n in rows])
+        scales = torch.tensor([cameras[n].scale for n in rows])
+        file = args.out / f"latents-{start:06d}.safetensors"
+        plans[file] = ShardPlan([clips[n] for n in rows], sources, viewmats, Ks, scales)
+    return plans
+
+
+def check_shard(file: Path, meta: dict, plan: ShardPlan) -> None:
+    """Raises ValueError when a shard is there, but is not what this run would write."""
+    try:
+        with safe_open(file, "pt") as shard:
+            about = shard.metadata() or {}
+            stored = [shard.get_tensor(name) for name in ("viewmats", "Ks")]
+    except SafetensorError as error:
+        raise ValueError(f"{file}: truncated or not safetensors ({error}); delete it to have it made again") from None
+    old_meta, old_sources = json.loads(about.get("meta", "{}")), json.loads(about.get("clips", "{}"))
+    for name in meta:
+        if name != "vae" and old_meta.get(name) != meta[name]:  # the VAE's file may have moved
+            raise ValueError(f"{file}: made by another run, its {name} is {old_meta.get(name)}, now {meta[name]}; "
+                             "delete it, or choose another --out")
+    same_cameras = all(old.shape == new.shape and torch.allclose(old, new, atol=1e-5)
+                       for old, new in zip(stored, (plan.viewmats, plan.Ks), strict=True))
+    if old_sources != plan.sources or not same_cameras:
+        raise ValueError(f"{file}: made by another run, of other clips or cameras; delete it, or choose another --out")
+
+
+def encode_clip(vae: Any, video: Tensor, device: torch.device) -> Tensor:
+    """video [t 3 h w] uint8 -> latents [f c h w] fp16, 16 frames at a time: more would not fit at full size."""
     video = rearrange(video, "t c h w -> 1 c t h w")
-    latents, memory = [], None
+    latents, feat_cache = [], None
     for piece in (video[:, :, :1], *video[:, :, 1:].split(16, dim=2)):
-        z, memory = vae.encode(piece.to(device).float() / 127.5 - 1, memory)
+        z, feat_cache = vae.encode(from_bytes(piece.to(device)), feat_cache)
         latents.append(z.half().cpu())
     return torch.cat(latents, dim=1)[0]
 
 
-def check_shard(file: Path, meta: dict, clips: list, viewmats: Tensor, Ks: Tensor) -> None:
-    """Raises ValueError when a shard is there, but is not what this run would write."""
-    try:
-        with safe_open(file, "pt") as shard:
-            held = shard.metadata() or {}
-            cameras = [(shard.get_tensor(name), z) for name, z in (("viewmats", viewmats), ("Ks", Ks))]
-    except SafetensorError as error:
-        raise ValueError(f"{file}: truncated or not safetensors ({error}); delete it to have it made again") from None
-    was, made_of = (json.loads(held.get(name, "{}")) for name in ("meta", "clips"))
-    wrong = [name for name in meta if name != "vae" and was.get(name) != meta[name]]  # the VAE's file may have moved
-    if wrong:
-        raise ValueError(f"{file}: made by another run, its {wrong[0]} is {was.get(wrong[0])}, now {meta[wrong[0]]}; "
-                         "delete it, or choose another --out")
-    if made_of != clips or not all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in cameras):
-        raise ValueError(f"{file}: made by another run, of other clips or cameras; delete it, or choose another --out")
+class Run(NamedTuple):
+    """What the passes over a folder of videos share."""
+    args: argparse.Namespace
+    clips: list[Clip]
+    vae: Any
+    vae_meta: Any  # Meta, and the VAE's own "fingerprint"
+    encoder: Encoder
+    negative: str  # the prompt that guidance steers away from
+    rank: int
+    world_size: int
+    device: torch.device
+    group: Any  # of all ranks, on gloo
+
+    def gather(self, value: Any) -> list:
+        """Every rank's value, in the order of ranks. Waits for all of them."""
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
 
-def embed(prompts: list[str], encoder: Encoder, files: list[Path]) -> tuple[dict, dict]:
-    """Each distinct prompt's row of the prompt table, out of `files` if one has it, and the errors of those without."""
-    embeds, errors = {}, {}
-    for file in filter(Path.exists, files):
+def clip_format(args: argparse.Namespace) -> ClipFormat:
+    """Of the flags."""
+    return ClipFormat(args.frames, args.fps, args.size)
+
+
+def open_run(args: argparse.Namespace) -> Run:
+    """Read the table, load VAE and text encoder, join the other processes. Raises ValueError if they do not fit."""
+    if args.table is None:
+        args.table = find_table(args.videos)
+    clips = read_table(args.table)
+    _, vae_meta = load_checkpoint(args.vae, "vae")
+    preset = vae_meta["preset"]
+    rank, world_size, device = start_process_group()
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # ranks wait for each other as long as it takes
+    vae: Any = load_vae(args.vae, device, vae_meta["fingerprint"])
+    encoder = load_encoder(preset, args.text_encoder, device)
+    negative = encoder.null if args.negative is None else args.negative
+    dit = PRESETS[preset].dit
+    if any(side % (dit.patch * vae.cfg.stride) for side in args.size):
+        raise ValueError(f"--size {args.size[0]}x{args.size[1]}: expected multiples of {dit.patch * vae.cfg.stride} "
+                         f"pixels, this VAE's times patches of {dit.patch}")
+    if args.text_encoder is None and dit.text_dim != TEXT_DIM:
+        raise ValueError(f"--text-encoder: expected the one of {preset}, whose VAE {args.vae} is")
+    args.out.mkdir(parents=True, exist_ok=True)
+    return Run(args, clips, vae, vae_meta, encoder, negative, rank, world_size, device, group)
+
+
+def prompt_tables(out: Path) -> tuple[Path, Path]:
+    """The table of encoded prompts, and what it is called until all shards are written: without it the folder does not
+    open."""
+    return out / "prompts.safetensors", out / "prompts.safetensors.unfinished"
+
+
+def look(run: Run) -> tuple[list[dict], dict, dict[str, str]]:
+    """Pass 1, shared by all ranks -> a survey of every clip; on rank 0, which alone encodes text, the encoded captions;
+    the errors of those that could not be."""
+    embeds: dict[str, dict[str, Tensor]] = {}
+    errors: dict[str, str] = {}
+    if run.rank == 0:
+        captions = [run.negative] + [clip.caption for clip in run.clips if clip.caption]
+        embeds, errors = encode_captions(captions, run.encoder, list(prompt_tables(run.args.out)))
+        if run.negative in errors:
+            raise ValueError(f"--negative: {errors[run.negative]}")
+    mine = survey_clips(run.clips, run.args.videos, run.args.out, run.rank, run.world_size, clip_format(run.args))
+    everyones = run.gather((mine, errors))
+    surveys = []
+    for n in range(len(run.clips)):
+        theirs, _ = everyones[n % run.world_size]  # clip n was the turn of this rank
+        surveys.append(theirs[n // run.world_size])
+    _, errors = everyones[0]
+    return surveys, embeds, errors
+
+
+def describe_folder(run: Run, cameras: list[ClipCamera]) -> dict[str, Any]:
+    """The meta of every shard: what training compares, and how the folder was made; cameras of what is kept."""
+    args = run.args
+    Ks = torch.cat([camera.Ks for camera in cameras]).double()  # [n 3 3]
+    K = Ks[:, [0, 1, 0, 1], [0, 1, 2, 2]].median(0).values.tolist()  # fx, fy, cx, cy
+    scale = cameras[0].scale if args.scale == "set" else args.scale  # "set" is one number for all
+    meta = {"preset": run.vae_meta["preset"], "K": [round(k, 7) for k in K], "size": args.size, "fps": args.fps,
+            "frames": args.frames, "vae": str(args.vae), "vae_fingerprint": run.vae_meta["fingerprint"],
+            "scale": scale, "negative": run.negative, "encoder": run.encoder.name,
+            "prompt_length": run.encoder.length}
+    if run.encoder.encode_image:
+        meta["image_share"] = args.image_share
+    return meta
+
+
+def encode_shard(run: Run, plan: ShardPlan, prompt_ids: dict[str, int], bar: tqdm) -> dict[str, Tensor]:
+    """A shard's tensors. Raises ValueError, naming the video, when it cannot be read any more or encodes to NaN."""
+    latents, vision = [], []
+    for clip in plan.clips:
+        path = run.args.videos / clip.file
         try:
-            with safe_open(file, "pt") as held:
-                about = held.metadata() or {}
-                if about.get("encoder") == encoder.name:
-                    known = [*json.loads(about["prompts"]), about["null"]]
-                    for name in [name for name in held.keys() if f"{name}_ends" in held.keys()]:
-                        parts = held.get_tensor(name).tensor_split(held.get_tensor(f"{name}_ends")[:-1])
-                        for prompt, part in zip(known, parts, strict=True):
-                            embeds.setdefault(prompt, {})[name] = part
-        except SafetensorError as error:
-            raise ValueError(f"{file}: truncated or not safetensors ({error}); delete it") from None
-    for prompt in tqdm([prompt for prompt in dict.fromkeys(prompts) if prompt not in embeds], "prompts"):
-        try:
-            embeds[prompt] = {name: z.half().cpu() for name, z in encoder.read(prompt).items()}
+            video, _ = read_clip(path, clip.start, clip_format(run.args))
         except ValueError as error:
-            errors[prompt] = str(error)
-    return embeds, errors
+            raise ValueError(f"{path}: {error}") from None
+        with torch.no_grad():
+            latents.append(encode_clip(run.vae, video, run.device))
+        if not latents[-1].isfinite().all():
+            raise ValueError(f"{path}: its latents hold NaN or inf")
+        if run.encoder.encode_image:
+            # by the clip and not by its place among those kept, or a clip more would change the images of all others
+            has_image = clip_number(clip) < run.args.image_share * 2**32
+            tokens = run.encoder.encode_image(from_bytes(video[:1].to(run.device)))[0]
+            vision.append(tokens.half().cpu() * has_image)
+        bar.update()
+    tensors = {"latents": torch.stack(latents), "viewmats": plan.viewmats, "Ks": plan.Ks,
+               "prompt_ids": torch.tensor([prompt_ids[clip.caption] for clip in plan.clips]), "scales": plan.scales}
+    if run.encoder.encode_image:
+        tensors["vision"] = torch.stack(vision)
+    return tensors
+
+
+def encode(run: Run, plans: dict[Path, ShardPlan], meta: dict, embeds: dict[str, dict[str, Tensor]]) -> None:
+    """Pass 3, shared by all ranks: write the shards that are missing, and the table of prompts."""
+    out, rank = run.args.out, run.rank
+    final, unfinished = prompt_tables(out)
+    missing = [file for file in plans if not file.exists()]
+    captions = list(dict.fromkeys(clip.caption for plan in plans.values() for clip in plan.clips))
+    prompt_ids = {caption: i for i, caption in enumerate(captions)}
+    run.gather(None)  # no process writes before all have agreed
+    if rank == 0 and (missing or not final.exists()):
+        about = {"prompts": json.dumps(captions), "null": run.negative, "encoder": run.encoder.name}
+        save_prompts(unfinished, [embeds[prompt] for prompt in [*captions, run.negative]], about)
+        final.unlink(missing_ok=True)
+    mine = missing[rank :: run.world_size]
+    with tqdm(total=sum(len(plans[file].clips) for file in mine), desc="encode", disable=rank > 0) as bar:
+        for file in mine:
+            tensors = encode_shard(run, plans[file], prompt_ids, bar)
+            save_shard(file, tensors, {"meta": json.dumps(meta), "clips": json.dumps(plans[file].sources)})
+    run.gather(None)
+    if rank == 0:
+        if unfinished.exists():
+            unfinished.replace(final)
+        print(f"{out}: {sum(len(plan.clips) for plan in plans.values())} clips in {len(plans)} files, {len(missing)} "
+              f"of them new; python data.py --inspect {out}")
+
+
+def make_from_videos(args: argparse.Namespace) -> None:
+    """A folder of videos and its table -> a folder of latents, and report.jsonl on every clip."""
+    run = open_run(args)
+
+    # 1. look
+    surveys, embeds, bad_captions = look(run)
+
+    # 2. judge, which every rank does alike
+    report, cameras = judge(run.clips, surveys, bad_captions, args)
+    report += find_unlisted(run.clips, args)
+    if run.rank == 0:
+        print_report(report, args.keep)
+    plans = plan_shards(run.clips, surveys, report, cameras, args)
+    existing = sorted(args.out.glob("latents-*.safetensors"))
+    for file in existing:
+        if file not in plans:
+            raise ValueError(f"{file}: not a shard of this run; delete it, or choose another --out")
+    meta = describe_folder(run, [cameras[n] for n in cameras if report[n]["kept"]]) if plans else {}
+    for file in existing:
+        check_shard(file, meta, plans[file])
+    if run.rank == 0:  # only now: the report of another run is not overwritten either
+        (args.out / "report.jsonl").write_text("".join(json.dumps(row) + "\n" for row in report))
+    if not plans:
+        raise ValueError(f"{args.out}: none of {len(report)} clips can be kept; report.jsonl says why")
+
+    # 3. encode
+    encode(run, plans, meta, embeds)
+
+
+# Pictures of a folder of latents.
 
 
 def draw_path(viewmats: Tensor, K: Tensor, h: int, w: int) -> Tensor:
     """A camera path [f 4 4] from above -> picture [3 h w] in [-1, 1]: x to the right and z up the page, from blue to
     red, a tick in the direction of each view; grey, the field of view of the first (K [3 3])."""
-    c2w, picture = invert_se3(viewmats), torch.full((3, h, w), -0.8)
-    centres, ahead = c2w[:, [0, 2], 3], c2w[:, [0, 2], 2]
+    c2w = invert_se3(viewmats)
+    centres, ahead = c2w[:, [0, 2], 3], c2w[:, [0, 2], 2]  # x and z, in world units
     lo, hi = centres.amin(0), centres.amax(0)
-    unit = 0.6 * min(h, w) / (hi - lo).max().clamp_min(4 * STEP)  # pixels
-    middle, reach = (lo + hi) / 2, 0.12 * min(h, w) / unit
-    colours = torch.lerp(torch.tensor([-0.5, 0.2, 1.0]), torch.tensor([1.0, 0.0, -0.5]),
-                         torch.linspace(0, 1, len(centres))[:, None])
-    sides = torch.tensor([[(edge - K[0, 2]) / K[0, 0], 0, 1] for edge in (0, 1)]) @ c2w[0, :3, :3].T
-    lines = [(centres[0], centres[0] + 2 * reach * side[[0, 2]], torch.zeros(3)) for side in sides]
+    pixels_per_unit = 0.6 * min(h, w) / (hi - lo).max().clamp_min(4 * STEP)
+    middle, tick = (lo + hi) / 2, 0.12 * min(h, w) / pixels_per_unit
+    progress = torch.linspace(0, 1, len(centres))[:, None]
+    colours = torch.lerp(torch.tensor([-0.5, 0.2, 1.0]), torch.tensor([1.0, 0.0, -0.5]), progress)
+    edges = torch.tensor([[(x - K[0, 2]) / K[0, 0], 0, 1] for x in (0, 1)])  # rays through the image's left and right
+    lines = [(centres[0], centres[0] + 2 * tick * ray[[0, 2]], torch.zeros(3)) for ray in edges @ c2w[0, :3, :3].T]
     lines += [(a, b, colour) for a, b, colour in zip(centres, centres[1:], colours[1:])]
-    lines += [(a, a + reach * b, colour) for a, b, colour in zip(centres, ahead, colours)]
+    lines += [(a, a + tick * direction, colour) for a, direction, colour in zip(centres, ahead, colours)]
+    picture = torch.full((3, h, w), -0.8)
     for a, b, colour in lines:
         points = torch.lerp(a, b, torch.linspace(0, 1, 2 * max(h, w))[:, None]) - middle
-        x, y = (w / 2 + unit * points[:, 0]).long(), (h / 2 - unit * points[:, 1]).long()
+        x, y = (w / 2 + pixels_per_unit * points[:, 0]).long(), (h / 2 - pixels_per_unit * points[:, 1]).long()
         picture[:, y.clamp(0, h - 1), x.clamp(0, w - 1)] = colour[:, None]
     return picture
 
 
-def keys_of(viewmats: Tensor) -> str:
-    """A path [f 4 4] as the pose string nearest to it, to be read: 'w*3,w+l*4', 'still' where nothing is pressed."""
-    parts = ["+".join(key for key in KEYS if key in keys) or "still" for keys in pressed(viewmats)[1:]]
-    edges = [n for n in range(len(parts)) if n == 0 or parts[n] != parts[n - 1]]
-    return ",".join(f"{parts[a]}*{b - a}" for a, b in zip(edges, [*edges[1:], len(parts)]))
+@torch.no_grad()
+def draw_row(vae: Any, row: dict[str, Tensor], height: int, device: torch.device) -> Tensor:
+    """A row of a latents folder -> its path from above, then every fourth pixel frame [3 1+f height width]."""
+    video, _ = vae.decode(row["latents"][None].to(device).float())
+    pictures = rearrange(video[0, :, ::4].clamp(-1, 1).cpu(), "c t h w -> t c h w")
+    own_height, own_width = pictures.shape[2:]
+    width = round(height * own_width / own_height)
+    if own_height > height:
+        pictures = F.interpolate(pictures, [height, width], mode="bilinear", antialias=True)
+    else:  # a toy video: its pixels are to be seen
+        pictures = F.interpolate(pictures, [height, width], mode="nearest")
+    path = draw_path(row["viewmats"], row["Ks"][0], height, width)
+    return rearrange(torch.cat([path[None], pictures]), "t c h w -> c t h w")
+
+
+def inspect(folder: Path) -> None:
+    """Contact sheets of up to 24 rows, evenly spaced, beside the shards: a path from above, then every fourth frame."""
+    data = open_latents(folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vae = load_vae(Path(data.meta["vae"]), device, data.meta["vae_fingerprint"])
+    prompts = json.loads(data.prompts.metadata()["prompts"])
+    total = data.starts[-1]
+    print(f"{folder}: {total} rows, {data.meta}")
+    shown = sorted({round(n * (total - 1) / 23) for n in range(24)})
+    for first in range(0, len(shown), 8):
+        strips = []
+        for n in shown[first : first + 8]:
+            row = read_row(data, n)
+            strips.append(draw_row(vae, row, 128, device))
+            _, angle = camera_steps(row["viewmats"])
+            print(f"row {n}: {pose_string(row['viewmats'])} | step {median_step(row['viewmats']):.3g} units, turn "
+                  f"{math.degrees(angle.max()):.3g} degrees at most | {prompts[int(row['prompt_ids'])]}")
+        write_sheet(folder / f"inspect-{first // 8}.png", [torch.stack(strips)], every=1, zoom=1)
+    print(f"{folder}/inspect-*.png: {len(shown)} of {total} rows")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. main: the toy world, or videos, as a latents folder.
+# 9. main: the toy world, or videos, as a latents folder.
 
 
 def pixels(text: str) -> list[int]:
@@ -1407,368 +2276,84 @@ def translation_scale(text: str) -> str | float:
     """An argparse type: 'set', 'clip' or a number above 0."""
     if text in ("set", "clip"):
         return text
-    if not 0 < (number := float(text)) < math.inf:
+    number = float(text)
+    if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: expected 'set', 'clip' or a number above 0")
     return number
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    reasons = "\n".join(f"  {name:11}{text}" for name, text in (UNUSABLE | DOUBTFUL).items())
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"--table: {TABLE}\n\nreport.jsonl has a line for every clip; why one may be dropped:\n{reasons}")
-    p.add_argument("--out", type=Path, help="latents folder to write; default data/toy, or data/videos")
-    p.add_argument("--vae", type=Path, default=Path("ckpt/vae.pt"), help="the toy world's is trained if there is none")
-    p.add_argument("--frames", type=positive, default=8, help="latent frames per video: 1 + 4 (frames - 1) of pixels")
-    p.add_argument("--size", type=pixels, default=[32, 32], help="pixels, as in 32 or, height x width, 480x832")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--image-share", type=float, help="HY: how many of the videos come with their first frame as an "
-                   "image to go on from; default 0.25, of your own videos 1")
+VAE_LR = {"tiny": 4e-3, "tiny-hy": 1e-3}
+
+
+def add_toy_flags(p: argparse.ArgumentParser) -> None:
     toy = p.add_argument_group("the toy world")
-    toy.add_argument("--preset", default="tiny", choices=["tiny", "tiny-hy"])
-    toy.add_argument("--count", type=positive, default=4096, help="videos")
-    toy.add_argument("--vae-steps", type=positive, default=3000)
-    toy.add_argument("--vae-lr", type=float, help="default 4e-3; tiny-hy 1e-3")
+    toy.add_argument("--preset", default="tiny", choices=list(VAE_LR), help="network that it is made for")
+    toy.add_argument("--count", type=positive, default=4096, help="videos to render")
+    toy.add_argument("--vae-steps", type=positive, default=3000, help="optimizer steps of a VAE that is missing")
+    toy.add_argument("--vae-lr", type=float, help="AdamW's peak learning rate for the VAE; default "
+                     + ", ".join(f"{lr:g} for {preset}" for preset, lr in VAE_LR.items()))
+
+
+def add_video_flags(p: argparse.ArgumentParser) -> None:
     own = p.add_argument_group("your own videos")
-    own.add_argument("--videos", type=Path, help="folder of them; instead of the toy world")
-    own.add_argument("--table", type=Path, help="default: the table.jsonl, table.json or table.csv in that folder")
-    own.add_argument("--fps", type=float, default=FPS, help="frames a second to choose; a video must have as many")
+    own.add_argument("--videos", type=Path, help="folder of videos, to be used instead of the toy world")
+    own.add_argument("--table", type=Path, help="see below; default the table.jsonl, table.json or table.csv in that "
+                     "folder")
+    own.add_argument("--fps", type=float, default=FPS, help="frames a second to take; a video must have as many")
     own.add_argument("--K", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"),
-                     help="of clips that bring none, over the width and height of the video")
+                     help="intrinsics of clips that bring none, over the width and height of the video")
     own.add_argument("--scale", type=translation_scale, default=1.0, help=f"factor on all translations (1 for pose "
                      f"strings); or 'set': the one that makes the median step of the whole folder {STEP} units, for "
                      "metric poses; or 'clip': one for each clip, for poses whose scale is arbitrary (COLMAP's)")
     own.add_argument("--text-encoder", type=Path, help="umT5, or for HY the folder of HunyuanVideo-1.5; without it "
                      "prompts are read word by word, as the toy's")
-    own.add_argument("--negative", help="the prompt that guidance steers away from; default: empty, or Wan's for umT5")
-    own.add_argument("--keep", nargs="+", default=[], choices=DOUBTFUL, metavar="REASON",
+    own.add_argument("--negative", help="the prompt that guidance steers away from; default empty, or Wan's for umT5")
+    own.add_argument("--keep", nargs="+", choices=DOUBTFUL, metavar="REASON",
                      help="do not drop clips for: " + ", ".join(DOUBTFUL))
-    own.add_argument("--at-most", type=positive, metavar="N", help="clips of one action class, the key pressed most")
+    own.add_argument("--at-most", type=positive, metavar="N", help="clips to keep of one action class, the key pressed "
+                     "most; default all")
     own.add_argument("--shard-size", type=positive, default=64, help="clips per file, and per turn of a process")
     own.add_argument("--inspect", type=Path, metavar="FOLDER", help="only draw up to 24 rows of a latents folder: the "
                      "path from above, from blue to red, beside the frames")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    reasons = "\n".join(f"  {name:11}{text}" for name, text in (UNUSABLE | DOUBTFUL).items())
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=HelpFormatter,
+        epilog=f"--table: {TABLE}\n\nreport.jsonl has a line for every clip; why one may be dropped:\n{reasons}")
+    p.add_argument("--out", type=Path, help="latents folder to write; default data/toy, or data/videos with --videos")
+    p.add_argument("--vae", type=Path, default=Path("ckpt/vae.pt"),
+                   help="checkpoint of the VAE; the toy world's is trained if there is none")
+    p.add_argument("--frames", type=positive, default=8,
+                   help="latent frames per video, which are 1 + 4 (frames - 1) pixel frames")
+    p.add_argument("--size", type=pixels, default="32",
+                   help="pixels: the side of a square, or height x width, as in 480x832")
+    p.add_argument("--seed", type=int, default=0, help="of the toy world's rooms and paths, and of its VAE")
+    p.add_argument("--image-share", type=float, help="HY: share of the videos that come with their first frame as an "
+                   "image to go on from, 0 to 1; default 0.25, of your own videos 1")
+    add_toy_flags(p)
+    add_video_flags(p)
     args = p.parse_args(argv)
-    args.out = args.out or Path("data/videos" if args.videos else "data/toy")
-    args.vae_lr = args.vae_lr or {"tiny": 4e-3, "tiny-hy": 1e-3}[args.preset]
-    if any(side % 8 for side in args.size) or args.frames < 2:
-        p.error(f"--size {args.size[0]}x{args.size[1]} --frames {args.frames}: expected multiples of 8 pixels, and at "
-                "least 2 frames")
+    if args.out is None:
+        args.out = Path("data/videos" if args.videos else "data/toy")
+    if args.vae_lr is None:
+        args.vae_lr = VAE_LR[args.preset]
     if args.image_share is None:
         args.image_share = 1.0 if args.videos else 0.25
+    if args.keep is None:
+        args.keep = []
+    size = f"--size {args.size[0]}x{args.size[1]}"
+    if any(side % 8 for side in args.size) or args.frames < 2:
+        p.error(f"{size} --frames {args.frames}: expected multiples of 8 pixels, and at least 2 frames")
     if not args.videos and args.size[0] != args.size[1]:
-        p.error(f"--size {args.size[0]}x{args.size[1]}: the toy world is square")
+        p.error(f"{size}: the toy world is square")
     if not 0 < args.fps < math.inf:
         p.error(f"--fps {args.fps}: expected a number above 0")
     return args
 
 
-def train_vae(vae, video: Tensor, steps: int, lr: float, seed: int) -> None:
-    """Reconstruct random clips of video [n 3 t h w]; a little KL keeps the latents smooth. In place.
-
-    Many small steps learn faster here than few large ones. Every fourth step sees one long clip, at times forth and
-    back again: a VAE that has only seen short ones drifts off in colour later in a video.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    t = video.shape[2]
-    for step in (bar := tqdm(range(steps), "vae")):
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 50, 2 * (1 - step / steps) + 0.02)
-        rooms, length = (3, 5) if step % 4 else (1, t) if step % 16 else (1, 2 * t - 1)
-        rows = torch.randint(len(video), (rooms,), generator=rng)
-        at = torch.randint(2 * t - length, (), generator=rng)
-        there_and_back = torch.cat([video[rows], video[rows].flip(2)[:, :, 1:]], dim=2)
-        clip = there_and_back[:, :, at : at + length].float() / 127.5 - 1
-        mu, logvar = vae.moments(clip, {})
-        logvar = logvar.clamp(-20, 10)
-        z = mu + (0.5 * logvar).exp() * torch.randn(mu.shape, generator=rng)
-        image = vae.image(z, {})
-        error = F.mse_loss(image, clip)
-        kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean()
-        optimizer.zero_grad()
-        (error + 3e-5 * kl).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        bar.set_postfix(psnr=f"{10 * math.log10(4 / error.item()):.2f}", kl=f"{kl.item():.2f}", refresh=False)
-
-
-def make_toy(args: argparse.Namespace) -> None:
-    from dataclasses import replace
-
-    from model import PRESETS, build_vae, fingerprint, load_checkpoint, load_vae, save_checkpoint
-
-    about = load_checkpoint(args.vae, "vae")[1] if args.vae.exists() else None
-    if about and about["preset"] != args.preset:
-        raise ValueError(f"{args.vae}: a VAE of preset {about['preset']}, but --preset is {args.preset}")
-    size = args.size[0]
-    prompts, paths, scene = sample_toy(args.count, args.seed, args.frames - 1, held=False)
-    viewmats, K = torch.stack([parse_trajectory(path) for path in paths]), intrinsics(K_SQUARE)
-    video = torch.empty(args.count, 3, 1 + 4 * (args.frames - 1), size, size, dtype=torch.uint8)
-    for i in tqdm(range(0, args.count, 16), "render"):
-        part = Scene(*(z[i : i + 16] for z in scene))
-        video[i : i + 16] = ((render(part, viewmats[i : i + 16], K, size) + 1) * 127.5).round().byte()
-
-    if about is None:
-        torch.manual_seed(args.seed)
-        vae = build_vae(PRESETS[args.preset].vae)
-        vae.init_weights()
-        train_vae(vae, video, args.vae_steps, args.vae_lr, args.seed)
-        with torch.no_grad():
-            z = torch.cat([vae.encode(v[None].float() / 127.5 - 1)[0] for v in video[:256]])
-        mean, std = z.mean((0, 1, 3, 4)).tolist(), z.std((0, 1, 3, 4)).tolist()
-        vae.cfg = replace(vae.cfg, mean=tuple(mean), std=tuple(std))
-        save_checkpoint(args.vae, vae.state_dict(), {"stage": "vae", "preset": args.preset, "mean": mean, "std": std,
-                                                     "fingerprint": fingerprint(vae.state_dict())})
-        about = load_checkpoint(args.vae, "vae")[1]
-    encoder = load_encoder(args.preset, None, torch.device("cpu"))
-    vae = load_vae(args.vae, torch.device("cpu"), about["fingerprint"])
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    for old in [args.out / "prompts.safetensors", *args.out.glob("latents-*.safetensors")]:
-        old.unlink(missing_ok=True)  # the prompts first and written last: without them the folder does not open
-    meta = {"preset": args.preset, "K": list(K_SQUARE), "size": args.size, "fps": FPS, "frames": args.frames,
-            "vae": str(args.vae), "vae_fingerprint": about["fingerprint"], "prompt_length": encoder.length}
-    if encoder.see:
-        meta["image_share"] = args.image_share
-    pictured = torch.rand(args.count, 1, 1, generator=torch.Generator().manual_seed(args.seed)) < args.image_share
-    for start in tqdm(range(0, args.count, 512), "encode"):
-        rows = slice(start, min(start + 512, args.count))
-        with torch.no_grad():
-            latents = torch.cat([vae.encode(v.float() / 127.5 - 1)[0] for v in video[rows].split(16)])
-        shard = {"latents": latents.half(), "viewmats": viewmats[rows], "prompt_ids": torch.arange(args.count)[rows],
-                 "Ks": K.expand(len(latents), args.frames, 3, 3)}
-        if encoder.see:
-            shard["vision"] = (encoder.see(video[rows, :, 0].float() / 127.5 - 1) * pictured[rows]).half()
-        save_shard(args.out / f"latents-{start:06d}.safetensors", shard, {"meta": json.dumps(meta)})
-    rows = [encoder.read(prompt) for prompt in [*prompts, encoder.null]]
-    save_prompts(args.out / "prompts.safetensors", rows, {"prompts": json.dumps(prompts)})
-
-
-def judge(clips: list[Clip], seen: list[dict], bad_captions: dict[str, str], args: argparse.Namespace):
-    """For every clip what the report says of it and, unless it is unusable, (viewmats [f 4 4], Ks [f 3 3], scale)."""
-    beside, report, cameras, tracks = args.table.parent, [], {}, {}
-    for n, (clip, row) in enumerate(zip(clips, seen)):
-        report.append({"file": clip.file, "start": clip.start, "kept": False, "class": None, "reasons": {}})
-        try:
-            reason = "video"
-            if "error" in row:
-                raise ValueError(row["error"])
-            reason = "caption"
-            if not clip.caption or clip.caption in bad_captions:
-                raise ValueError(bad_captions.get(clip.caption, "empty"))
-            reason = "poses"
-            viewmats, K = read_poses(clip.poses, beside)
-            viewmats = every_frame(viewmats, row["frames"])
-            chosen = chosen_frames(clip.start, args.frames, row["fps"], args.fps)
-            if chosen[-1] >= len(viewmats):
-                raise ValueError(f"they end before frame {chosen[-1]} of the video")
-            reason = "intrinsics"
-            if isinstance(clip.K, str) and clip.K.strip():  # a cell of a .csv
-                K = [[float(number) for number in clip.K.strip("[ ]").replace(",", " ").split()]]
-            elif clip.K:
-                K = [clip.K]
-            if not (K := K or (args.K and [args.K])):
-                raise ValueError("none: expected a K in the table, in the file of the poses, or --K")
-            K = fit_intrinsics(every_intrinsics(K, row["frames"])[chosen], row["height"], row["width"], args.size)
-            Ks = torch.stack([intrinsics(k) for k in K[::4].tolist()])
-            tracks[n] = (viewmats[chosen] @ invert_se3(viewmats[chosen[:1]]), K, Ks)
-        except ValueError as error:
-            report[-1]["reasons"][reason] = str(error)
-
-    usual = {n: usual_step(viewmats[::4]) for n, (viewmats, _, _) in tracks.items()}
-    whole = STEP / torch.tensor([step for step in usual.values() if step] or [STEP]).median().item()
-    for n, (viewmats, K, Ks) in tracks.items():
-        scale = {"clip": STEP / usual[n] if usual[n] else 1.0, "set": float(f"{whole:.6g}")}.get(args.scale, args.scale)
-        viewmats = viewmats.clone()
-        viewmats[:, :3, 3] *= scale
-        report[n]["reasons"] = doubts(seen[n], viewmats, K, args.size)
-        cameras[n] = (viewmats[::4].float(), Ks, scale)
-        report[n] |= {"class": action_class(cameras[n][0]), "path": keys_of(cameras[n][0]), "scale": scale}
-        report[n] |= {name: value for name, value in seen[n].items() if name not in ("of", "hash")}
-
-    def clear() -> list[int]:
-        return [n for n in tracks if not set(report[n]["reasons"]) - set(args.keep)]
-
-    at = clear()
-    for one, other in duplicates([seen[n]["hash"] for n in at]).items():
-        report[at[one]]["reasons"]["duplicate"] = f"looks like {clips[at[other]].file} from {clips[at[other]].start} on"
-    if args.at_most:
-        by_class = {}
-        for n in sorted(clear(), key=lambda n: zlib.crc32(f"{clips[n].file} {clips[n].start}".encode())):  # at random
-            by_class.setdefault(report[n]["class"], []).append(n)
-        for rows in by_class.values():
-            for n in rows[args.at_most :]:
-                report[n]["reasons"][SURPLUS] = f"one of {len(rows)}, --at-most {args.at_most}"
-    for n in clear():
-        report[n]["kept"] = True
-    return report, cameras
-
-
-def print_report(report: list[dict], keep: list[str]) -> None:
-    """How many clips of each class were found and kept, how many were dropped for each reason, and which."""
-    names = {None: "unusable", "still": "still"} | {key: f"{key} {text}" for key, (text, *_) in KEYS.items()}
-    sound = [row for row in report if not set(row["reasons"]) - {*keep, SURPLUS}]
-    counts = [Counter(row["class"] for row in rows) for rows in (report, sound, [row for row in sound if row["kept"]])]
-    print(f"{'class':16}{'found':>8}{'sound':>8}{'kept':>8}")
-    for name in sorted(counts[0], key=counts[0].get, reverse=True):
-        print(f"{names[name]:16}" + "".join(f"{count[name]:8}" for count in counts))
-    print(f"{'all':16}" + "".join(f"{count.total():8}" for count in counts))
-    dropped = [(row, {name: why for name, why in row["reasons"].items() if name not in keep})
-               for row in report if not row["kept"]]
-    for name, count in Counter(name for _, reasons in dropped for name in reasons).most_common():
-        print(f"dropped {count}: {name}, {(UNUSABLE | DOUBTFUL | {SURPLUS: 'more than --at-most of its class'})[name]}")
-    for row, reasons in dropped[:20]:
-        why = "; ".join(f"{name}: {text:.120}" for name, text in reasons.items())
-        print(f"  {row['file']} from {row['start']}: {why}")
-    if len(dropped) > 20:
-        print(f"  and {len(dropped) - 20} more, all in report.jsonl")
-
-
-def make_from_videos(args: argparse.Namespace) -> None:
-    from model import PRESETS, load_checkpoint, load_vae, start_process_group
-
-    if args.table is None:
-        there = [path for name in ("jsonl", "json", "csv") if (path := args.videos / f"table.{name}").exists()]
-        if len(there) != 1:
-            raise ValueError(f"{args.videos}: expected one table.jsonl, table.json or table.csv, found {len(there)}; "
-                             "--table names another")
-        args.table = there[0]
-    clips, about_vae = read_table(args.table), load_checkpoint(args.vae, "vae")[1]
-    rank, world_size, device = start_process_group()
-    gloo = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # ranks wait for each other as long as it takes
-    vae = load_vae(args.vae, device, about_vae["fingerprint"])
-    encoder = load_encoder(about_vae["preset"], args.text_encoder, device)
-    negative = encoder.null if args.negative is None else args.negative
-    dit = PRESETS[about_vae["preset"]].dit
-    if any(side % (dit.patch * vae.cfg.stride) for side in args.size):
-        raise ValueError(f"--size {args.size[0]}x{args.size[1]}: expected multiples of {dit.patch * vae.cfg.stride} "
-                         f"pixels, this VAE's times patches of {dit.patch}")
-    if args.text_encoder is None and dit.text_dim != TEXT_DIM:
-        raise ValueError(f"--text-encoder: expected the one of {about_vae['preset']}, whose VAE {args.vae} is")
-    args.out.mkdir(parents=True, exist_ok=True)
-
-    def gather(mine) -> list:
-        everyone = [None] * world_size
-        dist.all_gather_object(everyone, mine, group=gloo)
-        return everyone
-
-    # 1. look
-    final, unfinished = args.out / "prompts.safetensors", args.out / "prompts.safetensors.unfinished"
-    prompts, errors = [negative, *(clip.caption for clip in clips if clip.caption)], {}
-    if rank == 0:
-        embeds, errors = embed(prompts, encoder, [final, unfinished])
-        if negative in errors:
-            raise ValueError(f"--negative: {errors[negative]}")
-    mine = survey(clips, args.videos, args.out, rank, world_size, [args.frames, args.fps, args.size])
-    looked = gather((mine, errors))
-    seen = [looked[n % world_size][0][n // world_size] for n in range(len(clips))]
-
-    # 2. judge
-    report, cameras = judge(clips, seen, looked[0][1], args)
-    listed = {(args.videos / clip.file).resolve() for clip in clips}
-    for path in sorted(args.videos.rglob("*")):
-        if path.suffix.lower() in VIDEOS and path.resolve() not in listed:
-            report.append({"file": str(path.relative_to(args.videos)), "start": 0, "kept": False, "class": None,
-                           "reasons": {"unlisted": f"not in {args.table.name}"}})
-    if rank == 0:
-        print_report(report, args.keep)
-    kept = [n for n in range(len(clips)) if report[n]["kept"]]
-    prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(clips[n].caption for n in kept))}  # and its id
-    shards = {}  # file: what it is to hold
-    for start in range(0, len(kept), args.shard_size):
-        rows = kept[start : start + args.shard_size]
-        viewmats, Ks = (torch.stack([cameras[n][i] for n in rows]) for i in (0, 1))
-        made_of = [[clips[n].file, clips[n].start, clips[n].caption, seen[n]["of"][2][0]] for n in rows]
-        shards[args.out / f"latents-{start:06d}.safetensors"] = (rows, made_of, viewmats, Ks)
-    there = sorted(args.out.glob("latents-*.safetensors"))
-    if strange := [file for file in there if file not in shards]:
-        raise ValueError(f"{strange[0]}: not a shard of this run; delete it, or choose another --out")
-    if kept:
-        every_K = torch.cat([cameras[n][1] for n in kept]).double()[:, [0, 1, 0, 1], [0, 1, 2, 2]]
-        meta = {"preset": about_vae["preset"], "K": [round(k, 7) for k in every_K.median(0).values.tolist()],
-                "size": args.size, "fps": args.fps, "frames": args.frames, "vae": str(args.vae),
-                "vae_fingerprint": about_vae["fingerprint"],
-                "scale": cameras[kept[0]][2] if args.scale == "set" else args.scale, "negative": negative,
-                "encoder": encoder.name, "prompt_length": encoder.length}
-        meta |= {"image_share": args.image_share} if encoder.see else {}
-    for file in there:
-        check_shard(file, meta, *shards[file][1:])
-    if rank == 0:  # only now: the report of another run is not overwritten either
-        (args.out / "report.jsonl").write_text("".join(json.dumps(row) + "\n" for row in report))
-    if not kept:
-        raise ValueError(f"{args.out}: none of {len(report)} clips can be kept; report.jsonl says why")
-
-    # 3. encode
-    missing = [file for file in shards if not file.exists()]
-    gather(None)  # no process writes before all have agreed
-    if rank == 0 and (missing or not final.exists()):
-        about = {"prompts": json.dumps(list(prompts)), "null": negative, "encoder": encoder.name}
-        # under its own name last: without it the folder does not open
-        save_prompts(unfinished, [embeds[prompt] for prompt in [*prompts, negative]], about)
-        final.unlink(missing_ok=True)
-    mine = missing[rank::world_size]
-    bar = tqdm(total=sum(len(shards[file][0]) for file in mine), desc="encode", disable=rank > 0)
-    for file in mine:
-        (rows, made_of, viewmats, Ks), latents, vision = shards[file], [], []
-        for n in rows:
-            path = args.videos / clips[n].file
-            try:
-                video, _ = read_clip(path, clips[n].start, args.frames, args.fps, args.size, whole=False)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
-            with torch.no_grad():
-                latents.append(encode_clip(vae, video, device))
-            if not latents[-1].isfinite().all():
-                raise ValueError(f"{path}: its latents hold NaN or inf")
-            if encoder.see:  # by the clip, not by its place among those kept
-                pictured = zlib.crc32(f"{clips[n].file} {clips[n].start}".encode()) < args.image_share * 2**32
-                vision.append(encoder.see(video[:1].to(device).float() / 127.5 - 1)[0].half().cpu() * pictured)
-            bar.update()
-        tensors = {"latents": torch.stack(latents), "viewmats": viewmats, "Ks": Ks,
-                   "prompt_ids": torch.tensor([prompts[clips[n].caption] for n in rows]),
-                   "scales": torch.tensor([cameras[n][2] for n in rows])}
-        tensors |= {"vision": torch.stack(vision)} if encoder.see else {}
-        save_shard(file, tensors, {"meta": json.dumps(meta), "clips": json.dumps(made_of)})
-    bar.close()
-    gather(None)
-    if rank == 0:
-        if unfinished.exists():
-            unfinished.replace(final)
-        print(f"{args.out}: {len(kept)} clips in {len(shards)} files, {len(missing)} of them new; "
-              f"python data.py --inspect {args.out}")
-
-
-def inspect(folder: Path) -> None:
-    """Contact sheets of up to 24 rows, evenly spaced, beside the shards: a path from above, then every fourth frame."""
-    from model import load_vae
-
-    data = open_latents(folder)
-    device, high = torch.device("cuda" if torch.cuda.is_available() else "cpu"), 128
-    vae = load_vae(Path(data.meta["vae"]), device, data.meta["vae_fingerprint"])
-    prompts = json.loads(data.prompts.metadata()["prompts"])
-    print(f"{folder}: {data.starts[-1]} rows, {data.meta}")
-    rows = sorted({round(n * (data.starts[-1] - 1) / 23) for n in range(24)})
-    for first in range(0, len(rows), 8):
-        strips = []
-        for row in rows[first : first + 8]:
-            n = next(i for i, start in enumerate(data.starts[1:]) if row < start)
-            latents, viewmats, Ks, prompt = (data.shards[n].get_slice(name)[row - data.starts[n]]
-                                             for name in ("latents", "viewmats", "Ks", "prompt_ids"))
-            with torch.no_grad():
-                video = vae.decode(latents[None].to(device).float())[0][0, :, ::4].clamp(-1, 1).cpu()
-            wide = round(high * video.shape[3] / video.shape[2])
-            mode = {"mode": "bilinear", "antialias": True} if video.shape[2] > high else {"mode": "nearest"}
-            frames = F.interpolate(rearrange(video, "c t h w -> t c h w"), [high, wide], **mode)
-            strip = torch.cat([draw_path(viewmats, Ks[0], high, wide)[None], frames])
-            strips.append(rearrange(strip, "t c h w -> c t h w"))
-            length, angle = steps_of(viewmats)
-            print(f"row {row}: {keys_of(viewmats)} | step {usual_step(viewmats):.3g} units, turn "
-                  f"{math.degrees(angle.max()):.3g} degrees at most | {prompts[int(prompt)]}")
-        write_sheet(folder / f"inspect-{first // 8}.png", [torch.stack(strips)], every=1, zoom=1)
-    print(f"{folder}/inspect-*.png: {len(rows)} of {data.starts[-1]} rows")
-
-
 def main(args: argparse.Namespace) -> None:
-    # the library half of this file imports nothing of ours; only what these do needs the networks
     if args.inspect:
         inspect(args.inspect)
     elif args.videos:

@@ -28,13 +28,38 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    Batch, check_data, get_batch, open_latents, open_log, positive, rand, randn, sample_prefix, write_log, write_sheet,
+    Batch, HelpFormatter, check_data, get_batch, open_latents, open_log, positive, set_recipe, write_log, write_samples,
 )
 from model import (
-    add_noise, build, check_finite, gather, guide, load_checkpoint, load_state, load_vae, masked_mse, noise_levels,
-    rollout, save_checkpoint, save_state, shard, start_process_group, update_ema, velocity_to_x0,
+    Meta, add_noise, build, check_finite, full_state_dict, guide, load_checkpoint, load_state, load_vae, masked_mse,
+    noise_levels, save_checkpoint, save_state, shard, start_process_group, update_ema, velocity_to_x0,
 )
 
+
+def consistency_loss(student: nn.Module, ema: nn.Module, teacher: nn.Module, batch: Batch, sigmas: list[float],
+                     meta: Meta) -> Tensor:
+    """|| student at the upper end of an interval - EMA at the lower end ||^2, one interval of `sigmas` per chunk.
+
+    meta: the teacher's.
+    """
+    past = dict(clean=batch.x0, chunk=meta["chunk"])
+    n = (batch.rand_per_chunk(meta["chunk"]) * (len(sigmas) - 1)).long()  # [b f]
+    grid = torch.tensor(sigmas, device=n.device)
+    sigma_n, sigma_m = grid[n] * batch.generated, grid[n + 1] * batch.generated  # upper and lower end
+
+    x_n = add_noise(batch.x0, batch.noise(), sigma_n)  # 1
+    with torch.no_grad():
+        v_cond = teacher(x_n, sigma_n, batch.prompt, batch.camera, **past)
+        v_null = teacher(x_n, sigma_n, batch.null, batch.camera, **past)
+        v = guide(v_cond, v_null, meta["guidance"])
+        x_m = x_n + (sigma_m - sigma_n)[..., None, None, None] * v  # 2
+        v_ema = ema(x_m, sigma_m, batch.prompt, batch.camera, **past)
+        target = velocity_to_x0(v_ema, x_m, sigma_m)  # 3: x_m itself where sigma_m is 0
+    v = student(x_n, sigma_n, batch.prompt, batch.camera, **past)
+    return masked_mse(velocity_to_x0(v, x_n, sigma_n), target, batch.generated)  # 4
+
+
+# minWM trains HY with Muon at lr 1e-5, whose updates are as large as AdamW's at 2e-6, in every stage.
 RECIPES = {
     "tiny": dict(steps=300, batch_size=16, accum=1, lr=3e-4, warmup=50, betas=(0.9, 0.99), max_grad_norm=1.0,
                  ema_decay=0.95, teacher_steps=48, sampling_steps=4),
@@ -43,56 +68,42 @@ RECIPES = {
     "wan-1.3b": dict(steps=2000, batch_size=1, accum=4, lr=2e-6, warmup=0, betas=(0.0, 0.999), max_grad_norm=10.0,
                      ema_decay=0.99, teacher_steps=48, sampling_steps=4),
 }
+RECIPES["wan-14b"] = RECIPES["wan-1.3b"]
 RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=600, lr=6e-4)
-# minWM: 1.5 k steps, EMA 0.999, Muon at lr 1e-5, whose updates are as large as AdamW's at 2e-6; teacher's guidance 5.
+# minWM: 1.5 k steps, EMA 0.999; its teacher has guidance 5.
 RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(steps=1500, betas=(0.9, 0.999), max_grad_norm=1.0, ema_decay=0.999)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--init", type=Path, default=Path("ckpt/ar.pt"), help="autoregressive teacher, also the start")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    p.add_argument("--init", type=Path, default=Path("ckpt/ar.pt"), help="teacher, and the weights to start from")
     p.add_argument("--data", type=Path, default=Path("data/toy"), help="latents folder (python data.py)")
     p.add_argument("--out", type=Path, default=Path("ckpt/cd.pt"), help="checkpoint to write")
-    p.add_argument("--preset", default="tiny", choices=RECIPES, help="network, and the defaults of the flags below")
+    # -- first flags (same in every stage) ---------------------------------------------------------------------------
+    p.add_argument("--preset", default="tiny", choices=RECIPES, help="network, and the defaults of the other flags")
     p.add_argument("--resume", action="store_true", help="continue from the state beside --out")
-    p.add_argument("--steps", type=positive)
+    p.add_argument("--steps", type=positive, help="optimizer steps; of the generator in train_dmd.py")
     p.add_argument("--batch-size", type=positive, help="videos per process and micro-batch")
-    p.add_argument("--accum", type=positive, help="micro-batches per step")
-    p.add_argument("--lr", type=float)
-    p.add_argument("--max-grad-norm", type=float)
-    p.add_argument("--ema-decay", type=float)
+    p.add_argument("--accum", type=positive, help="micro-batches per optimizer step")
+    p.add_argument("--lr", type=float, help="learning rate of AdamW")
+    p.add_argument("--max-grad-norm", type=float, help="gradients longer than this are scaled down to it")
+    p.add_argument("--ema-decay", type=float, help="of the averaged weights, which are what --out holds")
+    # -- end ---------------------------------------------------------------------------------------------------------
     p.add_argument("--teacher-steps", type=positive, help="intervals of the grid, a multiple of --sampling-steps")
-    p.add_argument("--betas", type=float, nargs=2, help="of AdamW")
+    p.add_argument("--betas", type=float, nargs=2, help="of AdamW: decay of the gradient's mean and square")
     p.add_argument("--warmup", type=int, help="steps until lr is reached")
-    p.add_argument("--sampling-steps", type=positive, help="of the student")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--log-every", type=positive, default=10)
-    p.add_argument("--save-every", type=positive, default=500)
-    p.set_defaults(**RECIPES[p.parse_known_args(argv)[0].preset])
+    p.add_argument("--sampling-steps", type=positive, help="denoising steps of the student")
+    # -- last flags (same in every stage) ----------------------------------------------------------------------------
+    p.add_argument("--seed", type=int, default=0, help="of the order of videos and of all noise")
+    p.add_argument("--log-every", type=positive, default=10, help="steps from one line of metrics.jsonl to the next")
+    p.add_argument("--save-every", type=positive, default=500, help="steps from one checkpoint and state to the next")
+    set_recipe(p, RECIPES, argv)
+    # -- end ---------------------------------------------------------------------------------------------------------
     args = p.parse_args(argv)
     if args.teacher_steps % args.sampling_steps:
         p.error(f"--teacher-steps {args.teacher_steps} is not a multiple of --sampling-steps {args.sampling_steps}: "
                 "the student would be asked at levels its teacher never visited")
     return args
-
-
-def consistency_loss(student: nn.Module, ema: nn.Module, teacher: nn.Module, batch: Batch, levels: list[float],
-                     guidance: float, chunk: int, prefix_prob: float) -> Tensor:
-    """|| student at the upper end of an interval - EMA at the lower end ||^2, one interval per chunk."""
-    f, forced = batch.x0.shape[1], dict(clean=batch.x0, chunk=chunk)
-    free = sample_prefix(batch.rng, f, prefix_prob).to(batch.x0.device)
-    n = (rand(batch.rng, -(-f // chunk)) * (len(levels) - 1)).long().repeat_interleave(chunk, dim=1)[:, :f]  # [b f]
-    upper, lower = (torch.tensor(levels)[i].float().to(batch.x0.device) * free for i in (n, n + 1))
-
-    noise = randn(batch.rng, *batch.x0.shape[1:]).to(batch.x0.device)
-    x_n = add_noise(batch.x0, noise, upper)  # 1
-    with torch.no_grad():
-        v = guide(*(teacher(x_n, upper, text, batch.camera, **forced) for text in (batch.prompt, batch.null)), guidance)
-        x_m = x_n + (lower - upper)[..., None, None, None] * v  # 2
-        v_ema = ema(x_m, lower, batch.prompt, batch.camera, **forced)
-        target = velocity_to_x0(v_ema, x_m, lower)  # 3: x_m itself where lower is 0
-    v = student(x_n, upper, batch.prompt, batch.camera, **forced)
-    return masked_mse(velocity_to_x0(v, x_n, upper), target, free)  # 4
 
 
 def main(args: argparse.Namespace) -> None:
@@ -111,26 +122,22 @@ def main(args: argparse.Namespace) -> None:
     teacher = shard(teacher, weights, device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=args.betas, weight_decay=0.01, fused=True)
     nets, optimizers = {"net": net, "ema": ema}, {"net": optimizer}
-    meta = source | {"stage": "cd", "sampler": "renoise", "steps": args.sampling_steps, "guidance": 1.0,
-                     "from": f"{args.init.name} at step {source['step']}"}
-    levels = noise_levels(args.teacher_steps, meta["shift"])
+    meta: Meta = source | {"stage": "cd", "sampler": "few_step", "sampling_steps": args.sampling_steps,
+                           "guidance": 1.0, "from": f"{args.init.name} at step {source['step']}"}
+    sigmas = noise_levels(args.teacher_steps, meta["shift"])
 
     # -- start (same in every stage) ---------------------------------------------------------------------------------
     step = load_state(folder, nets, optimizers) if args.resume else 0
-    if rank == 0:
-        open_log(folder / "metrics.jsonl", step)
-        print(f"{args.out}: step {step} of {args.steps}" + (", nothing left to do" if step >= args.steps else ""))
-    # -- end ---------------------------------------------------------------------------------------------------------
+    open_log(args.out, step, args.steps)
     bar = tqdm(total=args.steps, initial=step, desc=meta["stage"], disable=rank > 0)
+    # -- end ---------------------------------------------------------------------------------------------------------
     while step < args.steps:
         t0, loss_sum, ids = time.time(), 0.0, []
         optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
         for micro in range(args.accum):
-            net.set_requires_gradient_sync(micro == args.accum - 1)  # reduce over ranks once a step
             part, parts = micro * world_size + rank, args.accum * world_size
-            batch = get_batch(data, args.seed, step, part, parts, args.batch_size, device)
-            loss = consistency_loss(net, ema, teacher, batch, levels, source["guidance"], meta["chunk"],
-                                    meta["prefix_prob"]) / args.accum
+            batch = get_batch(data, args.seed, step, part, parts, args.batch_size, device, meta["given_prob"])
+            loss = consistency_loss(net, ema, teacher, batch, sigmas, source) / args.accum
             loss.backward()
             loss_sum, ids = loss_sum + loss.detach(), ids + batch.ids
         grad_norm = nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm).full_tensor()
@@ -146,15 +153,11 @@ def main(args: argparse.Namespace) -> None:
         if step % args.log_every == 0 and rank == 0:
             write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
         if step % args.save_every == 0 or step == args.steps:
-            weights = gather(ema)
+            weights = full_state_dict(ema)
             if rank == 0:
                 save_checkpoint(args.out, weights, meta | {"step": step})
             save_state(folder, step, nets, optimizers)  # after it: a state to resume from implies its checkpoint
-            shown = get_batch(data, args.seed, -1, 0, 1, min(4, args.batch_size), device)
-            chunks = rollout(ema, meta, shown.rng, shown.x0.shape[1:], shown.prompt, shown.null, shown.camera)
-            x0 = torch.cat(list(chunks), dim=1)
-            if rank == 0:
-                write_sheet(folder / f"sheet-{step:06d}.png", [vae.decode(shown.x0)[0], vae.decode(x0)[0]])
+            write_samples(folder / f"sheet-{step:06d}.png", ema, meta, vae, data, args.seed, args.batch_size)
         # -- end -----------------------------------------------------------------------------------------------------
 
 

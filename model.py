@@ -1,33 +1,34 @@
 """
 The networks, what their output means, and how their weights travel.
 
-    1. Flow matching    the four identities every stage and every sampler shares
-    2. Cameras          PRoPE: projective matrices as relative position encoding
-    3. Wan DiT          the diffusion transformer, bidirectional and causal with the same weights
-    4. Wan VAE          causal 3-D convolutions; encode and decode whole or as a stream
-    5. HY DiT           HunyuanVideo-1.5: video and text as two streams, an image to go on from, actions
-    6. HY VAE           16 times smaller in space; what was a stride is channels folded out of the grid
-    7. Presets          tiny and tiny-hy (trained on a laptop), wan-1.3b, wan-14b, hy-8b
-    8. Sampling         the three samplers and the chunked rollout
-    9. Weights          shard, average, save, load, resume
-    10. Released files  Wan2.1's, HunyuanVideo-1.5's, HY-WorldPlay's and minWM's, each in their own format
+    1. Flow matching    the identities that every stage and every sampler shares
+    2. Cameras          PRoPE: projective matrices as a relative position encoding
+    3. Wan DiT          the diffusion transformer, bidirectional and causal with the same weights; its KV cache
+    4. Sampling         Euler and few-step samplers, and the rollout chunk by chunk
+    5. Weights          what a checkpoint says of itself; shard, average, save, load, resume
+    6. Wan VAE          causal 3-D convolutions; encode and decode whole or as a stream
+    7. Presets          tiny (trained on a laptop), wan-1.3b, wan-14b
+    ---- the course ends here ----
+    8. HY DiT           HunyuanVideo-1.5: video and text as two streams, an image to go on from, actions; its presets
+    9. HY VAE           16 times smaller in space; what was a stride is channels folded out of the grid
+    10. UniPC           the multistep sampler that public Wan is used with
+    11. Released files  Wan2.1's, HunyuanVideo-1.5's, HY-WorldPlay's and minWM's, each in their own format
 
 One call for every backbone, so that a stage does not know which network it trains:
 
-    v = net(x_t, sigma, prompt, camera)                            every frame sees every frame
-    v = net(x_t, sigma, prompt, camera, clean=x0, chunk=2)         teacher forcing: each chunk sees the clean past
-    v = net(x_t, sigma, prompt, camera, past=past)                 streaming: each chunk sees cached keys and values
-    past = net(x0, zero, prompt, camera, past=past, commit=True)   ... and a finished chunk joins them
+    v = net(x_t, sigma, prompt, camera)                         every frame sees every frame
+    v = net(x_t, sigma, prompt, camera, clean=x0, chunk=2)      teacher forcing: each chunk sees the clean past
+    v = net(x_t, sigma, prompt, camera, kv_cache=kv_cache)      streaming: each chunk sees cached keys and values
+    kv_cache = net(x0, zero, prompt, camera, kv_cache=kv_cache, update_cache=True)    ... and a finished chunk joins
 
-    x_t [b f c h w]   sigma [b f] fp32, 1 is pure noise   prompt [b l d], for HY a tuple of such tensors (HYPrompt)
-    camera = (viewmats [b f 4 4], Ks [b f 3 3], action [b f]), the last being HY-WorldPlay's labels of the motion, which
-             may be left out and are read only by networks that were built with them
+    x_t     [b f c h w] fp32, noisy latents
+    sigma   [b f] fp32, the noise level of each frame: 0 is clean, 1 is pure noise
+    prompt  [b l d], what a frozen encoder made of the text; for HY a tuple of such tensors (HYPrompt)
+    camera  Camera: viewmats [b f 4 4] and Ks [b f 3 3], one per latent frame
+    v       [b f c h w] fp32, the velocity
 
-A commit of no frames starts a stream with the prompt alone. Wan can do without it. HY cannot: in its bidirectional pass
-the text reads the video too, in a stream it must not, and that the stream has begun is all that tells the two apart.
-
-Axis letters, here and in every file: b batch, f latent frames, c latent channels, h w latent grid, n tokens, d width,
-nh heads, hd head width, l text tokens, t pixel frames.
+Axis letters, here and in every file: b batch, f latent frames, c latent channels, h w latent grid, s tokens of a frame,
+n tokens, d width, nh heads, hd head width, l text tokens; in pixels t frames, H W.
 """
 import argparse
 import json
@@ -43,7 +44,7 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -75,13 +76,17 @@ def velocity_to_x0(v: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
     return x_t - rearrange(sigma, "b f -> b f 1 1 1") * v
 
 
-def masked_mse(a: Tensor, b: Tensor, free: Tensor) -> Tensor:
-    """Mean square of a - b [b f c h w] over the frames that are to be made: free [b f] is 1 there, 0 on given ones."""
-    return ((a - b).square().mean((2, 3, 4)) * free).sum() / free.sum()
+def masked_mse(a: Tensor, b: Tensor, generated: Tensor) -> Tensor:
+    """Mean square of a - b [b f c h w] over the frames that the model makes: generated [b f], 0 on given frames."""
+    per_frame = (a - b).square().mean((2, 3, 4))
+    return (per_frame * generated).sum() / generated.sum()
 
 
 def guide(v_cond: Tensor, v_null: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance (arXiv:2207.12598). 1 is off. Code that writes cond + w (cond - null) means w + 1."""
+    """Classifier-free guidance, v_null + guidance (v_cond - v_null) (arXiv:2207.12598); 1 is off.
+
+    Code that writes v_cond + w (v_cond - v_null) means guidance = w + 1.
+    """
     return torch.lerp(v_null, v_cond, guidance)  # exact at 0 and 1
 
 
@@ -91,7 +96,7 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 
 
 def noise_levels(steps: int, shift: float, start: float = 1.0) -> list[float]:
-    """The levels a sampler visits, from pure noise to clean: steps + 1 numbers from 1.0 to 0.0.
+    """The sigmas that a sampler visits, from pure noise to clean: steps + 1 numbers from 1.0 to 0.0.
 
     A grid of 48 contains the grid of 4 at every shift, so a distilled student is asked only at levels its teacher
     integrated through. noise_levels(4, 5) is 1, 0.9375, 0.8333, 0.625, 0. start: the first level, before the shift.
@@ -106,21 +111,38 @@ def noise_levels(steps: int, shift: float, start: float = 1.0) -> list[float]:
 # frames, so the choice of world frame drops out. Its output enters through a linear layer that starts at zero.
 
 
-def projections(viewmats: Tensor, Ks: Tensor) -> tuple[Tensor, Tensor]:
-    """viewmats [b f 4 4], Ks [b f 3 3] -> P and P^-1 [b f 4 4] in fp32.
+class Camera(NamedTuple):
+    """One camera per latent frame, OpenCV axes (x right, y down, z forward)."""
+    viewmats: Tensor  # [b f 4 4] world-to-camera; the first frame of a video is the identity
+    Ks: Tensor  # [b f 3 3] intrinsics, divided by image width and height
+
+    def frames(self, frames: slice) -> "Camera":
+        """The cameras of some frames."""
+        return Camera(self.viewmats[:, frames], self.Ks[:, frames])
+
+
+def invert_se3(pose: Tensor) -> Tensor:
+    """Inverse of rigid transforms [... 4 4] by transposition: R^T, -R^T t."""
+    R, t = pose[..., :3, :3].mT, pose[..., :3, 3:]
+    last = pose.new_tensor([0, 0, 0, 1]).expand(*pose.shape[:-2], 1, 4)
+    return torch.cat([torch.cat([R, -R @ t], dim=-1), last], dim=-2)
+
+
+def projections(camera: Camera) -> tuple[Tensor, Tensor]:
+    """P = K [R t] and its inverse, each [b f 4 4] in fp32.
 
     The principal point is left out (as released). fp32 matters: in bf16 the error of P P^-1 is a tenth of one step.
     """
-    viewmats, Ks = viewmats.float(), Ks.float()
-    focal = F.pad(torch.stack([Ks[..., 0, 0], Ks[..., 1, 1]], dim=-1), (0, 2), value=1.0)
-    R, t = viewmats[..., :3, :3].mT, viewmats[..., :3, 3:]
-    inverse = torch.cat([torch.cat([R, -R @ t], dim=-1), viewmats[..., 3:, :]], dim=-2)
-    return focal[..., :, None] * viewmats, inverse / focal[..., None, :]
+    viewmats, Ks = camera.viewmats.float(), camera.Ks.float()
+    focal = F.pad(torch.stack([Ks[..., 0, 0], Ks[..., 1, 1]], dim=-1), (0, 2), value=1.0)  # [b f 4]: fx fy 1 1
+    P = focal[..., :, None] * viewmats
+    P_inv = invert_se3(viewmats) / focal[..., None, :]
+    return P, P_inv
 
 
-def per_frame(x: Tensor, P: Tensor) -> Tensor:
+def apply_projection(x: Tensor, P: Tensor) -> Tensor:
     """Multiply every group of four channels of x [b f s d] by its frame's matrix P [b f 4 4], in P's precision."""
-    y = rearrange(x.to(P.dtype), "b f s (g j) -> b f (s g) j", j=4) @ P.mT
+    y = rearrange(x.to(P.dtype), "b f s (g j) -> b f (s g) j", j=4) @ P.mT  # rows of vectors: y = P x is y^T = x^T P^T
     return rearrange(y, "b f (s g) i -> b f s (g i)", s=x.shape[2]).to(x.dtype)
 
 
@@ -136,35 +158,41 @@ class DiTConfig:
     layers: int
     channels: int  # of the latents
     text_dim: int
-    freq_dim: int = 256
-    patch: int = 2
+    freq_dim: int = 256  # of the sinusoid that the noise level becomes
+    patch: int = 2  # latents along height and width that make a token
 
     @property
     def rope_bands(self) -> tuple[int, int, int]:
         """How many channels of a head turn with the frame, the row and the column."""
         head_dim = self.dim // self.heads
-        third = 2 * (head_dim // 6)
+        third = 2 * (head_dim // 6)  # even: channels turn in pairs; what is left over goes to time
         return head_dim - 2 * third, third, third
 
 
-class Past(NamedTuple):
-    """Keys and values of the frames committed so far. Never written in place: a commit makes a new one."""
-    frames: int  # committed so far; the next chunk's RoPE positions start here
+class KVCache(NamedTuple):
+    """Keys and values of the finished frames. Never written in place: update_cache=True returns a new one.
+
+    So a cache may be kept, gone back to or used twice, and no gradient can run through it from one chunk to another.
+    """
+    frames: int  # how many it holds; the next chunk's RoPE positions start here
     layers: list[tuple[Tensor, ...]]  # per block: k, v and, with a camera, PRoPE's k, v, each [b nh n hd]
     text: tuple[list[tuple[Tensor, Tensor]], Tensor | None] | None = None  # HY: per block k, v of the prompt; its mask
+    last_pose: Tensor | None = None  # HY with actions: viewmat of the last frame [b 4 4], to tell the next one's motion
 
 
-def keep(past: Past, tokens: int, sink: int, window: int) -> Past:
-    """The first `sink` and the last `window` frames of a past, of `tokens` tokens each; all of it if it is shorter.
+def rolling_cache(kv_cache: KVCache, tokens: int, sink: int, window: int) -> KVCache:
+    """The first `sink` and the last `window` frames of a cache, of `tokens` tokens each; all of it if it is shorter.
 
-    Every key keeps the RoPE position it was committed with, and the next chunk's go on from past.frames. Before a chunk
-    of n frames, keep(past, tokens, s, size - s - n) is public Wan's rolling cache of `size` frames with s sink frames.
+    Every key keeps the RoPE position it was cached with, and the next chunk's go on from kv_cache.frames. Before a
+    chunk of n frames, rolling_cache(kv_cache, tokens, s, size - s - n) is public Wan's cache of `size` frames with s
+    sink frames.
     """
     def cut(z: Tensor) -> Tensor:
         n = z.shape[2]
-        return z if n <= (sink + window) * tokens else torch.cat([z[:, :, : sink * tokens],
-                                                                  z[:, :, n - window * tokens :]], dim=2)
-    return past._replace(layers=[tuple(cut(z) for z in layer) for layer in past.layers])
+        if n <= (sink + window) * tokens:
+            return z
+        return torch.cat([z[:, :, : sink * tokens], z[:, :, n - window * tokens :]], dim=2)
+    return kv_cache._replace(layers=[tuple(cut(z) for z in layer) for layer in kv_cache.layers])
 
 
 def sinusoid(position: Tensor, width: int) -> Tensor:
@@ -179,20 +207,30 @@ def sinusoid(position: Tensor, width: int) -> Tensor:
 
 
 def rope_table(frames: Tensor, h: int, w: int, bands: tuple[int, int, int], theta: float) -> Tensor:
-    """Unit complex numbers [f*h*w 1 hd/2]: channel pairs turn with frame, row and column, in three bands of a head."""
-    positions = frames.double(), *(torch.arange(n, device=frames.device).double() for n in (h, w))
-    t, y, x = (torch.outer(position, theta ** -(torch.arange(0, width, 2, device=frames.device).double() / width))
-               for position, width in zip(positions, bands))
-    grid = [repeat(t, "f e -> f h w e", h=h, w=w), repeat(y, "h e -> f h w e", f=len(t), w=w),
-            repeat(x, "w e -> f h w e", f=len(t), h=h)]
+    """Unit complex numbers [f*h*w 1 hd/2]: channel pairs turn with frame, row and column, in three bands of a head.
+
+    frames [f]: the position of each frame in the video. bands: channels of each band, hd together.
+    """
+    rows, columns = (torch.arange(n, device=frames.device) for n in (h, w))
+    angles = []
+    for position, width in zip((frames, rows, columns), bands, strict=True):
+        # fp64: in bf16 the angle at position 1000 would be off by up to a third of a turn
+        speed = theta ** -(torch.arange(0, width, 2, device=frames.device).double() / width)
+        angles.append(torch.outer(position.double(), speed))  # [positions width/2]
+    t, y, x = angles
+    f = len(frames)
+    grid = [repeat(t, "f e -> f h w e", h=h, w=w), repeat(y, "h e -> f h w e", f=f, w=w),
+            repeat(x, "w e -> f h w e", f=f, h=h)]
     angle = rearrange(torch.cat(grid, dim=-1), "f h w e -> (f h w) 1 e")
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
-def rotate(x: Tensor, rope: Tensor, heads: int) -> Tensor:
-    """Apply rope [f*s 1 hd/2] to x [b f s d], two neighbouring channels forming one complex number."""
-    pairs = torch.view_as_complex(rearrange(x.float(), "b f s (nh e r) -> b (f s) nh e r", nh=heads, r=2).contiguous())
-    return torch.view_as_real(pairs * rope).flatten(2).view_as(x).type_as(x)
+def apply_rope(x: Tensor, rope: Tensor, heads: int) -> Tensor:
+    """Turn x [b f s d] by rope [f*s 1 hd/2], two neighbouring channels forming one complex number."""
+    # a rotation of q and k by their own positions leaves q . k a function of the difference alone
+    pairs = rearrange(x.float(), "b f s (nh e two) -> b (f s) nh e two", nh=heads, two=2).contiguous()
+    turned = torch.view_as_complex(pairs) * rope
+    return torch.view_as_real(turned).flatten(2).view_as(x).type_as(x)
 
 
 class RMSNorm(nn.Module):
@@ -207,10 +245,10 @@ class RMSNorm(nn.Module):
 
 
 # Which queries see which keys, as data: (queries, [keys, ...]) in frames; None lets everything see everything.
-Spans = list[tuple[slice, list[slice]]] | None
+Segments = list[tuple[slice, list[slice]]] | None
 
 
-def teacher_forcing_spans(f: int, chunk: int) -> Spans:
+def teacher_forcing_segments(f: int, chunk: int) -> Segments:
     """Frames 0 .. f-1 are clean, f .. 2f-1 noisy. Clean chunk i sees clean chunks <= i, noisy i clean < i and itself.
 
         keys      clean 0 1 2   noisy 0 1 2          Two full attentions per chunk, no mask: the same numbers as a
@@ -221,43 +259,54 @@ def teacher_forcing_spans(f: int, chunk: int) -> Spans:
         noisy 1         x               x
         noisy 2         x x               x
     """
-    spans = []
+    segments = []
     for start in range(0, f, chunk):
         stop = min(start + chunk, f)
-        spans.append((slice(start, stop), [slice(0, stop)]))
+        segments.append((slice(start, stop), [slice(0, stop)]))
     for start in range(0, f, chunk):
         stop = min(start + chunk, f)
-        spans.append((slice(f + start, f + stop), [slice(0, start), slice(f + start, f + stop)]))
-    return spans
+        segments.append((slice(f + start, f + stop), [slice(0, start), slice(f + start, f + stop)]))
+    return segments
 
 
-def look(q: Tensor, seen: list[tuple[Tensor, Tensor]], mask: Tensor | None = None) -> Tensor:
+def sdpa(q: Tensor, seen: list[tuple[Tensor, Tensor]], mask: Tensor | None = None) -> Tensor:
     """q [b nh n hd] attends to all pieces (k, v) in `seen`; mask [b l], if any: which keys of the first piece count."""
-    k, v = seen[0] if len(seen) == 1 else (torch.cat(z, dim=2) for z in zip(*seen))
-    if mask is not None:
+    if len(seen) == 1:
+        k, v = seen[0]
+    else:
+        k, v = (torch.cat(pieces, dim=2) for pieces in zip(*seen, strict=True))  # softmax needs all keys at once
+    if mask is not None:  # every key after the first piece counts
         mask = F.pad(mask, (0, k.shape[2] - mask.shape[1]), value=True)[:, None, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, spans: Spans, past: tuple[Tensor, Tensor] | None,
-           text: tuple[Tensor, Tensor, Tensor | None] | None = None):
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, segments: Segments,
+                      context: list[tuple[Tensor, Tensor]], mask: Tensor | None = None):
     """q, k, v [b f s d] -> attention output [b f s d], and this pass's keys and values [b nh n hd] for the cache.
 
-    text: keys and values of a prompt that every frame sees besides, and their mask [b l].
+    context: keys and values that every query sees besides, the cached past, for HY the prompt before it.
+    mask: [b l], which keys of the first piece of context count.
     """
     s = q.shape[2]
     q, k, v = (rearrange(z, "b f s (nh hd) -> b nh (f s) hd", nh=heads) for z in (q, k, v))
-    before, mask = [*([text[:2]] if text else []), *([past] if past is not None else [])], text and text[2]
-    if spans is None:
-        y = look(q, [*before, (k, v)], mask)
-    else:
-        tokens = lambda z, frames: z[:, :, frames.start * s : frames.stop * s]
-        y = torch.cat([look(tokens(q, queries), [*before, *((tokens(k, keys), tokens(v, keys)) for keys in seen)], mask)
-                       for queries, seen in spans], dim=2)
+
+    def tokens_of(z: Tensor, frames: slice) -> Tensor:
+        return z[:, :, frames.start * s : frames.stop * s]
+
+    if segments is None:
+        y = sdpa(q, [*context, (k, v)], mask)
+    else:  # one attention per segment, over exactly the keys that it sees
+        outputs = []
+        for queries, seen in segments:
+            kvs = [(tokens_of(k, frames), tokens_of(v, frames)) for frames in seen]
+            outputs.append(sdpa(tokens_of(q, queries), context + kvs, mask))
+        y = torch.cat(outputs, dim=2)
     return rearrange(y, "b nh (f s) hd -> b f s (nh hd)", s=s), (k, v)
 
 
 class SelfAttention(nn.Module):
+    """Two attentions over the same q, k, v: one with RoPE, and with a camera one with PRoPE; their outputs add up."""
+
     def __init__(self, d: int, heads: int, camera: bool):
         super().__init__()
         self.heads = heads
@@ -266,16 +315,27 @@ class SelfAttention(nn.Module):
         if camera:
             self.prope_o = nn.Linear(d, d)
 
-    def forward(self, x: Tensor, rope: Tensor, camera: tuple[Tensor, Tensor] | None, spans: Spans, past: tuple | None):
+    def forward(self, x: Tensor, rope: Tensor, projection: tuple[Tensor, Tensor] | None, segments: Segments,
+                cached: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x [b f s d], projection (P, P^-1), cached k, v, PRoPE's k, v -> output [b f s d], this pass's k, v, ...
+
+        Each branch caches what it attends to, after its own transform, so a cached key is never touched again.
+        """
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)  # [b f s d]
-        q_rope, k_rope = rotate(q, rope, self.heads), rotate(k, rope, self.heads)
-        y, kv = attend(q_rope, k_rope, v, self.heads, spans, past and past[:2])
+        # where tokens are: RoPE turns queries and keys, values stay
+        q_rope, k_rope = apply_rope(q, rope, self.heads), apply_rope(k, rope, self.heads)
+        past = [cached[:2]] if cached is not None else []
+        y, kv = segment_attention(q_rope, k_rope, v, self.heads, segments, past)
         y = self.o(y)
-        if camera is not None:
-            P, P_inv = camera
-            q, k, v = per_frame(q, P.mT), per_frame(k, P_inv), per_frame(v, P_inv)
-            z, kv_camera = attend(q, k, v, self.heads, spans, past and past[2:])
-            y, kv = y + self.prope_o(per_frame(z, P)), kv + kv_camera
+        if projection is not None:
+            P, P_inv = projection
+            # how their cameras stand to each other: PRoPE, on queries and keys without RoPE, and on values, too
+            # (P_i^T q_i) . (P_j^-1 k_j) = q_i . (P_i P_j^-1 k_j): the score sees the motion from frame j to frame i
+            q, k, v = apply_projection(q, P.mT), apply_projection(k, P_inv), apply_projection(v, P_inv)
+            past = [cached[2:]] if cached is not None else []
+            z, kv_prope = segment_attention(q, k, v, self.heads, segments, past)
+            y = y + self.prope_o(apply_projection(z, P))  # values come back into frame i's image
+            kv = kv + kv_prope
         return y, kv
 
 
@@ -289,6 +349,7 @@ class CrossAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(d), RMSNorm(d)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """x [b f s d], text [b l d] -> [b f s d]."""
         q = rearrange(self.norm_q(self.q(x)), "b f s (nh hd) -> b nh (f s) hd", nh=self.heads)
         k = rearrange(self.norm_k(self.k(text)), "b l (nh hd) -> b nh l hd", nh=self.heads)
         v = rearrange(self.v(text), "b l (nh hd) -> b nh l hd", nh=self.heads)
@@ -308,14 +369,18 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(d, cfg.ffn_dim), nn.GELU("tanh"), nn.Linear(cfg.ffn_dim, d))
         self.modulation = nn.Parameter(torch.empty(1, 6, d))
 
-    def forward(self, x, modulation, text, rope, camera, spans, past, commit):
-        """x [b f s d], modulation [b f 6 d] -> x, and this pass's keys and values if they are to be committed."""
+    def forward(self, x: Tensor, modulation: Tensor, text: Tensor, rope: Tensor,
+                projection: tuple[Tensor, Tensor] | None, segments: Segments, cached: tuple[Tensor, ...] | None,
+                update_cache: bool) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """x [b f s d], modulation [b f 6 d], text [b l d] -> x, and this pass's k, v, ... if they are to be cached."""
+        # every frame has a noise level of its own, so adaLN's six vectors are per frame, not per video
         m = rearrange(self.modulation + modulation, "b f six d -> six b f 1 d")
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = m
-        y, kv = self.self_attn(self.norm1(x) * (1 + scale_sa) + shift_sa, rope, camera, spans, past)
+        y, kv = self.self_attn(self.norm1(x) * (1 + scale_sa) + shift_sa, rope, projection, segments, cached)
         x = x + gate_sa * y
-        x = x + self.cross_attn(self.norm3(x), text)
-        return x + gate_ffn * self.ffn(self.norm2(x) * (1 + scale_ffn) + shift_ffn), kv if commit else None
+        x = x + self.cross_attn(self.norm3(x), text)  # as Wan has it: not modulated, not gated
+        x = x + gate_ffn * self.ffn(self.norm2(x) * (1 + scale_ffn) + shift_ffn)
+        return x, kv if update_cache else None
 
 
 class Head(nn.Module):
@@ -326,12 +391,14 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 2, d))
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        """x [b f s d], time embedding e [b f d] -> [b f s c_out]."""
         shift, scale = rearrange(self.modulation + e[:, :, None], "b f two d -> two b f 1 d")
         return self.head(self.norm(x) * (1 + scale) + shift)
 
 
 class WanDiT(nn.Module):
     """Wan2.1's text-to-video transformer; with `camera`, plus PRoPE's zero-initialised output layers."""
+    text_column = "embeds"  # which column of a table of prompts (data.py) its text_dim is the width of
 
     def __init__(self, cfg: DiTConfig, camera: bool = True):
         super().__init__()
@@ -363,954 +430,263 @@ class WanDiT(nn.Module):
         e = self.time_embedding(angles.to(self.head.modulation.dtype))
         return e, rearrange(self.time_projection(e), "b f (six d) -> b f six d", six=6)
 
-    def forward(self, x_t: Tensor, sigma: Tensor, prompt: Tensor, camera: tuple[Tensor, ...] | None = None, *,
-                clean: Tensor | None = None, chunk: int = 0, past: Past | None = None, commit: bool = False):
-        """x_t [b f c h w], sigma [b f], prompt [b l text_dim], camera ([b f 4 4], [b f 3 3]) -> v [b f c h w], fp32.
+    def forward(self, x_t: Tensor, sigma: Tensor, prompt: Tensor, camera: Camera | None = None, *,
+                clean: Tensor | None = None, chunk: int = 0, kv_cache: KVCache | None = None,
+                update_cache: bool = False) -> Tensor | KVCache:
+        """x_t [b f c h w], sigma [b f], prompt [b l text_dim] -> v [b f c h w], fp32.
 
+        camera: None turns the camera branch off.
         clean, chunk: teacher forcing on the clean video [b f c h w], `chunk` frames at a time.
-        past: what streaming has committed; with commit=True the result is not v but the extended Past.
-        camera=None turns the camera branch off.
+        kv_cache: the past of a stream; with update_cache=True the result is not v but the cache extended by x_t.
+        Raises ValueError when sigma or the camera are of another shape than x_t.
         """
-        b, f, c, h, w = x_t.shape
-        if sigma.shape != (b, f) or (camera is not None and camera[0].shape != (b, f, 4, 4)):
-            raise ValueError(f"x_t {list(x_t.shape)} needs sigma [{b} {f}] and viewmats [{b} {f} 4 4], found "
-                             f"{list(sigma.shape)} and {camera and list(camera[0].shape)}")
-        start = past.frames if past else 0
+        b, f, _, h, w = x_t.shape
+        check_shapes(x_t, sigma, camera)
+        start = kv_cache.frames if kv_cache else 0  # a stream's positions go on from what was cached
         frames = torch.arange(start, start + f, device=x_t.device)
-        rope = rope_table(frames, h // 2, w // 2, self.cfg.rope_bands, theta=10000)
-        cameras = None if camera is None else projections(*camera[:2])
-        spans = None
-        if clean is not None:  # [clean | noisy] along the frames, the clean half at noise level zero
-            x_t, sigma = torch.cat([clean, x_t], dim=1), torch.cat([torch.zeros_like(sigma), sigma], dim=1)
-            rope, cameras = torch.cat([rope, rope]), cameras and tuple(torch.cat([P, P], dim=1) for P in cameras)
-            spans = teacher_forcing_spans(f, chunk)
+        rope = rope_table(frames, h // 2, w // 2, self.cfg.rope_bands, theta=10000)  # once a pass, for all blocks
+        projection = None if camera is None else projections(camera)
+        segments = None  # every frame sees every frame, and the cache
+        if clean is not None:  # [clean | noisy] along the frames; both halves stand at the same places and times
+            x_t = torch.cat([clean, x_t], dim=1)
+            sigma = torch.cat([torch.zeros_like(sigma), sigma], dim=1)
+            rope = torch.cat([rope, rope])
+            if projection is not None:
+                projection = tuple(torch.cat([P, P], dim=1) for P in projection)
+            segments = teacher_forcing_segments(f, chunk)
 
         weight = self.patch_embedding.weight.flatten(1)  # a convolution whose stride is its kernel is a linear map
         x = rearrange(x_t, "b f c (h p) (w q) -> b f (h w) (c p q)", p=2, q=2).to(weight.dtype)
         x = F.linear(x, weight, self.patch_embedding.bias)  # [b f s d]
         text = self.text_embedding(prompt.to(x.dtype))  # [b l d]
         e, modulation = self.time(sigma)
-        kvs = []
+        layers = []
         for i, block in enumerate(self.blocks):
-            x, kv = block(x, modulation, text, rope, cameras, spans, past.layers[i] if past else None, commit)
-            kvs.append(kv)
-        if commit:
-            if past:
-                kvs = [tuple(torch.cat(z, dim=2) for z in zip(*pair)) for pair in zip(past.layers, kvs)]
-            return Past(start + f, kvs)
-        v = self.head(x[:, -f:], e[:, -f:])
+            cached = kv_cache.layers[i] if kv_cache else None
+            x, kv = block(x, modulation, text, rope, projection, segments, cached, update_cache)
+            layers.append(kv)
+        if update_cache:  # the velocity of clean frames means nothing: what this pass was for is its keys and values
+            return KVCache(start + f, append_layers(kv_cache, layers))
+        v = self.head(x[:, -f:], e[:, -f:])  # under teacher forcing the noisy half alone
         return rearrange(v, "b f (h w) (p q c) -> b f c (h p) (w q)", h=h // 2, p=2, q=2).float()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. Wan VAE. Pixels [b 3 t H W] in [-1, 1] <-> latents [b f c h w], t = 1 + 4 (f - 1): the first frame stands alone,
-# then every four frames share a latent. All convolutions look backwards in time only, so a video can be encoded and
-# decoded in pieces. What a layer must remember between pieces is passed in and handed back as `memory`, a dict from
-# layer to its last input frames; an empty dict is the start of a video. Whole = one piece: same code, same numbers.
-
-Memory = dict[nn.Module, Tensor]
-
-
-class CausalConv3d(nn.Conv3d):
-    """Conv3d that sees the past: time is padded on the left only, with remembered frames or, at the start, zeros."""
-
-    def __init__(self, c_in: int, c_out: int, kernel: tuple[int, int, int], time_stride: int = 1):
-        super().__init__(c_in, c_out, kernel, stride=(time_stride, 1, 1), padding=(0, kernel[1] // 2, kernel[2] // 2))
-
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        need = self.kernel_size[0] - 1
-        if need == 0:
-            return super().forward(x)
-        b, c, _, h, w = x.shape
-        past = memory[self] if self in memory else x.new_zeros(b, c, need, h, w)
-        x = torch.cat([past, x], dim=2)
-        memory[self] = x[:, :, -need:].clone()  # a view would keep the whole piece in memory
-        return super().forward(x)
+def check_shapes(x_t: Tensor, sigma: Tensor, camera: Camera | None) -> None:
+    """Raises ValueError when x_t [b f ...], sigma [b f] and viewmats [b f 4 4] do not belong together."""
+    b, f = x_t.shape[:2]
+    if sigma.shape != (b, f) or (camera is not None and camera.viewmats.shape != (b, f, 4, 4)):
+        raise ValueError(f"x_t {list(x_t.shape)} needs sigma [{b} {f}] and viewmats [{b} {f} 4 4], found "
+                         f"{list(sigma.shape)} and {None if camera is None else list(camera.viewmats.shape)}")
 
 
-class ChannelNorm(nn.Module):
-    """Unit length over channels, times sqrt(c) and a learned gain: Wan's RMS_norm."""
-
-    def __init__(self, c: int, dims: int):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(c, *[1] * dims))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=1) * x.shape[1] ** 0.5 * self.gamma
-
-
-class ResidualBlock(nn.Module):
-    """norm, SiLU, conv, twice, around a skip. `residual` is numbered as released (5 was a dropout, 1 and 4 SiLU)."""
-
-    def __init__(self, c_in: int, c_out: int):
-        super().__init__()
-        self.residual = nn.ModuleDict({
-            "0": ChannelNorm(c_in, 3), "2": CausalConv3d(c_in, c_out, (3, 3, 3)),
-            "3": ChannelNorm(c_out, 3), "6": CausalConv3d(c_out, c_out, (3, 3, 3)),
-        })
-        self.shortcut = CausalConv3d(c_in, c_out, (1, 1, 1)) if c_in != c_out else None
-
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        r = self.residual
-        skip = x if self.shortcut is None else self.shortcut(x, memory)
-        x = r["2"](F.silu(r["0"](x)), memory)
-        return skip + r["6"](F.silu(r["3"](x)), memory)
-
-
-class FrameAttention(nn.Module):
-    """Single-head attention within each frame."""
-
-    def __init__(self, c: int):
-        super().__init__()
-        self.norm = ChannelNorm(c, 2)
-        self.to_qkv = nn.Conv2d(c, 3 * c, 1)
-        self.proj = nn.Conv2d(c, c, 1)
-
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        t, h, w = x.shape[2:]
-        y = self.norm(rearrange(x, "b c t h w -> (b t) c h w"))
-        q, k, v = rearrange(self.to_qkv(y), "bt (s c) h w -> s bt 1 (h w) c", s=3).contiguous()
-        y = rearrange(F.scaled_dot_product_attention(q, k, v), "bt 1 (h w) c -> bt c h w", h=h)
-        return x + rearrange(self.proj(y), "(b t) c h w -> b c t h w", t=t)
-
-
-class Downsample(nn.Module):
-    """Halve the grid; with `time`, also the frame rate, the first frame of the video passing through unpaired."""
-
-    def __init__(self, c: int, time: bool):
-        super().__init__()
-        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c, c, 3, stride=2))
-        self.time_conv = nn.Conv3d(c, c, (3, 1, 1), stride=(2, 1, 1)) if time else None
-
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        t = x.shape[2]
-        x = rearrange(self.resample(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", t=t)
-        if self.time_conv is None:
-            return x
-        start = self not in memory
-        last, memory[self] = memory.get(self), x[:, :, -1:].clone()
-        if start:  # frame 0 alone, then (0 1 2), (2 3 4), ...
-            return x if t == 1 else torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
-        return self.time_conv(torch.cat([last, x], dim=2))
-
-
-class Upsample(nn.Module):
-    """Double the grid and halve the channels; with `time`, also double the frame rate, except for the first frame."""
-
-    def __init__(self, c: int, time: bool):
-        super().__init__()
-        nearest = nn.Upsample(scale_factor=2, mode="nearest-exact")
-        self.resample = nn.Sequential(nearest, nn.Conv2d(c, c // 2, 3, padding=1))
-        self.time_conv = CausalConv3d(c, 2 * c, (3, 1, 1)) if time else None
-
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        if self.time_conv is not None:
-            first, rest = (x[:, :, :0], x) if self in memory else (x[:, :, :1], x[:, :, 1:])
-            memory[self] = x.new_empty(0)  # only a mark: the first frame is over, and is *not* history for the second
-            if rest.shape[2]:
-                rest = rearrange(self.time_conv(rest, memory), "b (s c) t h w -> b c (t s) h w", s=2)
-            x = torch.cat([first, rest], dim=2)
-        t = x.shape[2]
-        return rearrange(self.resample(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", t=t)
-
-
-class Coder(nn.Module):
-    """Encoder or decoder: a list of layers, each called with (x, memory)."""
-
-    def __init__(self, c_in: int, widths: list[int], c_out: int, samplers: list[nn.Module], blocks: int, name: str):
-        super().__init__()
-        layers, c = [], widths[0]
-        for width, sampler in zip(widths[1:], [*samplers, None], strict=True):
-            for _ in range(blocks):
-                layers.append(ResidualBlock(c, width))
-                c = width
-            if sampler is not None:
-                layers.append(sampler)
-                c = sampler.resample[1].out_channels
-        wide = widths[-1] if name == "downsamples" else widths[0]  # the middle sits where the grid is smallest
-        self.conv1 = CausalConv3d(c_in, widths[0], (3, 3, 3))
-        self.middle = nn.ModuleList([ResidualBlock(wide, wide), FrameAttention(wide), ResidualBlock(wide, wide)])
-        self.head = nn.ModuleDict({"0": ChannelNorm(c, 3), "2": CausalConv3d(c, c_out, (3, 3, 3))})
-        setattr(self, name, nn.ModuleList(layers))
-        self.layers = [*layers, *self.middle] if name == "downsamples" else [*self.middle, *layers]
-
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        x = self.conv1(x, memory)
-        for layer in self.layers:
-            x = layer(x, memory)
-        return self.head["2"](F.silu(self.head["0"](x)), memory)
-
-
-@dataclass(frozen=True)
-class VAEConfig:
-    dim: int
-    z_dim: int
-    dim_mult: tuple[int, ...]
-    res_blocks: int
-    time_down: tuple[bool, ...]  # per downsampling stage of the encoder, also in time?
-    mean: tuple[float, ...]  # of the latents, per channel: diffusion sees (mu - mean) / std
-    std: tuple[float, ...]
-
-    @property
-    def stride(self) -> int:
-        return 2 ** len(self.time_down)
-
-
-class WanVAE(nn.Module):
-    """Wan2.1's VAE with its released parameter names (`Wan2.1_VAE.pth` loads strictly)."""
-
-    def __init__(self, cfg: VAEConfig):
-        super().__init__()
-        self.cfg = cfg
-        widths = [cfg.dim * m for m in (1, *cfg.dim_mult)]
-        down = [Downsample(w, time) for w, time in zip(widths[1:], cfg.time_down)]
-        self.encoder = Coder(3, widths, 2 * cfg.z_dim, down, cfg.res_blocks, "downsamples")
-        self.conv1 = CausalConv3d(2 * cfg.z_dim, 2 * cfg.z_dim, (1, 1, 1))
-        self.conv2 = CausalConv3d(cfg.z_dim, cfg.z_dim, (1, 1, 1))
-        widths = [widths[-1], *reversed(widths[1:])]
-        up = [Upsample(w, time) for w, time in zip(widths[1:], reversed(cfg.time_down))]
-        self.decoder = Coder(cfg.z_dim, widths, 3, up, cfg.res_blocks + 1, "upsamples")
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Training from scratch: every convolution keeps the scale of its input, residual blocks start as the identity
-        and the posterior narrow, so that latents carry the video through from the first step."""
-        for name, layer in self.named_modules():
-            if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
-                nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
-                nn.init.zeros_(layer.bias)
-                if name.endswith(("residual.6", "proj")):
-                    nn.init.zeros_(layer.weight)
-        nn.init.zeros_(self.conv1.weight[self.cfg.z_dim :])
-        nn.init.constant_(self.conv1.bias[self.cfg.z_dim :], -5.0)  # log-variance
-
-    def moments(self, video: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-        """video [b 3 t H W] -> mean and log-variance of the raw latents, each [b c f h w]. Only training needs both."""
-        return self.conv1(self.encoder(video, memory), memory).chunk(2, dim=1)
-
-    def image(self, z: Tensor, memory: Memory) -> Tensor:
-        """Raw latents [b c f h w] -> video [b 3 t H W]: what `moments` started from."""
-        return self.decoder(self.conv2(z, memory), memory)
-
-    def encode(self, video: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
-        """video [b 3 t H W] in [-1, 1] -> latents [b f c h w], memory for the next piece.
-
-        t is 1 + 4k at the start of a video and 4k after it. Raises ValueError otherwise: frames that fill no latent
-        would be dropped silently.
-        """
-        memory, t = dict(memory or {}), video.shape[2]
-        if t % 4 != (0 if memory else 1):
-            raise ValueError(f"a piece of {t} frames: expected {'4k' if memory else '4k + 1'} frames")
-        mu, _ = self.moments(video, memory)
-        mean, std = (mu.new_tensor(s).view(-1, 1, 1, 1) for s in (self.cfg.mean, self.cfg.std))
-        return rearrange((mu - mean) / std, "b c f h w -> b f c h w"), memory
-
-    def decode(self, latents: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
-        """latents [b f c h w] -> video [b 3 t H W], memory for the next piece. Not clamped."""
-        memory = dict(memory or {})
-        mean, std = (latents.new_tensor(s).view(-1, 1, 1, 1) for s in (self.cfg.mean, self.cfg.std))
-        z = rearrange(latents, "b f c h w -> b c f h w") * std + mean
-        # four at a time: the same video, in the memory of a chunk
-        return torch.cat([self.image(piece, memory) for piece in z.split(4, dim=2)], dim=2), memory
+def append_layers(kv_cache: KVCache | None, new: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """Per block, the cached keys and values [b nh n hd] and this pass's behind them."""
+    if kv_cache is None or not kv_cache.layers:
+        return new
+    layers = []
+    for old, added in zip(kv_cache.layers, new, strict=True):
+        layers.append(tuple(torch.cat(z, dim=2) for z in zip(old, added, strict=True)))
+    return layers
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. HY DiT, with HunyuanVideo-1.5's structure and parameter names, and HY-WorldPlay's names for camera and actions.
-# Video and text are two streams of tokens with weights of their own that meet in one attention (MMDiT,
-# arXiv:2403.03206). Text is a stream like any other, of one "frame" of l tokens: [b 1 l d].
+# 4. Sampling. A chunk starts as noise, is denoised after the chunks before it, and joins the cache once it is clean.
+# What trainers show and stream.py serves.
 #
-# The text stream is causal like the rest: in a stream, and under teacher forcing, text sees only text and stands at
-# noise level zero. So it depends on the prompt alone, and its keys and values are computed once and kept in the Past.
+# With guidance, the network runs once on a batch of twice the size: the prompts, and behind them the null prompts. So
+# does every pass that fills the cache, since the two halves have different pasts.
 
+Prompt = Any  # a tensor [b l d], or a tuple of tensors and such tuples, each batch-first (HYPrompt)
 
-class HYPrompt(NamedTuple):
-    """What HY's encoders make of a prompt and of an image to go on from. Every leaf is batch-first, so a batch, a null
-    prompt or a prompt dropped with some probability is `stack`, `cat` or `where` leaf by leaf."""
-    text: Tensor  # [b l text_dim] of the language model (Qwen2.5-VL)
-    text_mask: Tensor  # [b l], 0 on padding
-    byt5: Tensor  # [b l byt5[0]] of the glyph encoder: the words that the video is to show in quotes
-    byt5_mask: Tensor  # [b l]
-    vision: Tensor  # [b l vision_dim], the image as SigLIP sees it; all zero: there is no image
-    image: Tensor  # [b p c+1 h w], what is given of the first p latent frames: clean latents and a channel of ones
 
+def tree_map(f, *trees):
+    """f over tensors, or over the tensors at the same place of tuples of them (a HYPrompt, a Camera); None stays."""
+    if trees[0] is None:
+        return None
+    if isinstance(trees[0], Tensor):
+        return f(*trees)
+    return type(trees[0])(*(tree_map(f, *leaves) for leaves in zip(*trees, strict=True)))
 
-@dataclass(frozen=True)
-class HYConfig:
-    dim: int
-    mlp_dim: int
-    heads: int
-    layers: int
-    channels: int  # of the latents
-    text_dim: int
-    vision_dim: int
-    byt5: tuple[int, int, int]  # widths on the way to dim
-    rope_bands: tuple[int, int, int]  # channels of a head that turn with frame, row, column
-    action: bool  # with the camera also its discrete labels
-    refiner_layers: int = 2
-    patch: int = 1
-    # Two habits of public checkpoints that ours do not have. HunyuanVideo-1.5 shows the text stream the video's noise
-    # level; minWM, all of whose stages we match, holds it at zero, without which the text could not be cached.
-    timed_text: bool = False
-    # minWM's cached rollout lets PRoPE's queries read the RoPE branch's old keys and values, which no training stage
-    # but DMD does; checkpoints that its DMD made expect that.
-    released_cache: bool = False
 
+def twice(tree):
+    """The batch, and the same again behind it."""
+    return tree_map(lambda z: torch.cat([z, z]), tree)
 
-class NumberEmbedding(nn.Module):
-    """A number -> sinusoid -> [d]: noise levels, counted from 0 to 1000, and action labels, counted from 0 to 80."""
 
-    def __init__(self, d: int):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
+def with_null(prompt: Prompt, null: Prompt, guidance: float) -> Prompt:
+    """The prompts of a batch and, with guidance, the null prompts behind them."""
+    return prompt if guidance == 1 else tree_map(lambda a, b: torch.cat([a, b]), prompt, null)
 
-    def forward(self, number: Tensor) -> Tensor:
-        return self.mlp(sinusoid(number.float(), 256).to(self.mlp[0].weight.dtype))
 
+def where_prompt(condition: Tensor, a: Prompt, b: Prompt) -> Prompt:
+    """Prompts a where condition [b] holds, else b."""
+    return tree_map(lambda x, y: torch.where(condition.view(-1, *[1] * (x.ndim - 1)), x, y), a, b)
 
-class MLP(nn.Module):
-    def __init__(self, d: int, hidden: int, act: nn.Module):
-        super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(d, hidden), act, nn.Linear(hidden, d)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+def velocity_with_guidance(net: nn.Module, x_t: Tensor, sigma: Tensor, prompt: Prompt, camera: Camera | None,
+                           guidance: float, kv_cache: KVCache | None) -> Tensor:
+    """v [b f c h w], guided unless guidance is 1. prompt: as `with_null` makes it."""
+    if guidance == 1:
+        return net(x_t, sigma, prompt, camera, kv_cache=kv_cache)
+    v_cond, v_null = net(twice(x_t), twice(sigma), prompt, twice(camera), kv_cache=kv_cache).chunk(2)
+    return guide(v_cond, v_null, guidance)
 
 
-class RefinerBlock(nn.Module):
-    def __init__(self, d: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = (nn.LayerNorm(d, eps=1e-6) for _ in range(2))
-        self.self_attn_qkv, self.self_attn_proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.mlp = MLP(d, 4 * d, nn.SiLU())
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
+@torch.no_grad()
+def euler(net: nn.Module, noise: list[Tensor], sigmas: list[float], prompt: Prompt, camera: Camera | None,
+          guidance: float, kv_cache: KVCache | None, generated: Tensor) -> Tensor:
+    """x_t = noise[0] [b f c h w] -> x0 by Euler steps along the velocity, down `sigmas`: the sampler of a teacher.
 
-    def forward(self, x: Tensor, e: Tensor, mask: Tensor) -> Tensor:
-        """x [b l d], e [b d], mask [b l] -> x."""
-        gate_attn, gate_mlp = rearrange(self.adaLN_modulation(e), "b (two d) -> two b 1 d", two=2)
-        qkv = self.self_attn_qkv(self.norm1(x))
-        q, k, v = rearrange(qkv, "b l (three nh hd) -> three b nh l hd", three=3, nh=self.heads)
-        x = x + gate_attn * self.self_attn_proj(rearrange(look(q, [(k, v)], mask), "b nh l hd -> b l (nh hd)"))
-        return x + gate_mlp * self.mlp(self.norm2(x))
-
-
-class TokenRefiner(nn.Module):
-    """The language model saw each word after those before it; here every word sees the whole prompt."""
-
-    def __init__(self, cfg: HYConfig):
-        super().__init__()
-        d = cfg.dim
-        self.input_embedder = nn.Linear(cfg.text_dim, d)
-        self.t_embedder = NumberEmbedding(d)
-        self.c_embedder = nn.ModuleDict({"linear_1": nn.Linear(cfg.text_dim, d), "linear_2": nn.Linear(d, d)})
-        blocks = [RefinerBlock(d, cfg.heads) for _ in range(cfg.refiner_layers)]
-        self.individual_token_refiner = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
-
-    def forward(self, text: Tensor, mask: Tensor, sigma: Tensor) -> Tensor:
-        """text [b l text_dim], mask [b l], sigma [b] -> [b l d]; rows of padding hold anything."""
-        n = rearrange(mask.sum(1), "b -> b 1").clamp(min=1)
-        mean = ((text.float() * mask[..., None]).sum(1) / n).to(text.dtype)  # in bf16 a thousand tokens do not add up
-        e = self.t_embedder(1000 * sigma)
-        e = e + self.c_embedder["linear_2"](F.silu(self.c_embedder["linear_1"](mean)))
-        mask = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)  # an empty prompt: never attend to nothing
-        x = self.input_embedder(text)
-        for block in self.individual_token_refiner["blocks"]:
-            x = block(x, e, mask)
-        return x
-
-
-class GlyphMapper(nn.Module):
-    def __init__(self, widths: tuple[int, int, int], d: int):
-        super().__init__()
-        self.layernorm = nn.LayerNorm(widths[0])
-        self.fc1, self.fc2, self.fc3 = (nn.Linear(a, b) for a, b in zip(widths, [*widths[1:], d]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(self.layernorm(x))))))
-
-
-class VisionProjection(nn.Module):
-    def __init__(self, c: int, d: int):
-        super().__init__()
-        self.proj = nn.Sequential(nn.LayerNorm(c), nn.Linear(c, c), nn.GELU(), nn.Linear(c, d), nn.LayerNorm(d))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
-
-
-class DoubleBlock(nn.ModuleDict):
-    """The same layers twice over, for the streams "img" (the video) and "txt", by their released names."""
-
-    def __init__(self, cfg: HYConfig, camera: bool):
-        super().__init__()
-        self.cfg = cfg
-        d, head_dim = cfg.dim, cfg.dim // cfg.heads
-        for stream in ("img", "txt"):
-            self[f"{stream}_mod"] = nn.ModuleDict({"linear": nn.Linear(d, 6 * d)})
-            for layer in ("q", "k", "v", "proj"):
-                self[f"{stream}_attn_{layer}"] = nn.Linear(d, d)
-            self[f"{stream}_attn_q_norm"], self[f"{stream}_attn_k_norm"] = RMSNorm(head_dim), RMSNorm(head_dim)
-            self[f"{stream}_mlp"] = MLP(d, cfg.mlp_dim, nn.GELU("tanh"))
-        if camera:
-            self["img_attn_prope_proj"] = nn.Linear(d, d)
-
-    def modulation(self, stream: str, e: Tensor) -> Tensor:
-        """e [b f d] -> shift, scale, gate of the attention, then of the MLP. Per frame: tokens need no copy of it."""
-        return rearrange(self[f"{stream}_mod"]["linear"](F.silu(e)), "b f (six d) -> six b f 1 d", six=6)
-
-    def qkv(self, stream: str, x: Tensor, shift: Tensor, scale: Tensor) -> list[Tensor]:
-        """x [b f s d] -> q, k, v [b f s d]; q and k with every head at its own unit scale."""
-        x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
-        q, k, v = (self[f"{stream}_attn_{name}"](x) for name in ("q", "k", "v"))
-        heads = (rearrange(z, "b f s (nh hd) -> b f s nh hd", nh=self.cfg.heads) for z in (q, k))
-        q, k = (self[f"{stream}_attn_{name}_norm"](z).flatten(3) for name, z in zip(("q", "k"), heads))
-        return [q, k, v]
-
-    def mlp(self, stream: str, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        return x + gate * self[f"{stream}_mlp"](F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
-
-    def forward(self, x, e, text, e_text, text_kv, mask, rope, camera, spans, past, joint, commit):
-        """One layer of both streams. x [b f s d], e [b f d], text [b 1 l d], e_text [b 1 d], mask [b l].
-
-        text_kv: cached keys and values of the text, whose stream then need not run. joint: text sees the video, too.
-        Returns x, text, and both streams' keys and values if they are to be committed.
-        """
-        heads, text_q = self.cfg.heads, None
-        if text_kv is None:
-            m_text = self.modulation("txt", e_text)
-            text_q, *text_kv = (rearrange(z, "b 1 l (nh hd) -> b nh l hd", nh=heads)
-                                for z in self.qkv("txt", text, *m_text[:2]))
-
-        m = self.modulation("img", e)
-        q, k, v = self.qkv("img", x, *m[:2])
-        q_rope, k_rope = rotate(q, rope, heads), rotate(k, rope, heads)
-        y, kv = attend(q_rope, k_rope, v, heads, spans, past and past[:2], (*text_kv, mask))
-        seen_by_text = [tuple(text_kv), kv] if joint else [tuple(text_kv)]
-        y = self["img_attn_proj"](y)
-        if camera is not None:
-            P, P_inv = camera
-            q, k, v = per_frame(q, P.mT), per_frame(k, P_inv), per_frame(v, P_inv)
-            old = past and (past[:2] if self.cfg.released_cache else past[2:])
-            z, kv_camera = attend(q, k, v, heads, spans, old, (*text_kv, mask))
-            y, kv = y + self["img_attn_prope_proj"](per_frame(z, P)), kv + kv_camera
-        x = self.mlp("img", x + m[2] * y, *m[3:])
-
-        if text_q is not None:
-            # an empty prompt, whose output nobody reads, sees its own padding: to see nothing is NaN in some kernels
-            mask = mask if mask is None else mask | ~mask.any(1, keepdim=True)
-            y = rearrange(look(text_q, seen_by_text, mask), "b nh l hd -> b 1 l (nh hd)")
-            text = self.mlp("txt", text + m_text[2] * self["txt_attn_proj"](y), *m_text[3:])
-        return x, text, kv if commit else None, tuple(text_kv) if commit else None
-
-
-class FinalLayer(nn.Module):
-    def __init__(self, d: int, c_out: int):
-        super().__init__()
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
-        self.linear = nn.Linear(d, c_out)
-
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        shift, scale = rearrange(self.adaLN_modulation(e), "b f (two d) -> two b f 1 d", two=2)
-        return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
-
-
-class HYDiT(nn.Module):
-    """HunyuanVideo-1.5's transformer; with `camera`, plus HY-WorldPlay's PRoPE and, if cfg has them, action labels."""
-
-    def __init__(self, cfg: HYConfig, camera: bool = True):
-        super().__init__()
-        self.cfg = cfg
-        d, p = cfg.dim, cfg.patch
-        self.img_in = nn.ModuleDict({"proj": nn.Conv3d(2 * cfg.channels + 1, d, (1, p, p), stride=(1, p, p))})
-        self.time_in = NumberEmbedding(d)
-        self.txt_in = TokenRefiner(cfg)
-        self.byt5_in = GlyphMapper(cfg.byt5, d)
-        self.vision_in = VisionProjection(cfg.vision_dim, d)
-        self.cond_type_embedding = nn.Embedding(3, d)
-        self.action_in = NumberEmbedding(d) if camera and cfg.action else None
-        self.double_blocks = nn.ModuleList([DoubleBlock(cfg, camera) for _ in range(cfg.layers)])
-        self.final_layer = FinalLayer(d, p * p * cfg.channels)
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.double_blocks
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Training from scratch: every residual branch is closed, and the network starts by predicting nothing."""
-        closed = "_mod.linear", "adaLN_modulation", "prope_proj", "final_layer.linear", "action_in.mlp.2"
-        for name, p in self.named_parameters():
-            if name.endswith("bias") or any(part in name for part in closed):
-                nn.init.zeros_(p)
-            elif p.ndim == 1:
-                nn.init.ones_(p)
-            elif name.startswith("cond_type_embedding"):
-                nn.init.normal_(p, std=0.02)
-            else:
-                nn.init.xavier_uniform_(p.flatten(1))
-
-    def read(self, prompt: HYPrompt, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The prompt as one sequence [b 1 l d], image, glyphs and text, and its mask [b l], None if nothing is padding.
-
-        Attention knows no order among these tokens. Those that are padding for the whole batch are dropped.
-        """
-        vision, byt5, text = (z.to(self.time_in.mlp[0].weight.dtype) for z in (prompt.vision, prompt.byt5, prompt.text))
-        kind = self.cond_type_embedding.weight
-        tokens = [self.vision_in(vision) + kind[2], self.byt5_in(byt5) + kind[1],
-                  self.txt_in(text, prompt.text_mask.bool(), sigma) + kind[0]]
-        pictured = (vision != 0).flatten(1).any(1, keepdim=True).expand(vision.shape[:2])
-        mask = torch.cat([pictured, prompt.byt5_mask.bool(), prompt.text_mask.bool()], dim=1)
-        used = mask.any(0)
-        mask = mask[:, used]
-        return torch.cat(tokens, dim=1)[:, None, used], None if mask.all() else mask
-
-    def forward(self, x_t: Tensor, sigma: Tensor, prompt: HYPrompt, camera: tuple[Tensor, ...] | None = None, *,
-                clean: Tensor | None = None, chunk: int = 0, past: Past | None = None, commit: bool = False):
-        """x_t [b f c h w], sigma [b f], prompt, camera ([b f 4 4], [b f 3 3]) -> v [b f c h w], fp32. As WanDiT, but:
-
-        if cfg has actions, camera's third part is read if there is one: HY-WorldPlay's labels [b f], 9 * translation +
-        rotation.
-        past=None is a bidirectional pass, in which text sees the video. A stream starts with a commit of no frames.
-        """
-        b, f, c, h, w = x_t.shape
-        viewmats, Ks, action = (*camera, None)[:3] if camera else (None, None, None)
-        if sigma.shape != (b, f) or (camera and viewmats.shape != (b, f, 4, 4)):
-            raise ValueError(f"x_t {list(x_t.shape)} needs sigma [{b} {f}] and viewmats [{b} {f} 4 4], found "
-                             f"{list(sigma.shape)} and {camera and list(viewmats.shape)}")
-        action = None if self.action_in is None else action
-        if action is not None and action.shape != (b, f):
-            raise ValueError(f"x_t {list(x_t.shape)} needs [{b} {f}] action labels, found {list(action.shape)}")
-        start = past.frames if past else 0
-        frames = torch.arange(start, start + f, device=x_t.device)
-        p, joint = self.cfg.patch, clean is None and past is None and not commit
-        rope = rope_table(frames, h // p, w // p, self.cfg.rope_bands, theta=256)
-        cameras = None if camera is None else projections(viewmats, Ks)
-        image = prompt.image[:, start : start + f]  # one noisy frame, one given frame, or zeros where none is given
-        x_t = torch.cat([x_t, F.pad(image, (0, 0, 0, 0, 0, 0, 0, f - image.shape[1]))], dim=2)
-        spans = None
-        text_sigma = sigma.amax(1) if self.cfg.timed_text and joint else sigma.new_zeros(b)
-        if clean is not None:  # [clean | noisy] along the frames, the clean half at noise level zero
-            x_t, sigma = torch.cat([torch.cat([clean, x_t[:, :, c:]], dim=2), x_t], dim=1), F.pad(sigma, (f, 0))
-            rope, cameras = torch.cat([rope, rope]), cameras and tuple(torch.cat([P, P], dim=1) for P in cameras)
-            action = None if action is None else torch.cat([action, action], dim=1)
-            spans = teacher_forcing_spans(f, chunk)
-
-        weight = self.img_in["proj"].weight.flatten(1)
-        x = rearrange(x_t, "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=p).to(weight.dtype)
-        x = F.linear(x, weight, self.img_in["proj"].bias)  # [b f s d]
-        e = self.time_in(1000 * sigma)  # [b f d]
-        if action is not None:
-            e = e + self.action_in(action)
-        if past and past.text:
-            text, e_text, (text_kvs, mask) = None, None, past.text
-        else:
-            (text, mask), text_kvs = self.read(prompt, text_sigma), [None] * len(self.double_blocks)
-            e_text = self.time_in(1000 * text_sigma)[:, None]
-        kvs, new_text_kvs = [], []
-        for i, block in enumerate(self.double_blocks):
-            old = past.layers[i] if past and past.layers else None
-            x, text, *new = block(x, e, text, e_text, text_kvs[i], mask, rope, cameras, spans, old, joint, commit)
-            kvs.append(new[0])
-            new_text_kvs.append(new[1])
-        if commit:
-            if past and past.layers:
-                kvs = [tuple(torch.cat(z, dim=2) for z in zip(*pair)) for pair in zip(past.layers, kvs)]
-            return Past(start + f, kvs, (new_text_kvs, mask))
-        v = self.final_layer(x[:, -f:], e[:, -f:])
-        v = rearrange(v, "b f (h w) (c p q) -> b f c (h p) (w q)", h=h // p, p=p, q=p)
-        return v.float().contiguous()  # no view: FSDP's hook is on the tensor that is returned
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 6. HY VAE, with HunyuanVideo-1.5's parameter names. Same pixels, same pieces and the same `memory` as Wan's. A grid
-# becomes smaller by folding neighbours into channels, past which a skip leads around every convolution; the borders are
-# padded with their own pixels, the start of the video with its first frame.
-
-
-def fold(x: Tensor, frames: int) -> Tensor:
-    """Neighbours 2 x 2 in a frame, and as many `frames`, become channels."""
-    return rearrange(x, "b c (t r) (h p) (w q) -> b (r p q c) t h w", r=frames, p=2, q=2)
-
-
-def unfold(x: Tensor, frames: int) -> Tensor:
-    return rearrange(x, "b (r p q c) t h w -> b c (t r) (h p) (w q)", r=frames, p=2, q=2)
-
-
-def narrow(x: Tensor, c: int) -> Tensor:
-    """Neighbouring channels averaged down to c."""
-    return reduce(x, "b (c g) t h w -> b c t h w", "mean", c=c)
-
-
-def widen(x: Tensor, c: int) -> Tensor:
-    """Every channel repeated in place up to c."""
-    return repeat(x, "b i t h w -> b (i g) t h w", g=c // x.shape[1])
-
-
-class EdgeConv3d(nn.Module):
-    """A 3 x 3 x 3 convolution that sees the past; what lies outside the video is like what lies at its edge."""
-
-    def __init__(self, c_in: int, c_out: int):
-        super().__init__()
-        self.conv = nn.Conv3d(c_in, c_out, 3)
-
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        past = memory[self] if self in memory else repeat(x[:, :, 0], "b c h w -> b c two h w", two=2)
-        x = torch.cat([past, x], dim=2)
-        memory[self] = x[:, :, -2:].clone()  # a view would keep the whole piece in memory
-        return self.conv(F.pad(x, (1, 1, 1, 1, 0, 0), mode="replicate"))
-
-
-class HYResidualBlock(nn.Module):
-    def __init__(self, c: int):
-        super().__init__()
-        self.norm1, self.norm2 = ChannelNorm(c, 3), ChannelNorm(c, 3)
-        self.conv1, self.conv2 = EdgeConv3d(c, c), EdgeConv3d(c, c)
-
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)), memory)
-        return x + self.conv2(F.silu(self.norm2(y)), memory)
-
-
-class PastAttention(nn.Module):
-    """Single-head attention in which a frame sees itself and all before it, so its memory grows with the video.
-
-    recall=False: every frame sees itself only, in constant memory. That is another function, and minWM's latents were
-    made with it: its streamed copy of this VAE forgets the keys and values that the released one attends to.
+    prompt: as `with_null` makes it. Frames where generated [b f] is 0 are given: noise[0] holds them clean, they stay
+    at noise level zero and come out unchanged.
     """
-
-    def __init__(self, c: int, recall: bool):
-        super().__init__()
-        self.recall = recall
-        self.norm = ChannelNorm(c, 3)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv3d(c, c, 1) for _ in range(4))
-
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        t, h = x.shape[2:4]
-        y = self.norm(x)
-        q, k, v = (rearrange(layer(y), "b c t h w -> b 1 t (h w) c") for layer in (self.q, self.k, self.v))
-        kv = torch.stack([k, v])
-        if self.recall:
-            kv = torch.cat([memory[self], kv], dim=3) if self in memory else kv
-            memory[self] = kv
-        frames, before = [], kv.shape[3] - t
-        for i in range(t):
-            k, v = kv[:, :, :, 0 if self.recall else i : before + i + 1].flatten(3, 4)  # [b 1 n c]
-            frames.append(F.scaled_dot_product_attention(q[:, :, i], k, v))
-        return x + self.proj_out(rearrange(frames, "t b 1 (h w) c -> b c t h w", h=h))
+    x_t = noise[0]
+    for upper, lower in zip(sigmas, sigmas[1:]):
+        v = velocity_with_guidance(net, x_t, upper * generated, prompt, camera, guidance, kv_cache)
+        step = (lower - upper) * generated  # [b f], 0 on given frames
+        x_t = x_t + step[..., None, None, None] * v
+    return x_t
 
 
-class FoldDown(nn.Module):
-    """Halve the grid; with `time`, also the frame rate, the first frame of the video passing through unpaired."""
+@torch.no_grad()
+def few_step(net: nn.Module, noise: list[Tensor], sigmas: list[float], prompt: Prompt, camera: Camera | None,
+             guidance: float, kv_cache: KVCache | None, generated: Tensor) -> Tensor:
+    """As `euler`, but each step predicts x0 and noises it anew to the next level: the sampler of a distilled student.
 
-    def __init__(self, c_in: int, c_out: int, time: bool):
-        super().__init__()
-        self.c_out, self.time = c_out, time
-        self.conv = EdgeConv3d(c_in, c_out // (8 if time else 4))
-
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        y = self.conv(x, memory)
-        if not self.time:
-            return fold(y, 1) + narrow(fold(x, 1), self.c_out)
-        n = 0 if self in memory else 1
-        memory[self] = x.new_empty(0)  # only a mark: the first frame is over
-        first = fold(y[:, :, :n], 1)  # half the channels: twice the same
-        return torch.cat([torch.cat([first, first], dim=1) + narrow(fold(x[:, :, :n], 1), self.c_out),
-                          fold(y[:, :, n:], 2) + narrow(fold(x[:, :, n:], 2), self.c_out)], dim=2)
+    (Multistep consistency sampling, arXiv:2303.01469 algorithm 1.) noise: one tensor for each level above 0.
+    """
+    x_t = noise[0]
+    for i, (upper, lower) in enumerate(zip(sigmas, sigmas[1:])):
+        sigma = upper * generated  # [b f]
+        v = velocity_with_guidance(net, x_t, sigma, prompt, camera, guidance, kv_cache)
+        x0 = velocity_to_x0(v, x_t, sigma)
+        x_t = add_noise(x0, noise[i + 1], lower * generated) if lower > 0 else x0
+    return x_t
 
 
-class UnfoldUp(nn.Module):
-    """Double the grid; with `time`, also double the frame rate, except for the first frame."""
-
-    def __init__(self, c_in: int, c_out: int, time: bool):
-        super().__init__()
-        self.c_out, self.time = c_out, time
-        self.conv = EdgeConv3d(c_in, c_out * (8 if time else 4))
-
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        y = self.conv(x, memory)
-        if not self.time:
-            return unfold(y + widen(x, 4 * self.c_out), 1)
-        n = 0 if self in memory else 1
-        memory[self] = x.new_empty(0)
-        first = unfold(y[:, :, :n], 1)[:, : self.c_out]  # the other half would be a second frame
-        return torch.cat([first + widen(unfold(x[:, :, :n], 1), self.c_out),
-                          unfold(y[:, :, n:], 2) + widen(unfold(x[:, :, n:], 2), self.c_out)], dim=2)
+SAMPLERS = {"euler": euler, "few_step": few_step}
 
 
-@dataclass(frozen=True)
-class HYVAEConfig:
-    widths: tuple[int, ...]  # of the encoder, per grid; the last two halvings are also in time
-    z_dim: int  # the last width is a multiple of its double
-    res_blocks: int
-    mean: tuple[float, ...]  # of the latents, per channel: diffusion sees (mu - mean) / std
-    std: tuple[float, ...]
-    recall: bool = True  # see PastAttention
-
-    @property
-    def stride(self) -> int:
-        return 2 ** (len(self.widths) - 1)
+@torch.no_grad()
+def update_cache(net: nn.Module, x0: Tensor, prompt: Prompt, camera: Camera | None, guidance: float = 1.0,
+                 kv_cache: KVCache | None = None) -> KVCache:
+    """The cache, extended by finished frames x0 [b f c h w]: one pass at noise level zero. prompt as in `euler`."""
+    if guidance != 1:
+        x0, camera = twice(x0), twice(camera)
+    sigma = x0.new_zeros(x0.shape[:2])
+    return net(x0, sigma, prompt, camera, kv_cache=kv_cache, update_cache=True)
 
 
-class HYCoder(nn.Module):
-    """Encoder (`down`) or decoder (`up`): levels of residual blocks with samplers between them, and a middle where the
-    grid is smallest. On the latents' side, conv_in or conv_out has a skip around it, too."""
+def prefill(net: nn.Module, x: Tensor, prompt: Prompt, camera: Camera | None, guidance: float = 1.0) -> KVCache:
+    """The cache of a stream that has no frames yet, only its prompt. x, camera: any frames of the video's shape.
 
-    def __init__(self, c_in: int, widths: tuple[int, ...], c_out: int, blocks: int, up: bool, recall: bool):
-        super().__init__()
-        levels, last = [], len(widths) - 1
-        for i, (a, b) in enumerate(zip(widths, [*widths[1:], None])):
-            level = nn.ModuleDict({"block": nn.ModuleList([HYResidualBlock(a) for _ in range(blocks)])})
-            if i < last and up:  # the two steps next to the latents are also in time
-                level["upsample"] = UnfoldUp(a, b, time=i < 2)
-            elif i < last:
-                level["downsample"] = FoldDown(a, b, time=i >= last - 2)
-            levels.append(level)
-        wide = widths[0] if up else widths[-1]
-        self.conv_in = EdgeConv3d(c_in, widths[0])
-        setattr(self, "up" if up else "down", nn.ModuleList(levels))
-        self.mid = nn.ModuleDict({"block_1": HYResidualBlock(wide), "attn_1": PastAttention(wide, recall),
-                                  "block_2": HYResidualBlock(wide)})
-        self.norm_out, self.conv_out = ChannelNorm(widths[-1], 3), EdgeConv3d(widths[-1], c_out)
-        layers = [layer for level in levels for layer in [*level["block"], *list(level.values())[1:]]]
-        self.layers = [*self.mid.values(), *layers] if up else [*layers, *self.mid.values()]
-        self.is_decoder = up
-
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        y = self.conv_in(x, memory)
-        x = y + widen(x, y.shape[1]) if self.is_decoder else y
-        for layer in self.layers:
-            x = layer(x, memory)
-        y = self.conv_out(F.silu(self.norm_out(x)), memory)
-        return y if self.is_decoder else y + narrow(x, y.shape[1])
+    Wan could do without it. HY could not: in its bidirectional pass the text attends to the video, in a stream it must
+    not, and that there is a cache is all that tells the two apart.
+    """
+    nothing = slice(0, 0)
+    return update_cache(net, x[:, nothing], prompt, None if camera is None else camera.frames(nothing), guidance)
 
 
-class HYVAE(nn.Module):
-    """HunyuanVideo-1.5's VAE with its released parameter names."""
+@torch.no_grad()
+def rollout(net: nn.Module, meta: "Meta", rng: list[torch.Generator], shape: tuple[int, ...], prompt: Prompt,
+            null: Prompt, camera: Camera, given: Tensor | None = None, seconds: dict[str, float] | None = None):
+    """Yield x0 [b f c h w] chunk by chunk, each denoised after what was yielded before it.
 
-    def __init__(self, cfg: HYVAEConfig):
-        super().__init__()
-        self.cfg = cfg
-        self.encoder = HYCoder(3, cfg.widths, 2 * cfg.z_dim, cfg.res_blocks, False, cfg.recall)
-        self.decoder = HYCoder(cfg.z_dim, cfg.widths[::-1], 3, cfg.res_blocks + 1, True, cfg.recall)
+    meta: how the checkpoint is to be sampled.
+    rng: one generator per video, shape: [f c h w]; so a video does not depend on the others in its batch.
+    prompt, null: b each. What HY's says of an image, it says in both.
+    given: the first latent frames [b p c h w], an image or a short video, if they are given rather than generated.
+    seconds: if given, the time spent is added to its "denoise" and "cache".
+    """
+    b, f, device = len(rng), shape[0], camera.viewmats.device
+    guidance, chunk = meta["guidance"], meta["chunk"] or f  # bidirectional models have chunk 0: all frames at once
+    sampler = SAMPLERS[meta["sampler"]]
+    # UniPC works in log-SNR, which pure noise has at -inf
+    sigmas = noise_levels(meta["sampling_steps"], meta["shift"], start=0.999 if meta["sampler"] == "unipc" else 1.0)
+    if not meta["camera"]:  # the base model is shown no camera, whatever the path
+        camera = None
 
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Training from scratch: as WanVAE's."""
-        for name, layer in self.named_modules():
-            if isinstance(layer, nn.Conv3d):
-                nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
-                nn.init.zeros_(layer.bias)
-                if name.endswith(("conv2.conv", "proj_out")):
-                    nn.init.zeros_(layer.weight)
-        out = self.encoder.conv_out.conv
-        nn.init.zeros_(out.weight[self.cfg.z_dim :])
-        nn.init.constant_(out.bias[self.cfg.z_dim :], -5.0)  # log-variance
+    # all noise is drawn now, level after level
+    count = meta["sampling_steps"] if meta["sampler"] == "few_step" else 1
+    noise = [torch.stack([torch.randn(shape, generator=g) for g in rng]).to(device) for _ in range(count)]
+    generated = torch.ones(b, f, device=device)
+    if given is not None:  # clean from the start
+        p = given.shape[1]
+        noise[0] = torch.cat([given, noise[0][:, p:]], dim=1)
+        generated[:, :p] = 0
 
-    def moments(self, video: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-        """video [b 3 t H W] -> mean and log-variance of the raw latents, each [b c f h w]. Only training needs both."""
-        return self.encoder(video, memory).chunk(2, dim=1)
-
-    def image(self, z: Tensor, memory: Memory) -> Tensor:
-        """Raw latents [b c f h w] -> video [b 3 t H W]: what `moments` started from."""
-        return self.decoder(z, memory)
-
-    encode, decode = WanVAE.encode, WanVAE.decode  # the same scale, the same pieces, the same refusals
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 7. Presets.
-
-WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-            0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
-WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-           3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
-WAN_VAE = VAEConfig(96, 16, (1, 2, 4, 4), 2, (False, True, True), WAN_MEAN, WAN_STD)
-HY_VAE = HYVAEConfig((128, 256, 512, 1024, 1024), 32, 2, (0.0,) * 32, (1 / 1.03682,) * 32)
-
-
-@dataclass(frozen=True)
-class Preset:
-    dit: DiTConfig | HYConfig
-    vae: VAEConfig | HYVAEConfig
-
-
-PRESETS = {
-    "tiny": Preset(DiTConfig(192, 768, 4, 4, channels=8, text_dim=96, freq_dim=128),
-                   VAEConfig(16, 8, (1, 2, 2), 1, (True, True), (0.0,) * 8, (1.0,) * 8)),
-    "wan-1.3b": Preset(DiTConfig(1536, 8960, 12, 30, channels=16, text_dim=4096), WAN_VAE),
-    "wan-14b": Preset(DiTConfig(5120, 13824, 40, 40, channels=16, text_dim=4096), WAN_VAE),
-    "tiny-hy": Preset(HYConfig(56, 112, 2, 3, channels=8, text_dim=96, vision_dim=16, byt5=(8, 8, 8),
-                               rope_bands=(8, 10, 10), action=False, refiner_layers=1, patch=2),
-                      HYVAEConfig((16, 16, 32), 8, 1, (0.0,) * 8, (1.0,) * 8)),
-    "hy-8b": Preset(HYConfig(2048, 8192, 16, 54, channels=32, text_dim=3584, vision_dim=1152, byt5=(1472, 2048, 2048),
-                             rope_bands=(16, 56, 56), action=True), HY_VAE),
-}
-
-
-def build(preset: str, camera: bool = True, **habits: bool) -> WanDiT | HYDiT:
-    """A preset's network, weights not yet set; under torch.device("meta") it takes no memory. habits: see HYConfig."""
-    cfg = replace(PRESETS[preset].dit, **habits)
-    return HYDiT(cfg, camera) if isinstance(cfg, HYConfig) else WanDiT(cfg, camera)
-
-
-def build_vae(cfg: VAEConfig | HYVAEConfig) -> WanVAE | HYVAE:
-    return HYVAE(cfg) if isinstance(cfg, HYVAEConfig) else WanVAE(cfg)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 8. Sampling. What trainers show and stream.py serves.
+    prompt, kv_cache = with_null(prompt, null, guidance), None
+    if meta["chunk"]:
+        with timed(seconds, "cache"):
+            kv_cache = prefill(net, noise[0], prompt, camera, guidance)
+    for start in range(0, f, chunk):
+        frames = slice(start, start + chunk)
+        here = None if camera is None else camera.frames(frames)
+        with timed(seconds, "denoise"):
+            x0 = sampler(net, [z[:, frames] for z in noise], sigmas, prompt, here, guidance, kv_cache,
+                         generated[:, frames])
+        yield x0
+        if frames.stop < f:  # nothing comes after the last chunk to read it
+            with timed(seconds, "cache"):
+                kv_cache = update_cache(net, x0, prompt, here, guidance, kv_cache)
 
 
 @contextmanager
 def timed(seconds: dict[str, float] | None, name: str):
     """Add the time of a with-block to seconds[name]; None measures nothing and waits for nothing."""
-    wait = torch.cuda.synchronize if seconds is not None and torch.cuda.is_available() else lambda: None
-    wait()
+    if seconds is None:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     start = time.perf_counter()
     yield
-    wait()
-    if seconds is not None:
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-def leafwise(f, *prompts):
-    """f over prompts: over their tensors if that is what they are, else leaf by leaf over tuples of such (HYPrompt)."""
-    if isinstance(prompts[0], Tensor):
-        return f(*prompts)
-    return type(prompts[0])(*(leafwise(f, *leaves) for leaves in zip(*prompts)))
-
-
-def with_null(prompt, null, guidance: float):
-    """The prompts of a batch and, with guidance, the null prompts behind them."""
-    return leafwise(lambda *z: torch.cat(z), prompt, null) if guidance != 1 else prompt
-
-
-def choose(first: Tensor, a, b):
-    """Prompts a where first [b] says so, else b."""
-    return leafwise(lambda x, y: torch.where(first.view(-1, *[1] * (x.ndim - 1)), x, y), a, b)
-
-
-def doubled(*tensors: Tensor, guidance: float) -> list[Tensor]:
-    """With guidance, a batch goes through the network twice over, for the prompt and for the null prompt."""
-    return [torch.cat([z, z]) if guidance != 1 else z for z in tensors]
-
-
-def guided(net: nn.Module, x_t: Tensor, sigma: Tensor, prompt, camera, guidance: float, past: Past | None):
-    """v [b f c h w], with classifier-free guidance unless it is 1."""
-    camera = camera and tuple(doubled(*camera, guidance=guidance))
-    v = net(*doubled(x_t, sigma, guidance=guidance), prompt, camera, past=past)
-    return v if guidance == 1 else guide(*v.chunk(2), guidance)
-
-
-@torch.no_grad()
-def denoise(net: nn.Module, x_t: Tensor, levels: list[float], prompt, camera, guidance: float = 1.0,
-            past: Past | None = None, renoise: list[Tensor] | None = None, free: Tensor | None = None) -> Tensor:
-    """Noise x_t [b f c h w] -> x0 along `levels`. prompt of b samples, or with guidance 2b, the null prompts behind.
-
-    Without renoise, Euler steps along the velocity: the sampler of a teacher. With renoise, one fresh noise for each
-    level after the first, each step predicts x0 and noises it again to the next: the sampler of a distilled student.
-    Frames where free [b f] is 0 are given: x_t holds them clean, they stay at noise level zero and come out unchanged.
-    """
-    free = x_t.new_ones(x_t.shape[:2]) if free is None else free
-    for i, (upper, lower) in enumerate(zip(levels, levels[1:])):
-        sigma = upper * free
-        v = guided(net, x_t, sigma, prompt, camera, guidance, past)
-        if renoise is None:
-            x_t = x_t + ((lower - upper) * free)[..., None, None, None] * v
-        else:
-            x0 = velocity_to_x0(v, x_t, sigma)
-            x_t = add_noise(x0, renoise[i], lower * free) if lower > 0 else x0
-    return x_t
-
-
-@torch.no_grad()
-def unipc(net: nn.Module, x_t: Tensor, levels: list[float], prompt, camera, guidance: float = 1.0,
-          past: Past | None = None, free: Tensor | None = None) -> Tensor:
-    """As `denoise` without renoise, in fewer steps: UniPC (arXiv:2302.04867), the sampler public Wan is used with.
-
-    Of second order in log-SNR, x0 being taken for a straight line there. Each step is made twice: first through the two
-    predictions of x0 at hand, then again with the one at its own end, which the next step needs anyway. The first and
-    the last step are of first order. levels[0] must be under 1, where log-SNR is -inf: noise_levels(..., start=0.999).
-    """
-    log_snr = [math.log((1 - s) / s) if s > 0 else math.inf for s in levels]
-    free, start, x0s = x_t.new_ones(x_t.shape[:2]) if free is None else free, x_t, []
-
-    def leap(x: Tensor, i: int, end: Tensor | None) -> Tensor:
-        """From levels[i] to levels[i + 1]; end: x0 as predicted there, once it is known."""
-        h = log_snr[i + 1] - log_snr[i]
-        B, x0 = math.expm1(-h), x0s[i]
-        if 0 < i < len(levels) - 2:
-            r = (log_snr[i - 1] - log_snr[i]) / h
-            slope = (x0s[i - 1] - x0s[i]) / r
-            # weights that make the step exact where x0 is of first or second order in log-SNR (eq. 9, B(h) = e^h - 1)
-            b = -1 / h - 1 / B, 2 * (1 / h + 1 / B) / h - 1 / B
-            w = (b[0] - b[1]) / (1 - r)
-            x0 = x0 + (slope / 2 if end is None else w * slope + (b[0] - w) * (end - x0s[i]))
-        elif end is not None:
-            x0 = x0 + (end - x0s[i]) / 2
-        return levels[i + 1] / levels[i] * x - (1 - levels[i + 1]) * B * x0
-
-    for i, upper in enumerate(levels[:-1]):
-        sigma = upper * free
-        x0s.append(velocity_to_x0(guided(net, x_t, sigma, prompt, camera, guidance, past), x_t, sigma))
-        x = leap(x, i - 1, x0s[i]) if i else x_t
-        x_t = torch.where(free[..., None, None, None] > 0, leap(x, i, None), start)  # given frames stay
-    return x_t
-
-
-@torch.no_grad()
-def commit(net: nn.Module, x0: Tensor, prompt, camera, guidance: float = 1.0, past: Past | None = None) -> Past:
-    """The past, extended by finished frames x0 [b f c h w]: one pass at noise level zero. prompt as in `denoise`."""
-    camera = camera and tuple(doubled(*camera, guidance=guidance))
-    x0, sigma = doubled(x0, x0.new_zeros(x0.shape[:2]), guidance=guidance)
-    return net(x0, sigma, prompt, camera, past=past, commit=True)
-
-
-def begin(net: nn.Module, x: Tensor, prompt, camera, guidance: float = 1.0) -> Past:
-    """The past of a stream that has no frames yet, only its prompt. x, camera: any frames of the video's shape."""
-    return commit(net, x[:, :0], prompt, camera and tuple(z[:, :0] for z in camera), guidance)
-
-
-@torch.no_grad()
-def rollout(net: nn.Module, meta: dict, rng: list[torch.Generator], shape: tuple[int, ...], prompt,
-            null, camera: tuple[Tensor, ...], seconds: dict[str, float] | None = None,
-            prefix: Tensor | None = None):
-    """Yield x0 [b f c h w] chunk by chunk, each denoised after what was yielded before it.
-
-    meta: how the checkpoint says it is to be sampled. Bidirectional models have chunk 0: all frames at once.
-    rng: one generator per video, shape: [f c h w]; so a video does not depend on the others in its batch.
-    prompt, null [b ...]: what HY's says of an image, it says in both.
-    seconds: if given, the time spent is added to its "denoise" and "commit".
-    prefix: the first latent frames [b p c h w], an image or a short video, if they are given rather than made.
-    """
-    renoise, multistep = meta["sampler"] == "renoise", meta["sampler"] == "unipc"
-    levels, guidance = noise_levels(meta["steps"], meta["shift"], 0.999 if multistep else 1.0), meta["guidance"]
-    noise = [torch.stack([torch.randn(shape, generator=g) for g in rng]).to(camera[0].device)
-             for _ in range(meta["steps"] if renoise else 1)]  # one for each level above 0
-    text, past = with_null(prompt, null, guidance), None
-    prefix = noise[0][:, :0] if prefix is None else prefix
-    noise[0] = torch.cat([prefix, noise[0][:, prefix.shape[1] :]], dim=1)
-    free = (torch.arange(shape[0], device=prefix.device) >= prefix.shape[1]).float().expand(len(rng), -1)
-    if meta["chunk"]:
-        with timed(seconds, "commit"):
-            past = begin(net, noise[0], text, camera if meta["camera"] else None, guidance)
-    for start in range(0, shape[0], meta["chunk"] or shape[0]):
-        frames = slice(start, start + (meta["chunk"] or shape[0]))
-        here = tuple(z[:, frames] for z in camera) if meta["camera"] else None
-        x_t, *rest = (z[:, frames] for z in noise)
-        with timed(seconds, "denoise"):
-            if multistep:
-                x0 = unipc(net, x_t, levels, text, here, guidance, past, free[:, frames])
-            else:
-                x0 = denoise(net, x_t, levels, text, here, guidance, past, rest if renoise else None, free[:, frames])
-        yield x0
-        if frames.stop < shape[0]:
-            with timed(seconds, "commit"):
-                past = commit(net, x0, text, here, guidance, past)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 9. Weights: shard, average, save, load, resume.
+# 5. Weights. A checkpoint is {"model": name -> tensor, "meta": Meta}: fp32 masters while it trains, sharded over all
+# ranks (FSDP2), and the EMA of them as one file for the next stage.
+
+
+Meta = TypedDict("Meta", {  # what a checkpoint says of itself: all that it takes to sample it, and to train it further
+    "stage": str,  # base, camera, ar, ode, cd or dmd; or vae
+    "preset": str,  # of PRESETS: backbone and size
+    "step": int,  # optimizer steps it was trained for in its stage
+    "from": str | None,  # what it was trained from, "ar.pt at step 1000"; None: nothing of ours
+    # the videos it knows
+    "size": list[int],  # pixels, height and width
+    "fps": float,  # pixel frames a second
+    "frames": int,  # latent frames of a video
+    "K": list[float],  # intrinsics (fx, fy, cx, cy), divided by width and height
+    "vae_fingerprint": str,  # of the VAE that made its latents
+    "camera": bool,  # has it a camera branch?
+    "given_prob": float,  # how often the first frame or two were given in training; at 0 it cannot go on from an image
+    # how it is sampled
+    "chunk": int,  # latent frames denoised together; 0: bidirectional, all of them at once
+    "shift": float,  # of the noise levels, towards pure noise
+    "sampler": str,  # of SAMPLERS
+    "sampling_steps": int,  # denoising steps of a chunk
+    "guidance": float,  # w in v_null + w (v_cond - v_null); 1 is off
+    # quirks of released networks, HY's: see HYDiT
+    "timed_text": bool,
+    "released_cache": bool,
+    # of a VAE
+    "mean": list[float],  # of its latents, per channel, and their deviation
+    "std": list[float],
+    "fingerprint": str,  # of its weights
+}, total=False)
+OLD_KEYS = {"steps": "sampling_steps", "prefix_prob": "given_prob"}  # in older files: today
+
+
+def upgrade(meta: dict) -> dict:
+    """A meta in today's words, whatever version of this code wrote it."""
+    meta = {OLD_KEYS.get(key, key): value for key, value in meta.items()}
+    if meta.get("sampler") == "renoise":
+        meta["sampler"] = "few_step"
+    return meta
 
 
 def start_process_group() -> tuple[int, int, torch.device]:
@@ -1351,6 +727,7 @@ def shard(net: nn.Module, weights: dict[str, Tensor], device: torch.device, trai
     One fully_shard per block and one for the rest. fp32 master weights; on a GPU, bf16 compute and fp32 reduction.
     """
     compute = torch.bfloat16 if device.type == "cuda" else None
+    # the networks cast their inputs themselves: sigma and the camera must reach them in fp32
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in net.blocks:
         fully_shard(block, mp_policy=precision)
@@ -1372,19 +749,19 @@ def check_finite(step: int, metrics: dict[str, Tensor], ids: list[int]) -> dict[
     """Average metrics over the ranks. Raises ValueError on NaN or inf, on every rank at once and before any update."""
     means = torch.stack([value.detach().float() for value in metrics.values()])
     dist.all_reduce(means)
-    row = dict(zip(metrics, (means / dist.get_world_size()).tolist()))
+    row = dict(zip(metrics, (means / dist.get_world_size()).tolist(), strict=True))
     if not means.isfinite().all():
         raise ValueError(f"step {step}: {row} is not finite; batch rows on rank {dist.get_rank()}: {ids}. "
                          "The last checkpoint and state are untouched")
     return row
 
 
-def gather(net: nn.Module) -> dict[str, Tensor]:
-    """The whole state dict in CPU memory on rank 0, empty elsewhere. Every rank must call it."""
+def full_state_dict(net: nn.Module) -> dict[str, Tensor]:
+    """All weights in CPU memory on rank 0, empty elsewhere. Every rank must call it."""
     return get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def save_checkpoint(path: Path, weights: dict[str, Tensor], meta: dict) -> None:
+def save_checkpoint(path: Path, weights: dict[str, Tensor], meta: Meta) -> None:
     """Write {"model", "meta"} so that a crash or a full disk never leaves half a file under the final name."""
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -1405,6 +782,15 @@ def fingerprint(weights: dict[str, Tensor]) -> str:
     return f"{zlib.crc32(b''.join(w.float().cpu().numpy().tobytes() for w in weights.values())):08x}"
 
 
+def check_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], owner: str) -> None:
+    """Raises ValueError unless two state dicts agree name for name and shape for shape. owner: whose `expected` is."""
+    expected, found = ({name: tuple(w.shape) for name, w in weights.items()} for weights in (expected, found))
+    wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
+    if wrong:
+        raise ValueError(f"{len(wrong)} of its tensors are not those of {owner}, first {wrong[0]}: "
+                         f"expected shape {expected.get(wrong[0], 'none')}, found {found.get(wrong[0], 'none')}")
+
+
 MAKERS = {  # stage: the command that makes its checkpoint
     "vae": "python data.py", "base": "python train_camera.py --no-camera", "camera": "python train_camera.py",
     "ar": "python train_ar.py", "ode": "python distill_ode.py", "cd": "python distill_cd.py",
@@ -1412,7 +798,7 @@ MAKERS = {  # stage: the command that makes its checkpoint
 }
 
 
-def load_checkpoint(path: Path, *stages: str, preset: str | None = None) -> tuple[dict[str, Tensor], dict]:
+def load_checkpoint(path: Path, *stages: str, preset: str | None = None) -> tuple[dict[str, Tensor], Meta]:
     """weights, meta of our own checkpoint (memory-mapped) or a released one, file or folder.
 
     Raises ValueError for a missing, broken or foreign file, or the wrong stage's. Weights are returned only if they
@@ -1424,8 +810,10 @@ def load_checkpoint(path: Path, *stages: str, preset: str | None = None) -> tupl
         shipped = Path(__file__).parent / "ckpt" / (preset or "tiny") / path.name
         stand_in = f", and {os.path.relpath(shipped)} could stand in" if shipped.exists() else ""
         raise ValueError(f"{path}: no such file{hint}{stand_in}")
-    released = path.is_dir() or path.suffix == ".safetensors"
-    weights, meta = _read_folder(path, "vae" in stages) if released else _read_file(path)
+    if path.is_dir() or path.suffix == ".safetensors":
+        weights, meta = read_released_folder(path, want_vae="vae" in stages)
+    else:
+        weights, meta = read_file(path)
     stage = meta["stage"]
     if stages and stage not in stages:
         raise ValueError(f"{path}: expected a checkpoint of stage {' or '.join(stages)}, found {stage}")
@@ -1437,55 +825,68 @@ def load_checkpoint(path: Path, *stages: str, preset: str | None = None) -> tupl
     if meta["preset"] not in PRESETS:
         raise ValueError(f"{path}: a network of preset {meta['preset']!r}, known are {', '.join(PRESETS)}")
     with torch.device("meta"):
-        net = build_vae(PRESETS[meta["preset"]].vae) if stage == "vae" else build(meta["preset"], meta["camera"])
-    expected, found = ({name: tuple(w.shape) for name, w in z.items()} for z in (net.state_dict(), weights))
-    if wrong := [name for name in expected | found if expected.get(name) != found.get(name)]:
-        raise ValueError(f"{path}: {len(wrong)} of its tensors are not those of {meta['preset']}, first {wrong[0]}: "
-                         f"expected shape {expected.get(wrong[0], 'none')}, found {found.get(wrong[0], 'none')}")
+        net = build_vae(meta["preset"]) if stage == "vae" else build(meta["preset"], meta["camera"])
+    expected = net.state_dict()
+    try:
+        check_same_tensors(weights, expected, owner=meta["preset"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     weights = {name: weights[name] for name in expected}  # in our order, which a fingerprint depends on
     if stage == "vae" and "fingerprint" not in meta:
         meta["fingerprint"] = fingerprint(weights)
     return weights, meta
 
 
-def habits(meta: dict, released_cache: bool = False) -> dict[str, bool]:
-    """For `build`: what a released network was trained with and ours are not (HYConfig). The cache's is a defect, kept
-    only where that is asked for."""
-    kept = {"timed_text": meta.get("timed_text"), "released_cache": released_cache}
-    return {name: True for name in kept if kept[name]}
+def read_file(path: Path) -> tuple[dict[str, Tensor], Meta]:
+    """Our own checkpoint, or a file that others released."""
+    try:  # without code, and memory-mapped where the format allows it
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        raise ValueError(f"{path}: truncated, or not a checkpoint of ours ({type(error).__name__})") from error
+    if not isinstance(saved, dict):
+        saved = {}
+    weights, meta = saved.get("model"), saved.get("meta")
+    if is_state_dict(weights) and isinstance(meta, dict) and "stage" in meta:
+        return weights, upgrade(meta)
+    return read_released_file(path, saved)
 
 
-def load_net(path: Path, device: torch.device, *stages: str, released_cache: bool = False) -> tuple[nn.Module, dict]:
-    """A checkpoint's network for inference, unsharded, and its meta; bf16 on a GPU. released_cache: see HYConfig."""
+def is_state_dict(weights: object) -> bool:
+    return isinstance(weights, dict) and all(isinstance(w, Tensor) for w in weights.values())
+
+
+def load_net(path: Path, device: torch.device, *stages: str) -> tuple[nn.Module, Meta]:
+    """A checkpoint's network for inference, unsharded, and its meta; bf16 on a GPU."""
     weights, meta = load_checkpoint(path, *stages)
-    if released_cache and not meta.get("released_cache"):
-        made = f" made from {meta['from']}" if meta.get("from") else ""
-        raise ValueError(f"{path}: --released-cache is for minWM's DMD of HunyuanVideo-1.5 with a camera, as released, "
-                         f"found stage {meta['stage']} of {meta['preset']}{made}")
     with torch.device("meta"):
-        net = build(meta["preset"], meta["camera"], **habits(meta, released_cache))
+        net = build(meta["preset"], meta["camera"])
+    net.timed_text = meta.get("timed_text", False)  # HYDiT's: some released networks were trained that way
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     net.load_state_dict({name: w.to(device, dtype) for name, w in weights.items()}, assign=True)
     return net.eval().requires_grad_(False), meta
 
 
-def load_vae(path: Path, device: torch.device, known_as: str) -> WanVAE | HYVAE:
+def load_vae(path: Path, device: torch.device, known_as: str) -> nn.Module:
     """Raises ValueError if it is not the very VAE that made the latents: `known_as`, its fingerprint."""
     weights, meta = load_checkpoint(path, "vae")
     if meta["fingerprint"] != known_as:
-        raise ValueError(f"{path}: another VAE than the latents', expected fingerprint {known_as}, "
+        raise ValueError(f"{path}: not the VAE that made the latents, expected fingerprint {known_as}, "
                          f"found {meta['fingerprint']}")
-    vae = build_vae(replace(PRESETS[meta["preset"]].vae, mean=tuple(meta["mean"]), std=tuple(meta["std"])))
+    vae = build_vae(meta["preset"])
+    vae.cfg = replace(vae.cfg, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
     vae.load_state_dict({name: w.float() for name, w in weights.items()})
     return vae.to(device).eval().requires_grad_(False)
 
 
-Nets, Optimizers = dict[str, nn.Module], dict[str, torch.optim.Optimizer]
+Nets = dict[str, nn.Module]
+Optimizers = dict[str, torch.optim.Optimizer]
 
 
-def _training_state(nets: Nets, optimizers: Optimizers) -> dict:
-    state = {name: get_model_state_dict(net) for name, net in nets.items()}
-    return state | {f"{name}.optimizer": get_optimizer_state_dict(nets[name], opt) for name, opt in optimizers.items()}
+def _training_state(nets: Nets, optimizers: Optimizers) -> dict[str, Any]:
+    state: dict[str, Any] = {name: get_model_state_dict(net) for name, net in nets.items()}
+    for name, optimizer in optimizers.items():
+        state[f"{name}.optimizer"] = get_optimizer_state_dict(nets[name], optimizer)
+    return state
 
 
 def _reason(error: CheckpointException) -> str:
@@ -1494,8 +895,9 @@ def _reason(error: CheckpointException) -> str:
 
 
 def save_state(folder: Path, step: int, nets: Nets, optimizers: Optimizers) -> None:
-    """Everything --resume needs, still sharded, in folder/state-STEP; all others go when this one is complete."""
-    path, state = folder / f"state-{step:06d}", _training_state(nets, optimizers) | {"step": torch.tensor(step)}
+    """Everything --resume needs, still sharded, in folder/state-STEP; older states go when this one is complete."""
+    path = folder / f"state-{step:06d}"
+    state = _training_state(nets, optimizers) | {"step": torch.tensor(step)}
     if dist.get_rank() == 0 and path.exists():  # of an earlier run: half of it must not pass for this one's
         shutil.rmtree(path)
     dist.barrier()
@@ -1514,7 +916,8 @@ def load_state(folder: Path, nets: Nets, optimizers: Optimizers) -> int:
     complete = sorted(path for path in folder.glob("state-*") if (path / ".metadata").exists())  # written last
     if not complete:
         raise ValueError(f"--resume: {folder} holds no saved state")
-    state, path = _training_state(nets, optimizers) | {"step": torch.tensor(0)}, complete[-1]
+    path = complete[-1]
+    state = _training_state(nets, optimizers) | {"step": torch.tensor(0)}
     try:
         saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     except Exception as error:  # a damaged pickle has many
@@ -1529,42 +932,1031 @@ def load_state(folder: Path, nets: Nets, optimizers: Optimizers) -> int:
         raise ValueError(f"{path}: truncated, or a state of another network ({_reason(error)})") from None
     for name, net in nets.items():
         set_model_state_dict(net, state[name])
-    for name, opt in optimizers.items():
-        set_optimizer_state_dict(nets[name], opt, state[f"{name}.optimizer"], options=StateDictOptions(strict=False))
+    for name, optimizer in optimizers.items():
+        flags = [{key: z for key, z in group.items() if key != "params"} for group in optimizer.param_groups]
+        options = StateDictOptions(strict=False)
+        set_optimizer_state_dict(nets[name], optimizer, state[f"{name}.optimizer"], options=options)
+        for group, asked in zip(optimizer.param_groups, flags, strict=True):
+            group.update(asked)  # learning rate, betas ... are this run's, not those of the run that was saved
     return int(state["step"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 10. Released files. They say little about themselves. What follows reads them as they are: public Wan2.1 and
+# 6. Wan VAE. Pixels [b 3 t H W] in [-1, 1] <-> latents [b f c h w], t = 1 + 4 (f - 1): the first frame stands alone,
+# then every four frames share a latent. All convolutions look backwards in time only, so a video can be encoded and
+# decoded in pieces. What a layer must remember between pieces is passed in and handed back as `feat_cache`, a dict from
+# layer to its last input frames; an empty dict is the start of a video. Whole = one piece: same code, same numbers.
+
+FeatCache = dict[nn.Module, Tensor]
+
+
+class CausalConv3d(nn.Conv3d):
+    """Conv3d that sees the past: time is padded on the left only, with remembered frames or, at the start, zeros."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: tuple[int, int, int], time_stride: int = 1):
+        super().__init__(c_in, c_out, kernel, stride=(time_stride, 1, 1), padding=(0, kernel[1] // 2, kernel[2] // 2))
+
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        need = self.kernel_size[0] - 1
+        if need == 0:
+            return super().forward(x)
+        b, c, _, h, w = x.shape
+        past = feat_cache[self] if self in feat_cache else x.new_zeros(b, c, need, h, w)
+        x = torch.cat([past, x], dim=2)
+        feat_cache[self] = x[:, :, -need:].clone()  # a view would keep the whole piece in memory
+        return super().forward(x)
+
+
+class ChannelNorm(nn.Module):
+    """Unit length over channels, times sqrt(c) and a learned gain: Wan's RMS_norm."""
+
+    def __init__(self, c: int, dims: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(c, *[1] * dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1) * x.shape[1] ** 0.5 * self.gamma
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, conv, twice, around a skip. `residual` is numbered as released (5 was a dropout, 1 and 4 SiLU)."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.residual = nn.ModuleDict({
+            "0": ChannelNorm(c_in, 3), "2": CausalConv3d(c_in, c_out, (3, 3, 3)),
+            "3": ChannelNorm(c_out, 3), "6": CausalConv3d(c_out, c_out, (3, 3, 3)),
+        })
+        self.shortcut = CausalConv3d(c_in, c_out, (1, 1, 1)) if c_in != c_out else None
+
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        r = self.residual
+        skip = x if self.shortcut is None else self.shortcut(x, feat_cache)
+        x = r["2"](F.silu(r["0"](x)), feat_cache)
+        return skip + r["6"](F.silu(r["3"](x)), feat_cache)
+
+
+class FrameAttention(nn.Module):
+    """Single-head attention within each frame."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.norm = ChannelNorm(c, 2)
+        self.to_qkv = nn.Conv2d(c, 3 * c, 1)
+        self.proj = nn.Conv2d(c, c, 1)
+
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        t, h = x.shape[2:4]
+        y = self.norm(rearrange(x, "b c t h w -> (b t) c h w"))
+        q, k, v = rearrange(self.to_qkv(y), "bt (three c) h w -> three bt 1 (h w) c", three=3).contiguous()
+        y = rearrange(F.scaled_dot_product_attention(q, k, v), "bt 1 (h w) c -> bt c h w", h=h)
+        return x + rearrange(self.proj(y), "(b t) c h w -> b c t h w", t=t)
+
+
+class Downsample(nn.Module):
+    """Halve the grid; with `time`, also the frame rate, the first frame of the video passing through unpaired."""
+
+    def __init__(self, c: int, time: bool):
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c, c, 3, stride=2))
+        self.time_conv = nn.Conv3d(c, c, (3, 1, 1), stride=(2, 1, 1)) if time else None
+
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        t = x.shape[2]
+        x = rearrange(self.resample(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", t=t)
+        if self.time_conv is None:
+            return x
+        past = feat_cache.get(self)
+        feat_cache[self] = x[:, :, -1:].clone()
+        if past is not None:
+            return self.time_conv(torch.cat([past, x], dim=2))
+        # at the start frame 0 alone, then (0 1 2), (2 3 4), ...
+        return x if t == 1 else torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
+
+
+class Upsample(nn.Module):
+    """Double the grid and halve the channels; with `time`, also double the frame rate, except for the first frame."""
+
+    def __init__(self, c: int, time: bool):
+        super().__init__()
+        nearest = nn.Upsample(scale_factor=2, mode="nearest-exact")
+        self.resample = nn.Sequential(nearest, nn.Conv2d(c, c // 2, 3, padding=1))
+        self.time_conv = CausalConv3d(c, 2 * c, (3, 1, 1)) if time else None
+
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        if self.time_conv is not None:
+            alone = 0 if self in feat_cache else 1  # the video's first frame stays one frame
+            first, rest = x[:, :, :alone], x[:, :, alone:]
+            feat_cache[self] = x.new_empty(0)  # only a mark: the first frame is over, and is *no* history of the second
+            if rest.shape[2]:
+                rest = rearrange(self.time_conv(rest, feat_cache), "b (two c) t h w -> b c (t two) h w", two=2)
+            x = torch.cat([first, rest], dim=2)
+        t = x.shape[2]
+        return rearrange(self.resample(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", t=t)
+
+
+def residual_stack(widths: list[int], samplers: list[nn.Module], blocks: int) -> tuple[list[nn.Module], int]:
+    """`blocks` residual blocks at each width with samplers between the widths -> the layers and their last channels."""
+    layers: list[nn.Module] = []
+    c = widths[0]
+    for width, sampler in zip(widths[1:], [*samplers, None], strict=True):
+        for _ in range(blocks):
+            layers.append(ResidualBlock(c, width))
+            c = width
+        if sampler is not None:
+            layers.append(sampler)
+            c = sampler.resample[1].out_channels
+    return layers, c
+
+
+def middle_blocks(c: int) -> nn.ModuleList:
+    return nn.ModuleList([ResidualBlock(c, c), FrameAttention(c), ResidualBlock(c, c)])
+
+
+def output_head(c: int, c_out: int) -> nn.ModuleDict:
+    return nn.ModuleDict({"0": ChannelNorm(c, 3), "2": CausalConv3d(c, c_out, (3, 3, 3))})
+
+
+class Encoder3d(nn.Module):
+    """Pixels [b 3 t H W] -> moments [b 2c f h w]: down to the small grid, then the middle."""
+
+    def __init__(self, widths: list[int], c_out: int, samplers: list[nn.Module], blocks: int):
+        super().__init__()
+        layers, c = residual_stack(widths, samplers, blocks)
+        self.conv1 = CausalConv3d(3, widths[0], (3, 3, 3))
+        self.middle = middle_blocks(widths[-1])
+        self.head = output_head(c, c_out)
+        self.downsamples = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        x = self.conv1(x, feat_cache)
+        for layer in (*self.downsamples, *self.middle):
+            x = layer(x, feat_cache)
+        return self.head["2"](F.silu(self.head["0"](x)), feat_cache)
+
+
+class Decoder3d(nn.Module):
+    """Raw latents [b c f h w] -> pixels [b 3 t H W]: the middle, then up from the small grid."""
+
+    def __init__(self, c_in: int, widths: list[int], samplers: list[nn.Module], blocks: int):
+        super().__init__()
+        layers, c = residual_stack(widths, samplers, blocks)
+        self.conv1 = CausalConv3d(c_in, widths[0], (3, 3, 3))
+        self.middle = middle_blocks(widths[0])
+        self.head = output_head(c, 3)
+        self.upsamples = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        x = self.conv1(x, feat_cache)
+        for layer in (*self.middle, *self.upsamples):
+            x = layer(x, feat_cache)
+        return self.head["2"](F.silu(self.head["0"](x)), feat_cache)
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    dim: int
+    z_dim: int
+    dim_mult: tuple[int, ...]
+    res_blocks: int
+    time_down: tuple[bool, ...]  # per downsampling stage of the encoder, also in time?
+    mean: tuple[float, ...]  # of the latents, per channel: diffusion sees (mu - mean) / std
+    std: tuple[float, ...]
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent, along height and width."""
+        return 2 ** len(self.time_down)
+
+
+class WanVAE(nn.Module):
+    """Wan2.1's VAE with its released parameter names (`Wan2.1_VAE.pth` loads strictly)."""
+
+    def __init__(self, cfg: VAEConfig):
+        super().__init__()
+        self.cfg = cfg
+        widths = [cfg.dim * m for m in (1, *cfg.dim_mult)]
+        down = [Downsample(width, time) for width, time in zip(widths[1:], cfg.time_down)]
+        self.encoder = Encoder3d(widths, 2 * cfg.z_dim, down, cfg.res_blocks)
+        self.conv1 = CausalConv3d(2 * cfg.z_dim, 2 * cfg.z_dim, (1, 1, 1))
+        self.conv2 = CausalConv3d(cfg.z_dim, cfg.z_dim, (1, 1, 1))
+        widths = [widths[-1], *reversed(widths[1:])]
+        up = [Upsample(width, time) for width, time in zip(widths[1:], reversed(cfg.time_down))]
+        self.decoder = Decoder3d(cfg.z_dim, widths, up, cfg.res_blocks + 1)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Training from scratch: every convolution keeps the scale of its input, residual blocks start as the identity
+        and the posterior narrow, so that latents carry the video through from the first step."""
+        for name, layer in self.named_modules():
+            if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
+                nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
+                nn.init.zeros_(layer.bias)
+                if name.endswith(("residual.6", "proj")):
+                    nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.conv1.weight[self.cfg.z_dim :])
+        nn.init.constant_(self.conv1.bias[self.cfg.z_dim :], -5.0)  # log-variance
+
+    def moments(self, video: Tensor, feat_cache: FeatCache) -> tuple[Tensor, Tensor]:
+        """video [b 3 t H W] -> mean and log-variance of the raw latents, each [b c f h w]. Only training needs both."""
+        return self.conv1(self.encoder(video, feat_cache), feat_cache).chunk(2, dim=1)
+
+    def reconstruct(self, z: Tensor, feat_cache: FeatCache) -> Tensor:
+        """Raw latents [b c f h w] -> video [b 3 t H W]: what `moments` started from."""
+        return self.decoder(self.conv2(z, feat_cache), feat_cache)
+
+    def encode(self, video: Tensor, feat_cache: FeatCache | None = None) -> tuple[Tensor, FeatCache]:
+        """video [b 3 t H W] in [-1, 1] -> latents [b f c h w], feat_cache for the next piece.
+
+        t is 1 + 4k at the start of a video and 4k after it. Raises ValueError otherwise: frames that fill no latent
+        would be dropped silently.
+        """
+        feat_cache, t = dict(feat_cache or {}), video.shape[2]
+        if t % 4 != (0 if feat_cache else 1):
+            raise ValueError(f"a piece of {t} frames: expected {'4k' if feat_cache else '4k + 1'} frames")
+        mu, _ = self.moments(video, feat_cache)
+        mean, std = (mu.new_tensor(s).view(-1, 1, 1, 1) for s in (self.cfg.mean, self.cfg.std))
+        return rearrange((mu - mean) / std, "b c f h w -> b f c h w"), feat_cache
+
+    def decode(self, latents: Tensor, feat_cache: FeatCache | None = None) -> tuple[Tensor, FeatCache]:
+        """latents [b f c h w] -> video [b 3 t H W], feat_cache for the next piece. Not clamped."""
+        feat_cache = dict(feat_cache or {})
+        mean, std = (latents.new_tensor(s).view(-1, 1, 1, 1) for s in (self.cfg.mean, self.cfg.std))
+        z = rearrange(latents, "b f c h w -> b c f h w") * std + mean
+        # four at a time: the same video, in the memory of a chunk
+        pieces = [self.reconstruct(piece, feat_cache) for piece in z.split(4, dim=2)]
+        return torch.cat(pieces, dim=2), feat_cache
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Presets.
+
+WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+            0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+           3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+WAN_VAE = VAEConfig(96, 16, (1, 2, 4, 4), 2, (False, True, True), WAN_MEAN, WAN_STD)
+
+
+class Preset(NamedTuple):
+    """A backbone at one size: its network and its VAE, each a class and what the class is built from."""
+    net: type[nn.Module]
+    dit: Any  # DiTConfig for WanDiT, HYConfig for HYDiT
+    vae_net: type[nn.Module]
+    vae: Any  # VAEConfig for WanVAE, HYVAEConfig for HYVAE
+
+
+PRESETS = {
+    "tiny": Preset(WanDiT, DiTConfig(192, 768, 4, 4, channels=8, text_dim=96, freq_dim=128),
+                   WanVAE, VAEConfig(16, 8, (1, 2, 2), 1, (True, True), (0.0,) * 8, (1.0,) * 8)),
+    "wan-1.3b": Preset(WanDiT, DiTConfig(1536, 8960, 12, 30, channels=16, text_dim=4096), WanVAE, WAN_VAE),
+    "wan-14b": Preset(WanDiT, DiTConfig(5120, 13824, 40, 40, channels=16, text_dim=4096), WanVAE, WAN_VAE),
+}
+
+
+def build(preset: str, camera: bool = True) -> nn.Module:
+    """A preset's network, weights not yet set; under torch.device("meta") it takes no memory."""
+    return PRESETS[preset].net(PRESETS[preset].dit, camera)
+
+
+def build_vae(preset: str) -> nn.Module:
+    """A preset's VAE, weights not yet set."""
+    return PRESETS[preset].vae_net(PRESETS[preset].vae)
+
+
+# ======================================================================================================================
+# The course ends here. Nothing above refers to what follows, but for one call each way of reading a released checkpoint
+# (load_checkpoint, read_file), and for the entries that the second backbone adds to PRESETS and UniPC to SAMPLERS.
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. HY DiT, with HunyuanVideo-1.5's structure and parameter names, and HY-WorldPlay's names for camera and actions.
+# Video and text are two streams of tokens, each with weights of its own, that meet in one attention (MMDiT,
+# arXiv:2403.03206). The text is a stream like any other, of one "frame" of l tokens: [b 1 l d].
+#
+# In a bidirectional pass the text attends to the video, too. In a stream and under teacher forcing it must not: it sees
+# only itself, at noise level zero, and so depends on the prompt alone. Its keys and values are computed once, by
+# `prefill`, and stay in the KV cache.
+
+
+class HYPrompt(NamedTuple):
+    """What HY's encoders make of a prompt and of an image to go on from. Every leaf is batch-first, so that prompts are
+    stacked, joined and chosen leaf by leaf (tree_map)."""
+    text: Tensor  # [b l text_dim] of the language model (Qwen2.5-VL)
+    text_mask: Tensor  # [b l], 0 on padding
+    byt5: Tensor  # [b l byt5[0]] of the glyph encoder: the words that the video is to show in quotes
+    byt5_mask: Tensor  # [b l]
+    vision: Tensor  # [b l vision_dim], the image as SigLIP sees it; all zero: there is no image
+    given_latents: Tensor  # [b p c+1 h w], what is given of the first p latent frames, and a channel of ones
+
+
+@dataclass(frozen=True)
+class HYConfig:
+    dim: int
+    mlp_dim: int
+    heads: int
+    layers: int
+    channels: int  # of the latents
+    text_dim: int
+    vision_dim: int
+    byt5: tuple[int, int, int]  # widths on the way to dim
+    rope_bands: tuple[int, int, int]  # channels of a head that turn with frame, row, column
+    action: bool  # with the camera also its discrete labels
+    refiner_layers: int = 2
+    patch: int = 1
+
+
+# The class of a motion: rows backward, none, forward; columns left, none, right.
+# The class of a turn: rows left, none, right; columns down, none, up.
+ACTIONS = torch.tensor([[8, 2, 7], [4, 0, 3], [6, 1, 5]])
+
+
+def action_labels(viewmats: Tensor, last_pose: Tensor | None = None) -> Tensor:
+    """HY-WorldPlay's label of the step that leads to each frame: viewmats [... f 4 4] -> [... f] int64.
+
+    last_pose [... 4 4]: the viewmat of the frame before; without it the first label is 0, no step.
+    A label is 9 * motion + turn, both classes of ACTIONS. Motion of less than 0.01 units or along y counts as none, and
+    so does a turn of less than 0.05 degrees. Only poses count: minWM's table of keys exchanges left and right, its
+    training data and WorldPlay do not.
+    """
+    def side(amount: Tensor, least: float) -> Tensor:
+        """0 below -least, 1 between, 2 above least: a row or column of ACTIONS."""
+        return (amount > least).long() - (amount < -least).long() + 1
+
+    classes = ACTIONS.to(viewmats.device)
+    before = viewmats[..., :1, :, :] if last_pose is None else last_pose[..., None, :, :]
+    w2c = torch.cat([before, viewmats], dim=-3).double()
+    step = w2c[..., :-1, :, :] @ invert_se3(w2c[..., 1:, :, :])  # each camera in the axes of the one before
+    R, move = step[..., :3, :3], step[..., :3, 3]
+    distance = move.norm(dim=-1, keepdim=True)
+    cosines = torch.where(distance > 0.01, move / distance.clamp_min(1e-12), 0)
+    motion = classes[side(cosines[..., 2], 0.5), side(cosines[..., 0], 0.5)]  # 0.5: within 60 degrees of an axis
+    yaw = -torch.asin(R[..., 2, 0].clamp(-1, 1)).rad2deg()
+    pitch = torch.atan2(R[..., 2, 1], R[..., 2, 2]).rad2deg()
+    labels = 9 * motion + classes[side(yaw, 0.05), side(pitch, 0.05)]
+    if last_pose is None:
+        labels[..., :1] = 0  # also where the first pose is not quite rigid
+    return labels
+
+
+class NumberEmbedding(nn.Module):
+    """A number -> sinusoid -> [d]: noise levels, counted from 0 to 1000, and action labels, counted from 0 to 80."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
+
+    def forward(self, number: Tensor) -> Tensor:
+        return self.mlp(sinusoid(number.float(), 256).to(self.mlp[0].weight.dtype))
+
+
+class MLP(nn.Module):
+    def __init__(self, d: int, hidden: int, act: nn.Module):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(d, hidden), act, nn.Linear(hidden, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class RefinerBlock(nn.Module):
+    """A transformer block over the text alone. adaLN gates its two branches, but neither shifts nor scales them."""
+
+    def __init__(self, d: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = (nn.LayerNorm(d, eps=1e-6) for _ in range(2))
+        self.self_attn_qkv, self.self_attn_proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.mlp = MLP(d, 4 * d, nn.SiLU())
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
+
+    def forward(self, x: Tensor, e: Tensor, mask: Tensor) -> Tensor:
+        """x [b l d], e [b d], mask [b l] -> x."""
+        gate_attn, gate_mlp = rearrange(self.adaLN_modulation(e), "b (two d) -> two b 1 d", two=2)
+        qkv = self.self_attn_qkv(self.norm1(x))
+        q, k, v = rearrange(qkv, "b l (three nh hd) -> three b nh l hd", three=3, nh=self.heads)
+        y = rearrange(sdpa(q, [(k, v)], mask), "b nh l hd -> b l (nh hd)")
+        x = x + gate_attn * self.self_attn_proj(y)
+        return x + gate_mlp * self.mlp(self.norm2(x))
+
+
+class TokenRefiner(nn.Module):
+    """The language model saw each word after those before it; here every word sees the whole prompt."""
+
+    def __init__(self, cfg: HYConfig):
+        super().__init__()
+        d = cfg.dim
+        self.input_embedder = nn.Linear(cfg.text_dim, d)
+        self.t_embedder = NumberEmbedding(d)
+        self.c_embedder = nn.ModuleDict({"linear_1": nn.Linear(cfg.text_dim, d), "linear_2": nn.Linear(d, d)})
+        blocks = [RefinerBlock(d, cfg.heads) for _ in range(cfg.refiner_layers)]
+        self.individual_token_refiner = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
+
+    def forward(self, text: Tensor, mask: Tensor, sigma: Tensor) -> Tensor:
+        """text [b l text_dim], mask [b l], sigma [b] -> [b l d]; rows of padding hold anything."""
+        # gates from the noise level and the mean of the words; summed in fp32, since in bf16 a sum over a thousand
+        # tokens stops growing
+        count = rearrange(mask.sum(1), "b -> b 1").clamp(min=1)
+        mean = ((text.float() * mask[..., None]).sum(1) / count).to(text.dtype)  # [b text_dim]
+        e = self.t_embedder(1000 * sigma)
+        e = e + self.c_embedder["linear_2"](F.silu(self.c_embedder["linear_1"](mean)))  # [b d]
+        # of an empty prompt keep one key, or softmax over an empty set is NaN
+        mask = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)
+        x = self.input_embedder(text)
+        for block in self.individual_token_refiner["blocks"]:
+            x = block(x, e, mask)
+        return x
+
+
+class GlyphMapper(nn.Module):
+    """byT5's tokens [b l widths[0]] -> [b l d]."""
+
+    def __init__(self, widths: tuple[int, int, int], d: int):
+        super().__init__()
+        self.layernorm = nn.LayerNorm(widths[0])
+        self.fc1, self.fc2 = nn.Linear(widths[0], widths[1]), nn.Linear(widths[1], widths[2])
+        self.fc3 = nn.Linear(widths[2], d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(self.layernorm(x))))))
+
+
+class VisionProjection(nn.Module):
+    """SigLIP's tokens [b l c] -> [b l d]."""
+
+    def __init__(self, c: int, d: int):
+        super().__init__()
+        self.proj = nn.Sequential(nn.LayerNorm(c), nn.Linear(c, c), nn.GELU(), nn.Linear(c, d), nn.LayerNorm(d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: x [b f s d] normalised, then moved and stretched by shift, scale [b f 1 d]."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class DoubleBlock(nn.ModuleDict):
+    """The same layers twice over, for the streams "img" (the video) and "txt", by their released names."""
+    prope_cache = slice(2, None)  # where in a cached (k, v, PRoPE's k, v) PRoPE's queries read; see use_released_cache
+
+    def __init__(self, cfg: HYConfig, camera: bool):
+        super().__init__()
+        self.cfg = cfg
+        d, head_dim = cfg.dim, cfg.dim // cfg.heads
+        for stream in ("img", "txt"):
+            self[f"{stream}_mod"] = nn.ModuleDict({"linear": nn.Linear(d, 6 * d)})
+            for layer in ("q", "k", "v", "proj"):
+                self[f"{stream}_attn_{layer}"] = nn.Linear(d, d)
+            self[f"{stream}_attn_q_norm"] = RMSNorm(head_dim)
+            self[f"{stream}_attn_k_norm"] = RMSNorm(head_dim)
+            self[f"{stream}_mlp"] = MLP(d, cfg.mlp_dim, nn.GELU("tanh"))
+        if camera:
+            self["img_attn_prope_proj"] = nn.Linear(d, d)
+
+    def modulation(self, stream: str, e: Tensor) -> Tensor:
+        """e [b f d] -> (shift, scale, gate) of attention and of MLP, [2 3 b f 1 d]: tokens of a frame share them."""
+        m = self[f"{stream}_mod"]["linear"](F.silu(e))
+        return rearrange(m, "b f (two three d) -> two three b f 1 d", two=2, three=3)
+
+    def qkv(self, stream: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [b f s d] -> q, k, v [b f s d]; q and k with every head at its own unit scale."""
+        q, k, v = (self[f"{stream}_attn_{name}"](x) for name in ("q", "k", "v"))
+        q, k = (rearrange(z, "b f s (nh hd) -> b f s nh hd", nh=self.cfg.heads) for z in (q, k))
+        q, k = self[f"{stream}_attn_q_norm"](q), self[f"{stream}_attn_k_norm"](k)
+        return q.flatten(3), k.flatten(3), v
+
+    def mlp(self, stream: str, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        return x + gate * self[f"{stream}_mlp"](modulated_norm(x, shift, scale))
+
+    def forward(self, x: Tensor, e: Tensor, text: Tensor | None, e_text: Tensor | None,
+                text_kv: tuple[Tensor, Tensor] | None, mask: Tensor | None, rope: Tensor,
+                projection: tuple[Tensor, Tensor] | None, segments: Segments, cached: tuple[Tensor, ...] | None,
+                text_sees_video: bool, update_cache: bool):
+        """One layer of both streams: x [b f s d], text [b 1 l d] with their time embeddings e [b f d], e_text [b 1 d].
+
+        text_kv: the text's keys and values [b nh l hd] from the cache; its stream then does not run, and text is None.
+        mask: [b l], False on the text's padding; None if nothing is padding.
+        projection, segments, cached: as in Wan's Block.
+        Returns x, text, and of both streams the keys and values if they are to be cached.
+        """
+        heads = self.cfg.heads
+        text_q = None
+        if text_kv is None:
+            text_attn, text_mlp = self.modulation("txt", e_text)
+            shift, scale, text_gate = text_attn
+            qkv = self.qkv("txt", modulated_norm(text, shift, scale))  # no rope: the text has no place in the video
+            text_q, text_k, text_v = (rearrange(z, "b 1 l (nh hd) -> b nh l hd", nh=heads) for z in qkv)
+            text_kv = (text_k, text_v)
+
+        # the video sees the text, the cached past and itself; with a camera twice over, as in Wan's SelfAttention
+        attn, mlp = self.modulation("img", e)
+        shift, scale, gate = attn
+        q, k, v = self.qkv("img", modulated_norm(x, shift, scale))  # [b f s d]
+        q_rope, k_rope = apply_rope(q, rope, heads), apply_rope(k, rope, heads)
+        context = [text_kv] if cached is None else [text_kv, cached[:2]]
+        y, kv = segment_attention(q_rope, k_rope, v, heads, segments, context, mask)
+        seen_by_text = [text_kv, kv] if text_sees_video else [text_kv]  # of the video, RoPE's keys
+        y = self["img_attn_proj"](y)
+        if projection is not None:
+            P, P_inv = projection
+            q, k, v = apply_projection(q, P.mT), apply_projection(k, P_inv), apply_projection(v, P_inv)
+            # the text has no camera: its keys and values are read as they are
+            context = [text_kv] if cached is None else [text_kv, cached[self.prope_cache]]
+            z, kv_prope = segment_attention(q, k, v, heads, segments, context, mask)
+            y = y + self["img_attn_prope_proj"](apply_projection(z, P))
+            kv = kv + kv_prope
+        x = self.mlp("img", x + gate * y, *mlp)
+
+        if text_q is not None:
+            # an empty prompt sees its own padding, or softmax over an empty set is NaN; nobody reads what comes of it
+            if mask is not None:
+                mask = mask | ~mask.any(1, keepdim=True)
+            y = rearrange(sdpa(text_q, seen_by_text, mask), "b nh l hd -> b 1 l (nh hd)")
+            text = self.mlp("txt", text + text_gate * self["txt_attn_proj"](y), *text_mlp)
+        return x, text, kv if update_cache else None, text_kv if update_cache else None
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, d: int, c_out: int):
+        super().__init__()
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
+        self.linear = nn.Linear(d, c_out)
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        """x [b f s d], time embedding e [b f d] -> [b f s c_out]."""
+        shift, scale = rearrange(self.adaLN_modulation(e), "b f (two d) -> two b f 1 d", two=2)
+        return self.linear(modulated_norm(x, shift, scale))
+
+
+class HYDiT(nn.Module):
+    """HunyuanVideo-1.5's transformer; with `camera`, plus HY-WorldPlay's PRoPE and, if cfg has them, action labels."""
+    text_column = "text"  # which column of a table of prompts (data.py) its text_dim is the width of
+    # Does the text stand at the video's noise level in a bidirectional pass? HunyuanVideo-1.5 was trained so; load_net
+    # sets it. Ours, as minWM's, hold the text at zero there, too, as all must where it is cached.
+    timed_text = False
+
+    def __init__(self, cfg: HYConfig, camera: bool = True):
+        super().__init__()
+        self.cfg = cfg
+        d, p = cfg.dim, cfg.patch
+        # a frame is its noisy latents, its given latents, and a channel that is one where it is given
+        self.img_in = nn.ModuleDict({"proj": nn.Conv3d(2 * cfg.channels + 1, d, (1, p, p), stride=(1, p, p))})
+        self.time_in = NumberEmbedding(d)
+        self.txt_in = TokenRefiner(cfg)
+        self.byt5_in = GlyphMapper(cfg.byt5, d)
+        self.vision_in = VisionProjection(cfg.vision_dim, d)
+        self.cond_type_embedding = nn.Embedding(3, d)  # tells text, glyphs and image apart
+        self.action_in = NumberEmbedding(d) if camera and cfg.action else None
+        self.double_blocks = nn.ModuleList([DoubleBlock(cfg, camera) for _ in range(cfg.layers)])
+        self.final_layer = FinalLayer(d, p * p * cfg.channels)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.double_blocks
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Training from scratch: every residual branch is closed, and the network starts by predicting nothing."""
+        closed = ("_mod.linear", "adaLN_modulation", "prope_proj", "final_layer.linear", "action_in.mlp.2")
+        for name, p in self.named_parameters():
+            if name.endswith("bias") or any(part in name for part in closed):
+                nn.init.zeros_(p)
+            elif p.ndim == 1:
+                nn.init.ones_(p)
+            elif name.startswith("cond_type_embedding"):
+                nn.init.normal_(p, std=0.02)
+            else:
+                nn.init.xavier_uniform_(p.flatten(1))
+
+    def embed_prompt(self, prompt: HYPrompt, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The prompt as one sequence [b 1 l d], image, glyphs and text, and its mask [b l], None if nothing is padding.
+
+        Attention knows no order among these tokens. Those that are padding for the whole batch are dropped.
+        """
+        dtype = self.time_in.mlp[0].weight.dtype
+        vision, byt5, text = prompt.vision.to(dtype), prompt.byt5.to(dtype), prompt.text.to(dtype)
+        kind = self.cond_type_embedding.weight
+        tokens = [self.vision_in(vision) + kind[2], self.byt5_in(byt5) + kind[1],
+                  self.txt_in(text, prompt.text_mask.bool(), sigma) + kind[0]]  # each [b l d]
+        # where there is no image, its tokens are padding
+        has_image = (vision != 0).flatten(1).any(1, keepdim=True).expand(vision.shape[:2])
+        mask = torch.cat([has_image, prompt.byt5_mask.bool(), prompt.text_mask.bool()], dim=1)
+        used = mask.any(0)
+        mask = mask[:, used]
+        return torch.cat(tokens, dim=1)[:, None, used], None if mask.all() else mask
+
+    def forward(self, x_t: Tensor, sigma: Tensor, prompt: HYPrompt, camera: Camera | None = None, *,
+                clean: Tensor | None = None, chunk: int = 0, kv_cache: KVCache | None = None,
+                update_cache: bool = False) -> Tensor | KVCache:
+        """x_t [b f c h w], sigma [b f], prompt -> v [b f c h w], fp32. The keywords are WanDiT's.
+
+        Unlike Wan's, a stream must start with `prefill`: a pass with neither `clean` nor a kv_cache is bidirectional,
+        and in it the text sees the video.
+        """
+        b, f, _, h, w = x_t.shape
+        check_shapes(x_t, sigma, camera)
+        p = self.cfg.patch
+        start = kv_cache.frames if kv_cache else 0
+        frames = torch.arange(start, start + f, device=x_t.device)
+        rope = rope_table(frames, h // p, w // p, self.cfg.rope_bands, theta=256)
+        projection = None if camera is None else projections(camera)
+        last_pose = kv_cache.last_pose if kv_cache else None
+        action = None
+        if self.action_in is not None and camera is not None:
+            action = action_labels(camera.viewmats, last_pose)  # [b f]
+            if f > 0:
+                last_pose = camera.viewmats[:, -1]
+
+        # beside each noisy frame its given one, [b f c+1 h w], zeros where nothing is given
+        given = prompt.given_latents[:, start : start + f]
+        given = F.pad(given, (0, 0, 0, 0, 0, 0, 0, f - given.shape[1]))
+        x_t = torch.cat([x_t, given], dim=2)
+        text_sees_video = clean is None and kv_cache is None and not update_cache
+        text_sigma = sigma.amax(1) if self.timed_text and text_sees_video else sigma.new_zeros(b)
+        segments = None
+        if clean is not None:  # [clean | noisy] along the frames; both halves stand at the same places and times
+            x_t = torch.cat([torch.cat([clean, given], dim=2), x_t], dim=1)
+            sigma = torch.cat([torch.zeros_like(sigma), sigma], dim=1)
+            rope = torch.cat([rope, rope])
+            if projection is not None:
+                projection = tuple(torch.cat([P, P], dim=1) for P in projection)
+            if action is not None:
+                action = torch.cat([action, action], dim=1)
+            segments = teacher_forcing_segments(f, chunk)
+
+        weight = self.img_in["proj"].weight.flatten(1)  # a convolution whose stride is its kernel is a linear map
+        x = rearrange(x_t, "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=p).to(weight.dtype)
+        x = F.linear(x, weight, self.img_in["proj"].bias)  # [b f s d]
+        e = self.time_in(1000 * sigma)  # [b f d]
+        if action is not None:
+            e = e + self.action_in(action)
+        if kv_cache and kv_cache.text:  # its keys and values are all that is needed of the text
+            text, e_text = None, None
+            text_kvs, mask = kv_cache.text
+        else:
+            text, mask = self.embed_prompt(prompt, text_sigma)
+            e_text = self.time_in(1000 * text_sigma)[:, None]  # [b 1 d]
+            text_kvs = [None] * len(self.blocks)
+
+        layers, new_text_kvs = [], []
+        for i, block in enumerate(self.blocks):
+            cached = kv_cache.layers[i] if kv_cache and kv_cache.layers else None
+            x, text, kv, text_kv = block(x, e, text, e_text, text_kvs[i], mask, rope, projection, segments, cached,
+                                         text_sees_video, update_cache)
+            layers.append(kv)
+            new_text_kvs.append(text_kv)
+        if update_cache:
+            return KVCache(start + f, append_layers(kv_cache, layers), (new_text_kvs, mask), last_pose)
+        v = self.final_layer(x[:, -f:], e[:, -f:])  # under teacher forcing the noisy half alone
+        v = rearrange(v, "b f (h w) (c p q) -> b f c (h p) (w q)", h=h // p, p=p, q=p)
+        return v.float().contiguous()  # no view: FSDP's hook is on the tensor that is returned
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. HY VAE, with HunyuanVideo-1.5's parameter names. Same pixels, same pieces and the same `feat_cache` as Wan's. The
+# grid is made smaller by moving neighbouring pixels into channels (pixel unshuffle), and a skip without weights leads
+# around every such step. The borders are padded with their own pixels, the start of the video with its first frame.
+
+
+def pixel_unshuffle(x: Tensor, frames: int) -> Tensor:
+    """Neighbours, 2 x 2 in a frame and as many `frames`, become channels."""
+    return rearrange(x, "b c (t r) (h p) (w q) -> b (r p q c) t h w", r=frames, p=2, q=2)
+
+
+def pixel_shuffle(x: Tensor, frames: int) -> Tensor:
+    return rearrange(x, "b (r p q c) t h w -> b c (t r) (h p) (w q)", r=frames, p=2, q=2)
+
+
+def group_mean(x: Tensor, c: int) -> Tensor:
+    """Neighbouring channels averaged down to c."""
+    return reduce(x, "b (c g) t h w -> b c t h w", "mean", c=c)
+
+
+def repeat_channels(x: Tensor, c: int) -> Tensor:
+    """Every channel repeated in place up to c."""
+    return repeat(x, "b i t h w -> b (i g) t h w", g=c // x.shape[1])
+
+
+class EdgeConv3d(nn.Module):
+    """A 3 x 3 x 3 convolution that sees the past; what lies outside the video is like what lies at its edge."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.conv = nn.Conv3d(c_in, c_out, 3)
+
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        past = feat_cache[self] if self in feat_cache else repeat(x[:, :, 0], "b c h w -> b c two h w", two=2)
+        x = torch.cat([past, x], dim=2)
+        feat_cache[self] = x[:, :, -2:].clone()  # a view would keep the whole piece in memory
+        return self.conv(F.pad(x, (1, 1, 1, 1, 0, 0), mode="replicate"))
+
+
+class HYResidualBlock(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.norm1, self.norm2 = ChannelNorm(c, 3), ChannelNorm(c, 3)
+        self.conv1, self.conv2 = EdgeConv3d(c, c), EdgeConv3d(c, c)
+
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)), feat_cache)
+        return x + self.conv2(F.silu(self.norm2(y)), feat_cache)
+
+
+class PastAttention(nn.Module):
+    """Single-head attention in which a frame sees itself and all before it, so its cache grows with the video.
+
+    recall=False: every frame sees itself only, in constant memory. That is another function, and minWM's latents were
+    made with it: its streamed copy of this VAE forgets the keys and values that the released one attends to.
+    """
+
+    def __init__(self, c: int, recall: bool):
+        super().__init__()
+        self.recall = recall
+        self.norm = ChannelNorm(c, 3)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv3d(c, c, 1) for _ in range(4))
+
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        t, h = x.shape[2:4]
+        y = self.norm(x)
+        q, k, v = (rearrange(layer(y), "b c t h w -> b 1 t (h w) c") for layer in (self.q, self.k, self.v))
+        kv = torch.stack([k, v])  # [2 b 1 t s c]
+        if self.recall:
+            if self in feat_cache:
+                kv = torch.cat([feat_cache[self], kv], dim=3)
+            feat_cache[self] = kv
+        before = kv.shape[3] - t  # frames in the cache
+        frames = []
+        for i in range(t):
+            first = 0 if self.recall else i
+            k, v = kv[:, :, :, first : before + i + 1].flatten(3, 4)  # each [b 1 n c]
+            frames.append(F.scaled_dot_product_attention(q[:, :, i], k, v))
+        return x + self.proj_out(rearrange(frames, "t b 1 (h w) c -> b c t h w", h=h))
+
+
+class HYDownsample(nn.Module):
+    """Halve the grid; with `time`, also the frame rate, the first frame of the video passing through unpaired."""
+
+    def __init__(self, c_in: int, c_out: int, time: bool):
+        super().__init__()
+        self.c_out, self.time = c_out, time
+        self.conv = EdgeConv3d(c_in, c_out // (8 if time else 4))
+
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        y = self.conv(x, feat_cache)
+        if not self.time:
+            return pixel_unshuffle(y, 1) + group_mean(pixel_unshuffle(x, 1), self.c_out)
+        alone = 0 if self in feat_cache else 1  # the video's first frame stays one frame
+        feat_cache[self] = x.new_empty(0)  # only a mark: the first frame is over
+        first = pixel_unshuffle(y[:, :, :alone], 1)
+        first = torch.cat([first, first], dim=1)  # half the channels of a pair: twice the same
+        first = first + group_mean(pixel_unshuffle(x[:, :, :alone], 1), self.c_out)
+        pairs = pixel_unshuffle(y[:, :, alone:], 2) + group_mean(pixel_unshuffle(x[:, :, alone:], 2), self.c_out)
+        return torch.cat([first, pairs], dim=2)
+
+
+class HYUpsample(nn.Module):
+    """Double the grid; with `time`, also double the frame rate, except for the first frame."""
+
+    def __init__(self, c_in: int, c_out: int, time: bool):
+        super().__init__()
+        self.c_out, self.time = c_out, time
+        self.conv = EdgeConv3d(c_in, c_out * (8 if time else 4))
+
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        y = self.conv(x, feat_cache)
+        if not self.time:
+            return pixel_shuffle(y + repeat_channels(x, 4 * self.c_out), 1)
+        alone = 0 if self in feat_cache else 1
+        feat_cache[self] = x.new_empty(0)
+        first = pixel_shuffle(y[:, :, :alone], 1)[:, : self.c_out]  # the other half would be a second frame
+        first = first + repeat_channels(pixel_shuffle(x[:, :, :alone], 1), self.c_out)
+        pairs = pixel_shuffle(y[:, :, alone:], 2) + repeat_channels(pixel_shuffle(x[:, :, alone:], 2), self.c_out)
+        return torch.cat([first, pairs], dim=2)
+
+
+@dataclass(frozen=True)
+class HYVAEConfig:
+    widths: tuple[int, ...]  # of the encoder, per grid; the last two halvings are also in time
+    z_dim: int  # the last width is a multiple of its double
+    res_blocks: int
+    mean: tuple[float, ...]  # of the latents, per channel: diffusion sees (mu - mean) / std
+    std: tuple[float, ...]
+    recall: bool = True  # see PastAttention
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent, along height and width."""
+        return 2 ** (len(self.widths) - 1)
+
+
+def hy_middle(c: int, recall: bool) -> nn.ModuleDict:
+    return nn.ModuleDict({"block_1": HYResidualBlock(c), "attn_1": PastAttention(c, recall),
+                          "block_2": HYResidualBlock(c)})
+
+
+class HYEncoder3d(nn.Module):
+    """Pixels [b 3 t H W] -> moments [b 2c f h w]: down to the small grid, then the middle."""
+
+    def __init__(self, widths: tuple[int, ...], c_out: int, blocks: int, recall: bool):
+        super().__init__()
+        levels = []
+        for i, width in enumerate(widths):
+            level = nn.ModuleDict({"block": nn.ModuleList([HYResidualBlock(width) for _ in range(blocks)])})
+            if i < len(widths) - 1:  # the two steps next to the latents are also in time
+                level["downsample"] = HYDownsample(width, widths[i + 1], time=i >= len(widths) - 3)
+            levels.append(level)
+        self.conv_in = EdgeConv3d(3, widths[0])
+        self.down = nn.ModuleList(levels)
+        self.mid = hy_middle(widths[-1], recall)
+        self.norm_out, self.conv_out = ChannelNorm(widths[-1], 3), EdgeConv3d(widths[-1], c_out)
+
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        x = self.conv_in(x, feat_cache)
+        for level in self.down:
+            for block in level["block"]:
+                x = block(x, feat_cache)
+            if "downsample" in level:
+                x = level["downsample"](x, feat_cache)
+        for layer in self.mid.values():
+            x = layer(x, feat_cache)
+        y = self.conv_out(F.silu(self.norm_out(x)), feat_cache)
+        return y + group_mean(x, y.shape[1])
+
+
+class HYDecoder3d(nn.Module):
+    """Raw latents [b c f h w] -> pixels [b 3 t H W]: the middle, then up from the small grid."""
+
+    def __init__(self, c_in: int, widths: tuple[int, ...], blocks: int, recall: bool):
+        super().__init__()
+        levels = []
+        for i, width in enumerate(widths):
+            level = nn.ModuleDict({"block": nn.ModuleList([HYResidualBlock(width) for _ in range(blocks)])})
+            if i < len(widths) - 1:  # the two steps next to the latents are also in time
+                level["upsample"] = HYUpsample(width, widths[i + 1], time=i < 2)
+            levels.append(level)
+        self.conv_in = EdgeConv3d(c_in, widths[0])
+        self.up = nn.ModuleList(levels)
+        self.mid = hy_middle(widths[0], recall)
+        self.norm_out, self.conv_out = ChannelNorm(widths[-1], 3), EdgeConv3d(widths[-1], 3)
+
+    def forward(self, x: Tensor, feat_cache: FeatCache) -> Tensor:
+        y = self.conv_in(x, feat_cache)
+        x = y + repeat_channels(x, y.shape[1])
+        for layer in self.mid.values():
+            x = layer(x, feat_cache)
+        for level in self.up:
+            for block in level["block"]:
+                x = block(x, feat_cache)
+            if "upsample" in level:
+                x = level["upsample"](x, feat_cache)
+        return self.conv_out(F.silu(self.norm_out(x)), feat_cache)
+
+
+class HYVAE(nn.Module):
+    """HunyuanVideo-1.5's VAE with its released parameter names."""
+
+    def __init__(self, cfg: HYVAEConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.encoder = HYEncoder3d(cfg.widths, 2 * cfg.z_dim, cfg.res_blocks, cfg.recall)
+        self.decoder = HYDecoder3d(cfg.z_dim, cfg.widths[::-1], cfg.res_blocks + 1, cfg.recall)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Training from scratch: as WanVAE's."""
+        for name, layer in self.named_modules():
+            if isinstance(layer, nn.Conv3d):
+                nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
+                nn.init.zeros_(layer.bias)
+                if name.endswith(("conv2.conv", "proj_out")):
+                    nn.init.zeros_(layer.weight)
+        out = self.encoder.conv_out.conv
+        nn.init.zeros_(out.weight[self.cfg.z_dim :])
+        nn.init.constant_(out.bias[self.cfg.z_dim :], -5.0)  # log-variance
+
+    def moments(self, video: Tensor, feat_cache: FeatCache) -> tuple[Tensor, Tensor]:
+        """video [b 3 t H W] -> mean and log-variance of the raw latents, each [b c f h w]. Only training needs both."""
+        return self.encoder(video, feat_cache).chunk(2, dim=1)
+
+    def reconstruct(self, z: Tensor, feat_cache: FeatCache) -> Tensor:
+        """Raw latents [b c f h w] -> video [b 3 t H W]: what `moments` started from."""
+        return self.decoder(z, feat_cache)
+
+    encode, decode = WanVAE.encode, WanVAE.decode  # the same scale, the same pieces, the same refusals
+
+
+HY_VAE = HYVAEConfig((128, 256, 512, 1024, 1024), 32, 2, (0.0,) * 32, (1 / 1.03682,) * 32)
+PRESETS["tiny-hy"] = Preset(
+    HYDiT, HYConfig(56, 112, 2, 3, channels=8, text_dim=96, vision_dim=16, byt5=(8, 8, 8), rope_bands=(8, 10, 10),
+                    action=False, refiner_layers=1, patch=2),
+    HYVAE, HYVAEConfig((16, 16, 32), 8, 1, (0.0,) * 8, (1.0,) * 8))
+PRESETS["hy-8b"] = Preset(
+    HYDiT, HYConfig(2048, 8192, 16, 54, channels=32, text_dim=3584, vision_dim=1152, byt5=(1472, 2048, 2048),
+                    rope_bands=(16, 56, 56), action=True),
+    HYVAE, HY_VAE)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. UniPC (arXiv:2302.04867), the multistep sampler that public Wan is used with: Euler's result in fewer steps.
+#
+# Between two levels the network's x0 is taken for a smooth function of log-SNR. Each step is made twice. `predict`
+# extends the line through the last two predictions of x0; the network then sees the result and predicts x0 at the
+# step's own end, which the next step needs anyway; with it, `correct` makes the step once more.
+
+
+@torch.no_grad()
+def unipc(net: nn.Module, noise: list[Tensor], sigmas: list[float], prompt: Prompt, camera: Camera | None,
+          guidance: float, kv_cache: KVCache | None, generated: Tensor) -> Tensor:
+    """As `euler`. The first and the last step are of first order, all others of second.
+
+    sigmas[0] must be under 1, where log-SNR is -inf: noise_levels(..., start=0.999).
+    """
+    log_snr = [math.log((1 - s) / s) if s > 0 else math.inf for s in sigmas]
+    steps = len(sigmas) - 1
+    x0s: list[Tensor] = []  # the network's prediction at each level so far
+
+    def advance(x: Tensor, i: int, x0: Tensor) -> Tensor:
+        """From sigmas[i] to sigmas[i + 1], exact if x0 stayed the same on the way."""
+        h = log_snr[i + 1] - log_snr[i]
+        return sigmas[i + 1] / sigmas[i] * x - (1 - sigmas[i + 1]) * math.expm1(-h) * x0
+
+    def slope(i: int) -> tuple[Tensor, float]:
+        """How x0 changes over step i by the line through the predictions at i - 1 and i; and where i - 1 lies, in
+        steps from i."""
+        r = (log_snr[i - 1] - log_snr[i]) / (log_snr[i + 1] - log_snr[i])  # negative
+        return (x0s[i - 1] - x0s[i]) / r, r
+
+    def predict(x: Tensor, i: int) -> Tensor:
+        """Step i, by the predictions at its start and before it."""
+        x0 = x0s[i]
+        if 0 < i < steps - 1:
+            x0 = x0 + slope(i)[0] / 2
+        return advance(x, i, x0)
+
+    def correct(x: Tensor, i: int) -> Tensor:
+        """Step i once more, also by the prediction at its end. The last step has none to be corrected by."""
+        change = x0s[i + 1] - x0s[i]
+        if i == 0:
+            return advance(x, i, x0s[i] + change / 2)
+        # weights that make the step exact where x0 is of first or second order in log-SNR (eq. 9, B(h) = e^h - 1)
+        before, r = slope(i)
+        h = log_snr[i + 1] - log_snr[i]
+        decay = math.expm1(-h)
+        b_1, b_2 = -1 / h - 1 / decay, 2 * (1 / h + 1 / decay) / h - 1 / decay
+        w = (b_1 - b_2) / (1 - r)
+        return advance(x, i, x0s[i] + (w * before + (b_1 - w) * change))
+
+    x = x_t = noise[0]  # x_t, what the network sees, is the prediction; x, what the steps start from, its correction
+    for i in range(steps):
+        sigma = sigmas[i] * generated
+        v = velocity_with_guidance(net, x_t, sigma, prompt, camera, guidance, kv_cache)
+        x0s.append(velocity_to_x0(v, x_t, sigma))
+        if i > 0:
+            x = correct(x, i - 1)
+        x_t = torch.where(generated[..., None, None, None] > 0, predict(x, i), noise[0])  # given frames stay
+    return x_t
+
+
+SAMPLERS["unipc"] = unipc
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 11. Released files. They say little about themselves. What follows reads them as they are: public Wan2.1 and
 # HunyuanVideo-1.5 (a folder in its own or in diffusers' names, and the VAE), HY-WorldPlay and minWM. What they leave
 # unsaid is written out here; a meta.json beside the weights has the last word, {"size": [480, 832]} say.
 
-_RELEASED = {  # Wan2.1's and minWM's settings
+WAN_STUDENT = {  # Wan2.1's and minWM's settings
     "K": [0.5050505, 0.89786756, 0.5, 0.5], "size": [480, 832], "fps": 16, "frames": 20, "vae_fingerprint": "Wan2.1",
-    "prefix_prob": 0.0, "camera": True, "chunk": 4, "shift": 5.0, "sampler": "renoise", "steps": 4, "guidance": 1.0,
-    "step": 0, "from": None,
+    "given_prob": 0.0, "camera": True, "chunk": 4, "shift": 5.0, "sampler": "few_step", "sampling_steps": 4,
+    "guidance": 1.0, "step": 0, "from": None,
 }
+WAN_TEACHER = WAN_STUDENT | {"sampler": "unipc", "sampling_steps": 50}
 RELEASED = {  # stage: its meta
-    "base": _RELEASED | {"camera": False, "chunk": 0, "sampler": "unipc", "steps": 50, "guidance": 5.0},
-    "camera": _RELEASED | {"chunk": 0, "sampler": "unipc", "steps": 50, "guidance": 8.0},
-    "ar": _RELEASED | {"sampler": "unipc", "steps": 50, "guidance": 3.0},
-    "ode": _RELEASED, "cd": _RELEASED, "dmd": _RELEASED,
+    "base": WAN_TEACHER | {"camera": False, "chunk": 0, "guidance": 5.0},
+    "camera": WAN_TEACHER | {"chunk": 0, "guidance": 8.0},
+    "ar": WAN_TEACHER | {"guidance": 3.0},
+    "ode": WAN_STUDENT, "cd": WAN_STUDENT, "dmd": WAN_STUDENT,
 }
-_HY = _RELEASED | {"vae_fingerprint": "HunyuanVideo-1.5", "timed_text": False, "released_cache": False}
-_HY_50 = _HY | {"sampler": "euler", "steps": 50, "guidance": 6.0}
+# two keys that only these have: timed_text (HYDiT), and released_cache, of files that use_released_cache is meant for
+HY_STUDENT = WAN_STUDENT | {"vae_fingerprint": "HunyuanVideo-1.5", "timed_text": False, "released_cache": False}
+HY_TEACHER = HY_STUDENT | {"sampler": "euler", "sampling_steps": 50, "guidance": 6.0}
 RELEASED_HY = {  # HunyuanVideo-1.5 at 480p (base), and minWM's networks made of it
-    # Its habit of timed text is kept where the base is sampled. Stages start from it without: so does minWM.
-    "base": _HY_50 | {"camera": False, "chunk": 0, "fps": 24, "frames": 31, "timed_text": True},
-    "camera": _HY_50 | {"chunk": 0}, "ar": _HY_50,
-    # "renoise" is how they were trained, though the public scripts take Euler steps. Their latents are of the released
-    # VAE, but for PastAttention's recall: close enough to share its name, so that its latents may train them further.
-    "ode": _HY, "cd": _HY, "dmd": _HY | {"released_cache": True},
+    # sampled with timed text, as released; trained further without, as by minWM
+    "base": HY_TEACHER | {"camera": False, "chunk": 0, "fps": 24, "frames": 31, "timed_text": True},
+    "camera": HY_TEACHER | {"chunk": 0},
+    "ar": HY_TEACHER,
+    # The students were trained for "few_step", though the public scripts take Euler steps. Their latents are those of
+    # the released VAE but for PastAttention's recall: close enough to train them further on the released VAE's.
+    "ode": HY_STUDENT, "cd": HY_STUDENT, "dmd": HY_STUDENT | {"released_cache": True},
 }
 # HY-WorldPlay. Its own runtime makes a chunk after at most 20 frames, which it picks and reads anew, renumbered and at
 # noise level 0.014; ours after all of them, read once. So its weights are a start to train from, more than to stream.
 WORLDPLAY = {"fps": 24, "frames": 32, "released_cache": False}
+# Where the files of minWM and HY-WorldPlay lie is all that tells their stage.
 MINWM_FOLDERS = {"bidirectional": "camera", "ar_diffusion_tf": "ar", "causal_ode": "ode", "causal_cd": "cd",
-                 "dmd": "dmd", "dmd_ourbi": "dmd"}  # where minWM's files lie: their only word about their stage
+                 "dmd": "dmd", "dmd_ourbi": "dmd"}
 WORLDPLAY_FOLDERS = {"bidirectional_model": "camera", "ar_model": "ar", "ar_rl_model": "ar",
                      "ar_distilled_action_model": "dmd"}
 SIZES = {  # class of network: what its config.json calls our sizes
@@ -1582,7 +1974,308 @@ SIZES = {  # class of network: what its config.json calls our sizes
         "num_refiner_layers": "refiner_layers", "patch_size": "patch"},
 }
 SIZES["ARHunyuanVideo_1_5_DiffusionTransformer"] = SIZES["HunyuanVideo_1_5_DiffusionTransformer"]  # minWM's
-VAES = "AutoencoderKLWan", "AutoencoderKLConv3D", "AutoencoderKLHunyuanVideo15"  # the second is Tencent's
+VAE_CLASSES = ("AutoencoderKLWan", "AutoencoderKLConv3D", "AutoencoderKLHunyuanVideo15")  # the second is Tencent's
+
+
+def read_released_folder(path: Path, want_vae: bool) -> tuple[dict[str, Tensor], Meta]:
+    """A released folder, or the one around it: its transformer, or with want_vae its VAE. Or one file of safetensors,
+    its config.json beside it."""
+    if want_vae and (path / "Wan2.1_VAE.pth").exists():
+        return read_file(path / "Wan2.1_VAE.pth")
+    folder = find_weights(path, "vae" if want_vae else "transformer")
+    weights = read_safetensors(path if path.is_file() else folder)
+    config_path, config = folder / "config.json", {}
+    if config_path.exists() or not is_hy(weights):  # HY-WorldPlay's weights need none: their shapes say it all
+        config = read_json(config_path)
+
+    kind = config.get("_class_name")
+    if kind in VAE_CLASSES:
+        weights = from_diffusers(weights)
+        return weights, describe_vae(folder, weights, config)
+    if kind not in SIZES and (kind is not None or not is_hy(weights)):
+        raise ValueError(f"{config_path}: expected a {', '.join([*SIZES, *VAE_CLASSES])}, found {kind}")
+    for key, value in {"eps": 1e-6, "rope_theta": 256}.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{config_path}: expected {key} {value}, found {config[key]}")
+    if "attention_head_dim" in config:  # diffusers'
+        weights = from_diffusers(weights)
+
+    meta_path = find_meta_json(path, folder)
+    # a base says what it is; of minWM's and HY-WorldPlay's networks only the name of a folder does
+    stage = None if has_prope(weights) or kind is None or kind.startswith("AR") else "base"
+    if is_hy(weights) and stage == "base" and not meta_path.exists():
+        size = (config.get("ideal_resolution", "480p"), config.get("target_size", 640))
+        if "distilled" in folder.name or size != ("480p", 640):
+            raise ValueError(f"{folder}: not at 480p, or distilled, so it wants other settings than those we know: "
+                             f"expected its size, shift, sampling_steps and guidance in {meta_path}")
+    return describe_net(path, meta_path, weights, stage, sizes_of(config))
+
+
+def read_released_file(path: Path, saved: dict) -> tuple[dict[str, Tensor], Meta]:
+    """What torch.load made of minWM's model.pt, HY-WorldPlay's .pt or Wan2.1_VAE.pth."""
+    if is_state_dict(saved) and "encoder.conv1.weight" in saved:
+        return saved, describe_vae(path, saved, {})
+    found = [key for key in ("generator_ema", "generator", "module") if key in saved]  # the average, if there is one
+    if found and is_state_dict(saved[found[0]]):
+        # FSDP, torch.compile and activation checkpointing have each put their own into the names
+        wrappers = r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\."
+        weights = renamed(saved[found[0]], ((wrappers, ""), (r"^model\.", "")))
+        return describe_net(path, find_meta_json(path, path.parent), weights, None, {})
+    raise ValueError(f"{path}: not a checkpoint of ours, of minWM or Wan's VAE: it holds {[*saved][:3]}")
+
+
+def find_weights(path: Path, part: str) -> Path:
+    """The folder in which the weights of a part, "transformer" or "vae", lie."""
+    if path.is_file():
+        return path.parent
+    folder = path / part if (path / part).is_dir() else path
+    # HunyuanVideo-1.5 has one for every size and task
+    return folder / "480p_i2v" if (folder / "480p_i2v").is_dir() else folder
+
+
+def sizes_of(config: dict) -> dict[str, Any]:
+    """Of a config.json, in our words."""
+    if "attention_head_dim" in config:  # diffusers' does not say the width
+        config = config | {"dim": config.get("num_attention_heads", 0) * config["attention_head_dim"]}
+    sizes = {}
+    for theirs, ours in SIZES.get(config.get("_class_name"), {}).items():
+        if theirs in config:
+            sizes[ours] = tuple(config[theirs]) if isinstance(config[theirs], list) else config[theirs]
+    return sizes
+
+
+def find_meta_json(path: Path, folder: Path) -> Path:
+    """The meta.json in `folder`, beside the weights, or in one between it and the `path` that the user named; or where
+    one could be."""
+    root = path if path.is_dir() else path.parent
+    for place in (folder, *folder.parents):
+        if place.is_relative_to(root) and (place / "meta.json").exists():
+            return place / "meta.json"
+    return folder / "meta.json"
+
+
+def find_maker_folder(path: Path, folders: dict[str, str]) -> str | None:
+    """The innermost folder around the files whose name tells their stage."""
+    for place in (path.absolute(), *path.absolute().parents):
+        if place.name in folders:
+            return place.name
+    return None
+
+
+def describe_net(path: Path, meta_path: Path, weights: dict[str, Tensor], stage: str | None,
+                 sizes: dict[str, Any]) -> tuple[dict[str, Tensor], Meta]:
+    """Weights, and what a checkpoint of ours would have said of them.
+
+    path: what the user named. stage: None if only the name of a folder tells, as with minWM and HY-WorldPlay.
+    sizes: of a config.json in our words, or empty.
+    """
+    hy = is_hy(weights)
+    folders = MINWM_FOLDERS | WORLDPLAY_FOLDERS if hy else MINWM_FOLDERS
+    maker_folder = find_maker_folder(path, folders) if stage is None else None
+    overrides = upgrade(read_json(meta_path)) if meta_path.exists() else {}
+    stage = overrides.pop("stage", folders.get(maker_folder, stage))
+    if stage is None and not meta_path.exists():
+        raise ValueError(f"{path}: these files do not say their stage, expected one in a folder {', '.join(folders)}, "
+                         f"or {{\"stage\": ...}} in {meta_path}")
+    released = RELEASED_HY if hy else RELEASED
+    if stage not in released or not overrides.keys() <= released[stage].keys():
+        raise ValueError(f"{meta_path}: expected a stage of {', '.join(released)} and some of "
+                         f"{', '.join(released['dmd'])}, found stage {stage} and {', '.join(overrides) or 'nothing'}")
+
+    meta = released[stage] | {"stage": stage}
+    if maker_folder in WORLDPLAY_FOLDERS:
+        meta |= WORLDPLAY | {"timed_text": stage == "camera", "sampler": "euler"}
+    if hy and not has_prope(weights):  # minWM's TI2V models, which have no camera at any stage
+        meta |= {"camera": False, "released_cache": False, "stage": "base" if stage == "camera" else stage}
+    preset = find_preset(path, weights, sizes)
+    meta |= overrides | {"preset": preset}
+    if hy and meta["camera"] and PRESETS[preset].dit.action:
+        weights = with_action_labels(path, weights, preset)
+    return weights, meta
+
+
+def find_preset(path: Path, weights: dict[str, Tensor], sizes: dict[str, Any]) -> str:
+    """The first preset of these sizes; of width and layers, if no config.json said any."""
+    hy = is_hy(weights)
+    if not sizes:
+        blocks = [name for name in weights if name.endswith((".cross_attn.o.bias", ".img_attn_proj.bias"))]
+        width = axis_length(weights, "img_in.proj.bias" if hy else "patch_embedding.bias", 0)
+        sizes = {"dim": width, "layers": len(blocks)}
+    for name, preset in PRESETS.items():
+        differ = [key for key, value in sizes.items() if getattr(preset.dit, key, None) != value]
+        if preset.net is (HYDiT if hy else WanDiT) and not differ:
+            return name
+    raise ValueError(f"{path}: a network with {sizes}, known presets are {', '.join(PRESETS)}")
+
+
+def with_action_labels(path: Path, weights: dict[str, Tensor], preset: str) -> dict[str, Tensor]:
+    """Add the embedding of action labels, at zero output, unless any of it is there."""
+    if any(name.startswith("action_in.") for name in weights):
+        return weights
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"{path} knows no action labels: 4 tensors of them are added, at zero output", file=sys.stderr)
+    more, _ = with_camera(weights, preset)
+    # not what else may be missing: load_checkpoint is to name that
+    return weights | {name: w for name, w in more.items() if name.startswith("action_in.")}
+
+
+def describe_vae(path: Path, weights: dict[str, Tensor], config: dict) -> Meta:
+    """config: of its config.json, or nothing. Released weights are known by name, all others by fingerprint."""
+    if "encoder.conv_in.conv.bias" in weights:
+        width = axis_length(weights, "encoder.conv_in.conv.bias", 0)
+        z_dim = axis_length(weights, "decoder.conv_in.conv.weight", 1)
+        known = [name for name, preset in PRESETS.items() if preset.vae_net is HYVAE
+                 and (preset.vae.widths[0], preset.vae.z_dim) == (width, z_dim)]
+    else:
+        width, z_dim = axis_length(weights, "encoder.conv1.bias", 0), axis_length(weights, "conv2.bias", 0)
+        known = [name for name, preset in PRESETS.items() if preset.vae_net is WanVAE
+                 and (preset.vae.dim, preset.vae.z_dim) == (width, z_dim)]
+    if not known:
+        raise ValueError(f"{path}: a VAE of width {width} with {z_dim} channels, "
+                         f"known presets are {', '.join(PRESETS)}")
+    cfg = PRESETS[known[0]].vae
+    mean, std = tuple(config.get("latents_mean", cfg.mean)), tuple(config.get("latents_std", cfg.std))
+    if config.get("scaling_factor"):  # HunyuanVideo-1.5's: one for all channels
+        mean = (config.get("shift_factor") or 0.0,) * z_dim
+        std = (1 / config["scaling_factor"],) * z_dim
+    meta = {"stage": "vae", "preset": known[0], "mean": list(mean), "std": list(std)}
+    scaled = replace(cfg, mean=mean, std=std)
+    if scaled == WAN_VAE:
+        meta["fingerprint"] = "Wan2.1"
+    elif scaled == HY_VAE:
+        meta["fingerprint"] = "HunyuanVideo-1.5"
+    return meta
+
+
+def use_released_cache(net: HYDiT, meta: Meta, path: Path) -> None:
+    """Reproduce a defect that minWM's DMD networks were distilled with: in a stream, PRoPE's queries read the keys and
+    values that the RoPE branch cached. Raises ValueError for any other network."""
+    if not meta.get("released_cache"):
+        made = f" made from {meta['from']}" if meta.get("from") else ""
+        raise ValueError(f"{path}: --released-cache is for minWM's DMD of HunyuanVideo-1.5 with a camera, as released, "
+                         f"found stage {meta['stage']} of {meta['preset']}{made}")
+    for block in net.blocks:
+        block.prope_cache = slice(0, 2)
+
+
+def is_hy(weights: dict[str, Tensor]) -> bool:
+    return any(name.startswith("double_blocks.") for name in weights)
+
+
+def has_prope(weights: dict[str, Tensor]) -> bool:
+    """For HY's: has it a camera branch?"""
+    return any(".img_attn_prope_proj." in name for name in weights)
+
+
+def axis_length(weights: dict[str, Tensor], name: str, axis: int) -> int:
+    """0 if there is no such tensor or axis."""
+    return weights[name].shape[axis] if name in weights and weights[name].ndim > axis else 0
+
+
+def read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected an object, found {type(found).__name__}")
+    return found
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """A file, or of a folder diffusion_pytorch_model*.safetensors, one file or the shards that an index names. One of
+    HY-WorldPlay's folders has model.safetensors instead."""
+    index = path / "diffusion_pytorch_model.safetensors.index.json"
+    files = sorted(path.glob("diffusion_pytorch_model*.safetensors")) or sorted(path.glob("model.safetensors"))
+    if path.is_file():
+        files = [path]
+    elif index.exists():
+        names = set(read_json(index).get("weight_map", {}).values())
+        files = [path / name for name in sorted(names)]
+    if not files:
+        raise ValueError(f"{path}: no diffusion_pytorch_model*.safetensors in it")
+    weights = {}
+    for file in files:
+        if not file.exists():
+            raise ValueError(f"{file}: no such file, but {index.name} names it")
+        try:
+            weights |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: truncated, or not safetensors ({error})") from None
+    return weights
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    """python model.py ckpt/ar.pt describes a checkpoint; --half OUT also writes it with its weights rounded to fp16."""
+    p = argparse.ArgumentParser(description=main.__doc__)
+    p.add_argument("checkpoint", type=Path)
+    p.add_argument("--half", type=Path, metavar="OUT", help="write a copy in half precision, to ship")
+    args = p.parse_args(argv)
+    weights, meta = load_checkpoint(args.checkpoint)
+    print(json.dumps(meta | {"parameters": sum(w.numel() for w in weights.values())}, indent=2))
+    if args.half:
+        # views of one tensor: a file has a record for each tensor that is not, half a kilobyte beside the numbers
+        flat = torch.cat([w.half().flatten() for w in weights.values()])
+        parts = flat.split([w.numel() for w in weights.values()])
+        halves = {name: part.view(w.shape) for (name, w), part in zip(weights.items(), parts, strict=True)}
+        save_checkpoint(args.half, halves, meta)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# diffusers' names of the released networks' parameters. The networks are the same functions (tests/test_diffusers*.py).
+
+
+def from_diffusers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' names of Wan's or HunyuanVideo-1.5's transformer or VAE -> their own. Other names stay as they are."""
+    if "encoder.conv_in.conv.weight" in weights:
+        return renamed(weights, DIFFUSERS_HY_VAE)
+    if "x_embedder.proj.weight" in weights:
+        return hy_dit_from_diffusers(weights)
+    if "encoder.conv_in.weight" in weights:
+        return wan_vae_from_diffusers(weights)
+    return renamed(weights, DIFFUSERS_DIT)
+
+
+def renamed(weights: dict[str, Tensor], table: tuple) -> dict[str, Tensor]:
+    """Each name through every (pattern, replacement) of the table in turn. Names that would meet stay as they are."""
+    names = {name: name for name in weights}
+    for pattern, replacement in table:
+        names = {old: re.sub(pattern, replacement, name) for old, name in names.items()}
+    count = Counter(names.values())
+    return {new if count[new] == 1 else old: weights[old] for old, new in names.items()}
+
+
+def hy_dit_from_diffusers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    weights = renamed(weights, DIFFUSERS_HY_DIT)
+    for name in [name for name in weights if ".self_attn_q." in name]:  # the refiner's q, k and v are one tensor
+        parts = [name.replace("attn_q.", f"attn_{part}.") for part in "qkv"]
+        shapes = {weights[part].shape if part in weights else None for part in parts}
+        if len(shapes) == 1:
+            joined = torch.cat([weights.pop(part) for part in parts])
+            weights[name.replace("attn_q.", "attn_qkv.")] = joined
+    for name, w in weights.items():
+        if name.startswith("final_layer.adaLN") and w.ndim:  # scale, shift; HunyuanVideo-1.5's own is shift, scale
+            weights[name] = torch.cat(w.chunk(2)[::-1])
+    return weights
+
+
+def wan_vae_from_diffusers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Wan's file counts the decoder's layers through: of each stage the blocks, then the upsampler."""
+    stage_0 = [name for name in weights if name.startswith("decoder.up_blocks.0.resnets.")]
+    blocks = sum(name.endswith("conv1.bias") for name in stage_0)
+
+    def count_through(match: re.Match) -> str:
+        stage, kind, i = int(match[1]), match[2], int(match[3])
+        return f".upsamples.{stage * (blocks + 1) + (i if kind == 'resnets' else blocks)}."
+
+    return renamed(weights, ((r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", count_through), *DIFFUSERS_VAE))
+
+
 DIFFUSERS_DIT = (  # parameter names: diffusers' -> Wan's, one after the other
     (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
     (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
@@ -1628,217 +2321,6 @@ DIFFUSERS_HY_VAE = (
     (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."), (r"\.to_([qkv])\.", r".\1."), (r"\.resnets\.", ".block."),
     (r"\.(down|up)_blocks\.", r".\1."), (r"\.(down|up)samplers\.0\.", r".\1sample."),
 )
-
-
-def renamed(weights: dict[str, Tensor], table: tuple) -> dict[str, Tensor]:
-    """Each name through every (pattern, replacement) of the table in turn. Names that would meet stay as they are."""
-    names = {name: name for name in weights}
-    for pattern, replacement in table:
-        names = {old: re.sub(pattern, replacement, name) for old, name in names.items()}
-    count = Counter(names.values())
-    return {new if count[new] == 1 else old: weights[old] for old, new in names.items()}
-
-
-def from_diffusers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' names of Wan's or HunyuanVideo-1.5's transformer or VAE -> their own. Other names stay as they are."""
-    if "encoder.conv_in.conv.weight" in weights:
-        return renamed(weights, DIFFUSERS_HY_VAE)
-    if "x_embedder.proj.weight" in weights:
-        weights = renamed(weights, DIFFUSERS_HY_DIT)
-        for name in [name for name in weights if ".self_attn_q." in name]:  # its q, k and v are one
-            parts = [name.replace("attn_q.", f"attn_{part}.") for part in "qkv"]
-            if len({weights[part].shape if part in weights else None for part in parts}) == 1:
-                weights[name.replace("attn_q.", "attn_qkv.")] = torch.cat([weights.pop(part) for part in parts])
-        # diffusers has scale, shift where HunyuanVideo-1.5 has shift, scale
-        return {name: torch.cat(w.chunk(2)[::-1]) if name.startswith("final_layer.adaLN") and w.ndim else w
-                for name, w in weights.items()}
-    if "encoder.conv_in.weight" not in weights:
-        return renamed(weights, DIFFUSERS_DIT)
-    blocks = sum(name.startswith("decoder.up_blocks.0.resnets.") and name.endswith("conv1.bias") for name in weights)
-    # the decoder's layers are counted through in Wan's file: of each stage the blocks, then the upsampler
-    place = lambda m: f".upsamples.{int(m[1]) * (blocks + 1) + (int(m[3]) if m[2] == 'resnets' else blocks)}."
-    return renamed(weights, ((r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", place), *DIFFUSERS_VAE))
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected an object, found {type(found).__name__}")
-    return found
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """A file, or of a folder diffusion_pytorch_model*.safetensors, one file or the shards that an index names. One of
-    HY-WorldPlay's folders has model.safetensors instead."""
-    index = path / "diffusion_pytorch_model.safetensors.index.json"
-    files = sorted(path.glob("diffusion_pytorch_model*.safetensors")) or sorted(path.glob("model.safetensors"))
-    if path.is_file():
-        files = [path]
-    elif index.exists():
-        files = [path / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
-    if not files:
-        raise ValueError(f"{path}: no diffusion_pytorch_model*.safetensors in it")
-    weights = {}
-    for file in files:
-        if not file.exists():
-            raise ValueError(f"{file}: no such file, but {index.name} names it")
-        try:
-            weights |= load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: truncated, or not safetensors ({error})") from None
-    return weights
-
-
-def _width(weights: dict[str, Tensor], name: str, axis: int = 0) -> int:
-    return weights[name].shape[axis] if name in weights and weights[name].ndim > axis else 0
-
-
-def _is_hy(weights: dict[str, Tensor]) -> bool:
-    return any(name.startswith("double_blocks.") for name in weights)
-
-
-def _released(path: Path, folder: Path, weights: dict[str, Tensor], stage: str | None, config: dict, sizes: dict):
-    """Weights, and what a checkpoint of ours would have said of them.
-
-    path: what the user named, folder: where in it the weights lie; any folder between the two may have the meta.json.
-    stage: None if only the name of a folder tells, as with minWM and HY-WorldPlay.
-    config, sizes: of config.json, as it is and in our words; both may be empty.
-    """
-    hy, root = _is_hy(weights), path if path.is_dir() else path.parent
-    homes = [home for home in (folder, *folder.parents) if home.is_relative_to(root)]
-    meta_path = next((home / "meta.json" for home in homes if (home / "meta.json").exists()), folder / "meta.json")
-    usual = (config.get("ideal_resolution", "480p"), config.get("target_size", 640)) == ("480p", 640)
-    if hy and stage and not meta_path.exists() and ("distilled" in folder.name or not usual):
-        raise ValueError(f"{folder}: not at 480p, or distilled, so it wants other settings than those that we know: "
-                         f"expected its size, shift, steps and guidance in {meta_path}")
-    folders = MINWM_FOLDERS | WORLDPLAY_FOLDERS if hy else MINWM_FOLDERS
-    places = (path.absolute(), *path.absolute().parents) if stage is None else ()
-    of = next((place.name for place in places if place.name in folders), None)
-    said = _read_json(meta_path) if meta_path.exists() else {}
-    stage = said.pop("stage", folders.get(of, stage))
-    if stage is None and not meta_path.exists():
-        raise ValueError(f"{path}: these files do not say their stage, expected one in a folder {', '.join(folders)}, "
-                         f"or {{\"stage\": ...}} in {meta_path}")
-    released = RELEASED_HY if hy else RELEASED
-    if stage not in released or not said.keys() <= released[stage].keys():
-        raise ValueError(f"{meta_path}: expected a stage of {', '.join(released)} and some of "
-                         f"{', '.join(released['dmd'])}, found stage {stage} and {', '.join(said) or 'nothing'}")
-    meta = released[stage]
-    if hy:
-        if of in WORLDPLAY_FOLDERS:
-            meta = meta | WORLDPLAY | {"timed_text": stage == "camera", "sampler": "euler"}
-        if not any(".img_attn_prope_proj." in name for name in weights):  # minWM's TI2V models, too, have no camera
-            stage = "base" if stage == "camera" else stage
-            meta = meta | {"camera": False, "released_cache": False}
-    sizes = sizes or {"dim": _width(weights, "img_in.proj.bias" if hy else "patch_embedding.bias"),
-                      "layers": sum(name.endswith((".cross_attn.o.bias", ".img_attn_proj.bias")) for name in weights)}
-    known = [name for name, preset in PRESETS.items() if isinstance(preset.dit, HYConfig if hy else DiTConfig)
-             and all(vars(preset.dit).get(key) == z for key, z in sizes.items())]
-    if not known:
-        raise ValueError(f"{path}: a network with {sizes}, known presets are {', '.join(PRESETS)}")
-    meta = meta | said | {"stage": stage, "preset": known[0]}
-    if hy and meta["camera"] and PRESETS[known[0]].dit.action and not any(z.startswith("action_in.") for z in weights):
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            print(f"{path} knows no action labels: 4 tensors of them are added, at zero output", file=sys.stderr)
-        more, _ = with_camera(weights, known[0])
-        weights = weights | {name: w for name, w in more.items() if name.startswith("action_in.")}
-    return weights, meta
-
-
-def _vae_meta(path: Path, weights: dict[str, Tensor], config: dict) -> dict:
-    """config: of its config.json, or nothing. Released weights are known by name, all others by fingerprint."""
-    hy = "encoder.conv_in.conv.bias" in weights
-    dim, z_dim = _width(weights, "encoder.conv1.bias"), _width(weights, "conv2.bias")
-    if hy:
-        dim = _width(weights, "encoder.conv_in.conv.bias")
-        z_dim = _width(weights, "decoder.conv_in.conv.weight", axis=1)
-    known = [name for name, preset in PRESETS.items() if isinstance(preset.vae, HYVAEConfig if hy else VAEConfig)
-             and (preset.vae.widths[0] if hy else preset.vae.dim, preset.vae.z_dim) == (dim, z_dim)]
-    if not known:
-        raise ValueError(f"{path}: a VAE of width {dim} with {z_dim} channels, known presets are {', '.join(PRESETS)}")
-    cfg = PRESETS[known[0]].vae
-    mean, std = tuple(config.get("latents_mean", cfg.mean)), tuple(config.get("latents_std", cfg.std))
-    if config.get("scaling_factor"):  # HunyuanVideo-1.5's: one for all channels
-        mean, std = (config.get("shift_factor") or 0.0,) * z_dim, (1 / config["scaling_factor"],) * z_dim
-    of = {name: vae for name, vae in (("Wan2.1", WAN_VAE), ("HunyuanVideo-1.5", HY_VAE))
-          if replace(cfg, mean=mean, std=std) == vae}
-    name = {"fingerprint": name for name in of}
-    return {"stage": "vae", "preset": known[0], "mean": list(mean), "std": list(std)} | name
-
-
-def _read_folder(path: Path, want_vae: bool) -> tuple[dict[str, Tensor], dict]:
-    """A released folder, or the one around it: the transformer, or with want_vae its VAE. Or one file of safetensors,
-    its config.json beside it."""
-    if want_vae and (path / "Wan2.1_VAE.pth").exists():
-        return _read_file(path / "Wan2.1_VAE.pth")
-    part = path / ("vae" if want_vae else "transformer")
-    folder = path.parent if path.is_file() else part if part.is_dir() else path
-    if (folder / "480p_i2v").is_dir():  # HunyuanVideo-1.5 has one for every size and task
-        folder = folder / "480p_i2v"
-    weights = _read_safetensors(path if path.is_file() else folder)
-    # HY-WorldPlay's weights need none: their shapes say it all
-    config = {} if _is_hy(weights) and not (folder / "config.json").exists() else _read_json(folder / "config.json")
-    kind = config.get("_class_name")
-    if kind in VAES:
-        weights = from_diffusers(weights)
-        return weights, _vae_meta(folder, weights, config)
-    if kind not in SIZES and not (_is_hy(weights) and kind is None):
-        raise ValueError(f"{folder / 'config.json'}: expected a {', '.join([*SIZES, *VAES])}, found {kind}")
-    for key, value in ("eps", 1e-6), ("rope_theta", 256):
-        if config.get(key, value) != value:
-            raise ValueError(f"{folder / 'config.json'}: expected {key} {value}, found {config[key]}")
-    if "attention_head_dim" in config:  # diffusers'
-        weights = from_diffusers(weights)
-        config["dim"] = config.get("num_attention_heads", 0) * config["attention_head_dim"]
-    sizes = {ours: tuple(config[theirs]) if isinstance(config[theirs], list) else config[theirs]
-             for theirs, ours in SIZES.get(kind, {}).items() if theirs in config}
-    camera = any(".img_attn_prope_proj." in name for name in weights)
-    stage = None if camera or kind is None or kind.startswith("AR") else "base"
-    return _released(path, folder, weights, stage, config, sizes)
-
-
-def _read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Our own checkpoint, minWM's model.pt, HY-WorldPlay's .pt or Wan2.1_VAE.pth."""
-    try:  # without code, and memory-mapped where the format allows it
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:
-        raise ValueError(f"{path}: truncated, or not a checkpoint of ours ({type(error).__name__})") from error
-    saved = saved if isinstance(saved, dict) else {}
-    of = next((key for key in ("model", "generator_ema", "generator", "module") if key in saved), None)
-    weights, meta = saved[of] if of else saved, saved.get("meta")
-    whole = isinstance(weights, dict) and all(isinstance(w, Tensor) for w in weights.values())
-    if whole and of == "model" and isinstance(meta, dict) and "stage" in meta:
-        return weights, meta
-    if whole and of is None and "encoder.conv1.weight" in weights:
-        return weights, _vae_meta(path, weights, {})
-    if whole and of in ("generator_ema", "generator", "module"):
-        # FSDP, torch.compile and activation checkpointing have each put their own into the names
-        wrappers = r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\."
-        return _released(path, path.parent, renamed(weights, ((wrappers, ""), (r"^model\.", ""))), None, {}, {})
-    raise ValueError(f"{path}: not a checkpoint of ours, of minWM or Wan's VAE: it holds {[*saved][:3]}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def main(argv: list[str] | None = None) -> None:
-    """python model.py ckpt/ar.pt describes a checkpoint; --half OUT also writes it with its weights rounded to fp16."""
-    p = argparse.ArgumentParser(description=main.__doc__)
-    p.add_argument("checkpoint", type=Path)
-    p.add_argument("--half", type=Path, metavar="OUT", help="write a copy in half precision, to ship")
-    args = p.parse_args(argv)
-    weights, meta = load_checkpoint(args.checkpoint)
-    print(json.dumps(meta | {"parameters": sum(w.numel() for w in weights.values())}, indent=2))
-    if args.half:
-        parts = torch.cat([w.half().flatten() for w in weights.values()]).split([w.numel() for w in weights.values()])
-        # views of one tensor: a file has a record for each that is not, half a kilobyte beside the numbers
-        halves = {name: part.view(w.shape) for (name, w), part in zip(weights.items(), parts)}
-        save_checkpoint(args.half, halves, meta)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ in:  a checkpoint of any stage (it names its own sampler), a path (pose string o
 out: an mp4 (or gif) and a contact sheet; on the toy world, with --score, how well the path was obeyed
 
 $ python stream.py --camera 'w*3,w+l*4'
-$ python stream.py --camera path.json --ckpt ckpt/ar.pt --steps 48 --out walk.mp4 --keys
+$ python stream.py --camera path.json --ckpt ckpt/ar.pt --sampling-steps 48 --out walk.mp4 --keys
 $ python stream.py --score --scenes 64 --ckpt ckpt/tiny/dmd.pt
 """
 import argparse
@@ -13,7 +13,9 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import imageio.v3 as imageio
 import numpy as np
@@ -23,19 +25,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    GRAMMAR, LOOKS, NAMED, N_PANELS, PALETTE, SURFACE_OF_PANEL, VIDEOS, Encoder, Scene, action_labels, cast, fit,
-    intrinsics, invert_se3, load_encoder, look_errors, mix, paint, pair, panels_seen, parse_trajectory, pixel_cameras,
-    pressed, read_camera, read_prompt, render, rotation, sample_toy, write_sheet,
+    GRAMMAR, LOOKS, N_PANELS, NAMED, PALETTE, SURFACE_OF_PANEL, VIDEOS, CameraPath, Encoder, HelpFormatter, Scene, cast,
+    collate_prompts, from_bytes, intrinsics, load_encoder, look_errors, mix, paint, panels_seen, parse_trajectory,
+    pixel_cameras, pressed, read_camera, read_prompt, render, resize_and_crop, rotation, sample_toy, to_bytes,
+    write_sheet,
 )
-from model import HYVAE, WanVAE, load_net, load_vae, rollout, timed
+from model import Camera, Meta, Prompt, invert_se3, load_net, load_vae, rollout, timed, use_released_cache
 
 SHIPPED = Path(__file__).parent / "ckpt/tiny"
+STAGES = ("base", "camera", "ar", "ode", "cd", "dmd")
 TOY_PROMPT = ("orange left wall, cyan right wall, blue far wall, green floor, white ceiling, "
               "near left red pillar, far right yellow pillar")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__ + GRAMMAR, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__ + GRAMMAR, formatter_class=HelpFormatter)
     p.add_argument("--camera", default="w*3,w+l*4", help="a pose string or a .json file")
     p.add_argument("--ckpt", type=Path, help="default ckpt/dmd.pt if there is one, else the shipped four-step model")
     p.add_argument("--vae", type=Path, help="default what lies beside the checkpoint, else the shipped one")
@@ -44,9 +48,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--prompt", help="default: the path's own, else a room of the toy world")
     p.add_argument("--image", type=Path, help="an image, or a video of 1 + 4k frames, that the world goes on from")
     p.add_argument("--out", type=Path, default=Path("walk.mp4"), help=".mp4 or .gif; the contact sheet goes beside it")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--steps", type=int, help="denoising steps, instead of the checkpoint's own")
-    p.add_argument("--guidance", type=float, help="instead of the checkpoint's own")
+    p.add_argument("--seed", type=int, default=0, help="of the noise")
+    p.add_argument("--sampling-steps", "--steps", type=int, help="denoising steps of a chunk, instead of the "
+                   "checkpoint's own")
+    p.add_argument("--guidance", type=float, help="w in null + w (cond - null), instead of the checkpoint's own")
     p.add_argument("--keys", action="store_true", help="draw the commanded keys on the video")
     p.add_argument("--other-intrinsics", action="store_true", help="let the path's K differ from the one trained with")
     p.add_argument("--released-cache", action="store_true", help="for minWM's released DMD of HunyuanVideo-1.5: let "
@@ -63,59 +68,88 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # 1. The stream.
 
 
+class Player(NamedTuple):
+    """All that it takes to stream."""
+    net: nn.Module
+    vae: nn.Module
+    encoder: Encoder
+    meta: Meta  # of the network
+
+
 @torch.no_grad()
-def stream(net: nn.Module, vae: WanVAE | HYVAE, meta: dict, encoder: Encoder, prompts: list[str], viewmats: Tensor,
-           Ks: Tensor, seeds: list[int], seconds: dict[str, float] | None = None, before: Tensor | None = None):
+def stream(player: Player, prompts: list[str], camera: Camera, seeds: list[int], given: Tensor | None = None,
+           seconds: dict[str, float] | None = None) -> Iterator[Tensor]:
     """Yield video [b 3 t H W] in [-1, 1] as it is made: 1 + 4 (n - 1) frames of the first chunk of n latents, then 4 n.
 
-    viewmats [b f 4 4], Ks [b f 3 3], one prompt and one seed per video. A path that ends within a chunk is held there.
-    before: an image or a short video [b 3 t H W] to go on from. The stream begins with it if the network was trained
+    One prompt and one seed per video; camera: viewmats [b f 4 4], Ks [b f 3 3]. Chunks are whole, so along a path that
+    ends within one the camera stands still for the rest of it, and those frames are not shown.
+    given: an image or a short video [b 3 t H W] to go on from. The stream begins with it if the network was trained
     with given frames; HY also reads its first frame with the prompt, and makes it anew if it was not.
+    seconds: if given, the time spent is added to its "prompt", "denoise", "cache" and "decode".
     """
-    device, (b, f), chunk = next(net.parameters()).device, viewmats.shape[:2], meta["chunk"]
-    held = -f % chunk if chunk else 0
-    camera = tuple(torch.cat([z, z[:, -1:].expand(b, held, *z.shape[2:])], dim=1).to(device) for z in (viewmats, Ks))
-    camera = (*camera, action_labels(camera[0]))
-    shape = (f + held, vae.cfg.z_dim, *(pixels // vae.cfg.stride for pixels in meta["size"]))
-    prefix = first = vision = None
+    net, vae, _, meta = player
+    device, (b, f) = next(net.parameters()).device, camera.viewmats.shape[:2]
+    rest = -f % meta["chunk"] if meta["chunk"] else 0
+    held = [z[:, -1:].expand(b, rest, *z.shape[2:]) for z in camera]
+    camera = Camera(*(torch.cat([z, last], dim=1).to(device) for z, last in zip(camera, held, strict=True)))
+    grid = [pixels // vae.cfg.stride for pixels in meta["size"]]
+    shape = (f + rest, vae.cfg.z_dim, *grid)
     with timed(seconds, "prompt"):
-        *texts, null = ({name: z.to(device) for name, z in encoder.read(prompt).items()}
-                        for prompt in (*prompts, encoder.null))
-        if before is not None:
-            prefix = vae.encode(before.to(device))[0]
-            first, vision = prefix[:, :1], encoder.see and encoder.see(before[:, :, 0].to(device))
-        elif encoder.see:  # all zero: no image
-            first, vision = (torch.zeros(b, 1, *z, device=device) for z in (shape[1:], [net.cfg.vision_dim]))
-        prompt, null = pair(texts, null, encoder.length, vision, first)
-    prefix = prefix if meta["prefix_prob"] else None
+        given_latents = None if given is None else vae.encode(given.to(device))[0]
+        prompt, null = encode_prompts(player, prompts, given, given_latents, shape)
+    if not meta["given_prob"]:
+        given_latents = None
+
     rng = [torch.Generator().manual_seed(seed) for seed in seeds]
-    memory, left = None, 1 + 4 * (f - 1)
-    for x0 in rollout(net, meta, rng, shape, prompt, null, camera, seconds, prefix):
+    feat_cache, left = None, 1 + 4 * (f - 1)  # pixel frames to show
+    for x0 in rollout(net, meta, rng, shape, prompt, null, camera, given_latents, seconds):
         with timed(seconds, "decode"):
-            video, memory = vae.decode(x0, memory)
+            video, feat_cache = vae.decode(x0, feat_cache)
             video = video[:, :, :left].clamp(-1, 1)
         left -= video.shape[2]
         yield video
 
 
-def read_image(path: Path, meta: dict, frames: int, encoder: Encoder) -> Tensor:
+def encode_prompts(player: Player, prompts: list[str], given: Tensor | None, given_latents: Tensor | None,
+                   shape: tuple[int, ...]) -> tuple[Prompt, Prompt]:
+    """prompts, and for HY the first given frame of pixels [b 3 t H W] and latents [b p c h w] -> prompt, null."""
+    net, _, encoder, _ = player
+    device, b = next(net.parameters()).device, len(prompts)
+    texts = []
+    for prompt in (*prompts, encoder.null):
+        texts.append({name: z.to(device) for name, z in encoder.encode_text(prompt).items()})
+    if encoder.encode_image is None:
+        vision = first = None
+    elif given is None:  # all zero: no image
+        vision = torch.zeros(b, 1, net.cfg.vision_dim, device=device)
+        first = torch.zeros(b, 1, *shape[1:], device=device)
+    else:
+        vision, first = encoder.encode_image(given[:, :, 0].to(device)), given_latents[:, :1]
+    return collate_prompts(texts[:-1], texts[-1], encoder.length, vision, first)
+
+
+def read_given(path: Path, player: Player, latent_frames: int) -> Tensor:
     """An image or a short video -> [1 3 t H W] in [-1, 1], cut to the checkpoint's shape around the middle.
 
-    Raises ValueError when it cannot be read, is not 1 + 4k frames long, or leaves none of `frames` latents to make.
+    Raises ValueError when it cannot be read, is not 1 + 4k frames long, or leaves none of `latent_frames` to make.
     """
-    if not (meta["prefix_prob"] or encoder.see):
+    several = bool(player.meta["given_prob"])  # trained with one or two given latent frames, not only with HY's image
+    if not several and player.encoder.encode_image is None:
         raise ValueError(f"--image {path}: this checkpoint was never trained to go on from an image")
     try:
-        video = np.stack(list(imageio.imiter(path)))[..., :3] if path.suffix in VIDEOS else imageio.imread(path)[None]
+        if path.suffix in VIDEOS:
+            video = np.stack(list(imageio.imiter(path)))[..., :3]
+        else:
+            video = imageio.imread(path)[None]
     except Exception as error:  # each of imageio's plugins has its own
         raise ValueError(f"--image {path}: cannot be read ({str(error).splitlines()[0]})") from None
-    if len(video) > 1 and not meta["prefix_prob"]:
+    if len(video) > 1 and not several:
         raise ValueError(f"--image {path}: {len(video)} frames, but this checkpoint goes on from a single one")
-    if video.ndim != 4 or video.shape[3] < 3 or len(video) % 4 != 1 or 1 + len(video) // 4 >= frames:
+    if video.ndim != 4 or video.shape[3] < 3 or len(video) % 4 != 1 or 1 + len(video) // 4 >= latent_frames:
         raise ValueError(f"--image {path}: found shape {list(video.shape)}, expected [t h w 3] with t = 1 + 4k and "
-                         f"fewer latent frames than the path's {frames}")
-    video = rearrange(torch.from_numpy(video[..., :3].copy()), "t h w c -> t c h w").float() / 127.5 - 1
-    return rearrange(fit(video, meta["size"]), "t c h w -> 1 c t h w")
+                         f"fewer latent frames than the path's {latent_frames}")
+    video = from_bytes(rearrange(torch.from_numpy(video[..., :3].copy()), "t h w c -> t c h w"))
+    return rearrange(resize_and_crop(video, player.meta["size"]), "t c h w -> 1 c t h w")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -137,18 +171,19 @@ def draw_keys(image: np.ndarray, keys: set[str]) -> None:
         y, x = image.shape[0] - (2 - row) * 10 * unit, (1 + column * 9) * unit
         box = image[y : y + 9 * unit, x : x + 8 * unit]
         box[:] = box // 3 + (150 if key in keys else 0)
-        glyph = np.array([*GLYPHS[key[-1]]], dtype=int).reshape(5, 3).repeat(unit, 0).repeat(unit, 1).astype(bool)
+        glyph = np.array([*GLYPHS[key[-1]]], dtype=int).reshape(5, 3).astype(bool)
+        glyph = glyph.repeat(unit, 0).repeat(unit, 1)
         box[2 * unit : 7 * unit, 2 * unit : 5 * unit][glyph] = 0 if key in keys else 200
 
 
 def write_video(path: Path, video: Tensor, fps: float, keys: list[set[str]] | None) -> None:
     """video [3 t h w] in [-1, 1] -> mp4 or gif, small videos enlarged by whole pixels."""
-    frames = rearrange(((video + 1) * 127.5).round().byte().cpu(), "c t h w -> t h w c").numpy()
+    frames = rearrange(to_bytes(video).cpu(), "c t h w -> t h w c").numpy()
     zoom = max(1, 256 // frames.shape[1])
     frames = frames.repeat(zoom, 1).repeat(zoom, 2)
     for t, frame in enumerate(frames):
         if keys is not None:
-            draw_keys(frame, keys[-(-t // 4)])
+            draw_keys(frame, keys[math.ceil(t / 4)])  # of the latent frame that shows pixel frame t
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".gif":
@@ -160,7 +195,7 @@ def write_video(path: Path, video: Tensor, fps: float, keys: list[set[str]] | No
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. Scores. Geometry, colours and path are known; the looks of the panels are read off the video, and the room they
+# 3. Measuring. Geometry, colours and path are known; the looks of the panels are read off the video, and the room they
 # make is rendered along the path: the one that explains the video best. Everything is a comparison with that render.
 
 
@@ -183,13 +218,14 @@ def named_colours(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> T
     """
     video, hits = video[:, :, ::4], cast(scene.pillars, viewmats, K, video.shape[-1])
     errors, b = [], len(video)
-    rays = torch.zeros(b, NAMED + 1).scatter_add_(1, hits.surface.flatten(1), torch.ones(hits.surface.flatten(1).shape))
+    surface = hits.surface.flatten(1)
+    rays = torch.zeros(b, NAMED + 1).scatter_add_(1, surface, torch.ones(surface.shape))
     for colour in range(len(PALETTE)):
         colours = torch.full((b, NAMED + 1), colour)
         by_panel = look_errors(video, hits, colours)[:, :N_PANELS].min(-1).values
         by_surface = torch.zeros(b, NAMED + 1).index_add_(1, torch.tensor(SURFACE_OF_PANEL), by_panel)
-        image = paint(hits, colours, torch.zeros(b, N_PANELS, dtype=torch.long))  # pillars are plain: one look will do
-        error = (image - video).square().sum(1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        picture = paint(hits, colours, torch.zeros(b, N_PANELS, dtype=torch.long))  # pillars are plain: any will do
+        error = (picture - video).square().sum(1).repeat_interleave(2, 2).repeat_interleave(2, 3)
         for pillar in (5, 6):
             by_surface[:, pillar] = (error * (hits.surface == pillar)).sum((1, 2, 3))
         errors.append(by_surface)
@@ -211,8 +247,10 @@ def read_pose(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple
         return paint(cast(scene.pillars, invert_se3(c2w), K, video.shape[-1]), scene.colours, scene.looks)
 
     def moved(c2w: Tensor, amount: Tensor) -> Tensor:  # amount [... 5] in units
-        delta, amount = torch.eye(4).repeat(*amount.shape[:-1], 1, 1), amount * unit
-        delta[..., :3, :3], delta[..., :3, 3] = rotation(amount[..., 0], amount[..., 1]), amount[..., 2:]
+        amount = amount * unit
+        delta = torch.eye(4).repeat(*amount.shape[:-1], 1, 1)
+        delta[..., :3, :3] = rotation(amount[..., 0], amount[..., 1])
+        delta[..., :3, 3] = amount[..., 2:]
         return c2w @ delta
 
     start = c2w = invert_se3(viewmats)
@@ -257,38 +295,51 @@ def coverage(looks: Tensor, seen: Tensor) -> float:
     return (torch.stack(entropies).mean() / math.log(len(LOOKS))).item() if entropies else float("nan")
 
 
-def measure(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor, chunk: int, candidates: int) -> dict[str, Tensor]:
-    """Every per-video number for a group of videos [b 3 t h w]; `candidates` paths are the group's own, rolled."""
-    render_, looks, seen = explain(video, scene, viewmats, K)
-    dB = [psnr(video, render_)]
-    for shift in range(1, candidates):
+def measure(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor, chunk: int) -> dict[str, Tensor]:
+    """Every per-video number for a group of videos [b 3 t h w]. Each other's paths are the counterfactuals."""
+    best, looks, seen = explain(video, scene, viewmats, K)
+    dB = [psnr(video, best)]
+    for shift in range(1, len(video)):
         other = viewmats.roll(shift, 0)
         same = (other - viewmats).abs().amax((1, 2, 3)) < 1e-4  # two videos with one path are no counterfactual
         dB.append(torch.where(same, -torch.inf, psnr(video, explain(video, scene, other, K)[0])))
-    dB = torch.stack(dB, dim=1)  # [b candidates]
+    dB = torch.stack(dB, dim=1)  # [b candidates], the commanded path first
     first = video[:, :, :1].expand_as(video)
-    at = torch.arange(4, video.shape[2], 8)  # the last pixel frame of every second latent
-    rot, trans = read_pose(video[:, :, at], scene._replace(looks=looks), viewmats[:, at // 4], K)
-    per_frame = 10 * torch.log10(4 / (video - render_).square().mean((1, 3, 4)))
+    shown = torch.arange(4, video.shape[2], 8)  # the last pixel frame of every second latent
+    rot, trans = read_pose(video[:, :, shown], scene._replace(looks=looks), viewmats[:, shown // 4], K)
+    per_frame = 10 * torch.log10(4 / (video - best).square().mean((1, 3, 4)))  # [b t]
     return {
         "psnr": dB[:, 0], "psnr_copy_first": psnr(first, explain(first, scene, viewmats, K)[0]),
         "psnr_shuffled_camera": torch.where(dB[:, 1].isinf(), torch.nan, dB[:, 1]),
         "counterfactual_accuracy": (dB.argmax(1) == 0).float(),
-        "sharpness": sharpness(video) / sharpness(render_), "rot_err_deg": rot.mean(1), "trans_err": trans.mean(1),
+        "sharpness": sharpness(video) / sharpness(best), "rot_err_deg": rot.mean(1), "trans_err": trans.mean(1),
         "prompt_accuracy": named_colours(video, scene, viewmats, K).nanmean(1),
-        "boundary_jump": edge_ratio(video, chunk) / edge_ratio(render_, chunk),
+        "boundary_jump": edge_ratio(video, chunk) / edge_ratio(best, chunk),
         "psnr_first_chunk": per_frame[:, : 1 + 4 * (chunk - 1)].mean(1),
         "psnr_last_chunk": per_frame[:, -4 * chunk :].mean(1),
         "looks": looks, "seen": seen,
     }
 
 
-def score(net: nn.Module, vae: WanVAE | HYVAE, meta: dict, encoder: Encoder, args: argparse.Namespace):
+def average(rows: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Of what `measure` says of group after group."""
+    joined = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    spread = coverage(joined.pop("looks"), joined.pop("seen"))
+    return {name: round(z.nanmean().item(), 4) for name, z in joined.items()} | {"coverage": round(spread, 4)}
+
+
+def standard_error(rows: list[dict[str, Tensor]], name: str) -> float:
+    z = torch.cat([row[name] for row in rows])
+    z = z[~z.isnan()]
+    return round((z.std() / len(z) ** 0.5).item(), 4)
+
+
+def score(player: Player, args: argparse.Namespace) -> tuple[dict[str, float], list[Tensor]]:
     """Held-out rooms along held-out paths -> averages, and 16 videos below the renders that explain them best."""
-    group = 8
+    vae, meta, group = player.vae, player.meta, 8
     if args.scenes < group or args.scenes % group:
         raise ValueError(f"--scenes {args.scenes}: expected a multiple of {group}, the number of candidate paths")
-    most = meta["frames"] - 1 if meta["prefix_prob"] else 1 if encoder.see else 0
+    most = meta["frames"] - 1 if meta["given_prob"] else 1 if player.encoder.encode_image else 0
     if not 0 <= args.given <= most:
         raise ValueError(f"--given {args.given}: this checkpoint goes on from at most {most} given frames")
     chunk = meta["chunk"] or 2
@@ -296,44 +347,33 @@ def score(net: nn.Module, vae: WanVAE | HYVAE, meta: dict, encoder: Encoder, arg
     viewmats, K = torch.stack([parse_trajectory(path) for path in paths]), intrinsics(meta["K"])
     rows, ceilings, videos, best = [], [], [], []
     for i in tqdm(range(0, args.scenes, group), "score"):
-        part, views = Scene(*(z[i : i + group] for z in scene)), viewmats[i : i + group]
-        seeds = [mix(args.seed, 5, n) for n in range(i, i + group)]
-        Ks = K.expand(*views.shape[:2], 3, 3)
-        truth = render(part, views, K, meta["size"][0])
+        rooms = Scene(*(z[i : i + group] for z in scene))
+        camera = Camera(viewmats[i : i + group], K.expand(group, len(viewmats[0]), 3, 3))
+        truth = render(rooms, camera.viewmats, K, meta["size"][0])
         with torch.no_grad():
             x0 = vae.encode(truth.to(next(vae.parameters()).device))[0]
             through_vae = vae.decode(x0)[0].clamp(-1, 1).cpu()
-        before = truth[:, :, : 1 + 4 * (args.given - 1)] if args.given else None
-        pieces = stream(net, vae, meta, encoder, prompts[i : i + group], views, Ks, seeds, before=before)
-        video = torch.cat(list(pieces), dim=2).cpu()
-        rows.append(measure(video, part, views, K, chunk, group))
-        ceilings.append(measure(through_vae, part, views, K, chunk, group))
+        given = truth[:, :, : 1 + 4 * (args.given - 1)] if args.given else None
+        seeds = [mix(args.seed, 5, n) for n in range(i, i + group)]
+        video = torch.cat(list(stream(player, prompts[i : i + group], camera, seeds, given)), dim=2).cpu()
+        rows.append(measure(video, rooms, camera.viewmats, K, chunk))
+        ceilings.append(measure(through_vae, rooms, camera.viewmats, K, chunk))
         videos.append(video)
-        best.append(explain(video, part, views, K)[0])
+        best.append(explain(video, rooms, camera.viewmats, K)[0])
 
-    def average(rows: list[dict]) -> dict:
-        joined = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-        spread = coverage(joined.pop("looks"), joined.pop("seen"))
-        return {name: round(z.nanmean().item(), 4) for name, z in joined.items()} | {"coverage": round(spread, 4)}
-
-    def standard_error(name: str) -> float:
-        z = torch.cat([row[name] for row in rows])
-        return round((z[~z.isnan()].std() / (~z.isnan()).sum().sqrt()).item(), 4)
-
-    errors = {f"{name}_standard_error": standard_error(name) for name in ("psnr", "sharpness", "boundary_jump")}
-    ceiling = average(ceilings)
     floors = ("psnr_copy_first", "psnr_shuffled_camera")
-    ceiling = {f"{name}_ceiling": value for name, value in ceiling.items() if name not in floors}
+    ceiling = {f"{name}_ceiling": value for name, value in average(ceilings).items() if name not in floors}
+    errors = {f"{name}_standard_error": standard_error(rows, name) for name in ("psnr", "sharpness", "boundary_jump")}
     return average(rows) | {"chance": 1 / group} | errors | ceiling, [torch.cat(best)[:16], torch.cat(videos)[:16]]
 
 
-def bench(net: nn.Module, vae: WanVAE | HYVAE, meta: dict, encoder: Encoder, prompt: str, viewmats: Tensor,
-          Ks: Tensor) -> dict:
+def bench(player: Player, prompt: str, camera: Camera) -> dict:
     """One warm-up, then the best of three: frames/s over the whole path, time to the first frame, and where it goes."""
     runs = []
     for _ in range(4):
-        seconds, start, first, frames = {}, time.perf_counter(), None, 0
-        for video in stream(net, vae, meta, encoder, [prompt], viewmats[None], Ks[None], [0], seconds):
+        seconds: dict[str, float] = {}
+        start, first, frames = time.perf_counter(), None, 0
+        for video in stream(player, [prompt], camera, [0], seconds=seconds):
             frames += video.shape[2]
             first = first or time.perf_counter() - start
         runs.append((time.perf_counter() - start, first, frames, seconds))
@@ -343,90 +383,124 @@ def bench(net: nn.Module, vae: WanVAE | HYVAE, meta: dict, encoder: Encoder, pro
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# 4. main: open what was asked for, check it, then walk, measure or both.
 
 
-def beside(ckpt: Path, *names: str) -> Path | None:
-    """The first of these that lies in the checkpoint, if it is a folder, or next to it."""
-    return next((folder / name for folder in (ckpt, ckpt.parent) for name in names if (folder / name).exists()), None)
-
-
-def main(args: argparse.Namespace) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ckpt = args.ckpt or (Path("ckpt/dmd.pt") if Path("ckpt/dmd.pt").exists() else SHIPPED / "dmd.pt")
-    stages = "base", "camera", "ar", "ode", "cd", "dmd"
-    net, meta = load_net(ckpt, device, *stages, released_cache=args.released_cache)
-    vae = args.vae or beside(ckpt, "vae.pt", "Wan2.1_VAE.pth", "vae") or SHIPPED.with_name(meta["preset"]) / "vae.pt"
-    if not (args.vae or vae.exists()):
-        raise ValueError(f"{ckpt}: no VAE lies beside it; --vae names one")
-    vae = load_vae(vae, device, meta["vae_fingerprint"])
-    text_encoder = args.text_encoder or beside(ckpt, "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")
-    encoder = load_encoder(meta["preset"], text_encoder, device)
-    if args.score and text_encoder:
-        raise ValueError(f"--score measures the toy world, but {ckpt} reads its prompts through {text_encoder}")
-    if args.steps is not None and args.steps < 1:
-        raise ValueError(f"--steps {args.steps}: expected at least 1")
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises ValueError for a flag that no checkpoint could make sense of."""
+    if args.sampling_steps is not None and args.sampling_steps < 1:
+        raise ValueError(f"--steps {args.sampling_steps}: expected at least 1")
     if args.guidance is not None and not math.isfinite(args.guidance):
         raise ValueError(f"--guidance {args.guidance}: expected a finite number")
     if args.out.suffix not in (".mp4", ".gif"):
         raise ValueError(f"--out {args.out}: expected a name that ends in .mp4 or .gif")
-    meta |= {name: value for name, value in (("steps", args.steps), ("guidance", args.guidance)) if value is not None}
-    print(f"{ckpt}: stage {meta['stage']}, trained for {meta['step']} steps; {meta['steps']} sampling steps, "
-          f"guidance {meta['guidance']:g}", file=sys.stderr)
-
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty: expected a description of the world")
+
+
+def beside(ckpt: Path, *names: str) -> Path | None:
+    """The first of these that lies in the checkpoint, if it is a folder, or next to it."""
+    for folder in (ckpt, ckpt.parent):
+        for name in names:
+            if (folder / name).exists():
+                return folder / name
+    return None
+
+
+def open_player(args: argparse.Namespace) -> tuple[Path, Player, Path | None]:
+    """The checkpoint that is played, its network with VAE and encoder, and the files of the encoder, None for words."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ckpt = args.ckpt or (Path("ckpt/dmd.pt") if Path("ckpt/dmd.pt").exists() else SHIPPED / "dmd.pt")
+    net, meta = load_net(ckpt, device, *STAGES)
+    if args.released_cache:
+        use_released_cache(net, meta, ckpt)
+    vae = args.vae or beside(ckpt, "vae.pt", "Wan2.1_VAE.pth", "vae") or SHIPPED.with_name(meta["preset"]) / "vae.pt"
+    if not (args.vae or vae.exists()):
+        raise ValueError(f"{ckpt}: no VAE lies beside it; --vae names one")
+    text_encoder = args.text_encoder or beside(ckpt, "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")
+    encoder = load_encoder(meta["preset"], text_encoder, device)
+    if args.sampling_steps is not None:
+        meta["sampling_steps"] = args.sampling_steps
+    if args.guidance is not None:
+        meta["guidance"] = args.guidance
+    print(f"{ckpt}: stage {meta['stage']}, trained for {meta['step']} steps; {meta['sampling_steps']} sampling steps, "
+          f"guidance {meta['guidance']:g}", file=sys.stderr)
+    return ckpt, Player(net, load_vae(vae, device, meta["vae_fingerprint"]), encoder, meta), text_encoder
+
+
+def open_paths(args: argparse.Namespace, ckpt: Path, player: Player, text_encoder: Path | None):
+    """The paths to walk, a prompt for each, and the player, its prompts read. Raises ValueError for any bad one."""
+    net, _, encoder, meta = player
     paths = read_camera(args.camera)
     if text_encoder and not args.prompt and not all(path.prompt for path in paths):
         raise ValueError(f"--prompt: expected a description of the world, which {ckpt} reads through {text_encoder}")
-    if text_encoder and encoder.see and not args.image:
-        print("no --image: those who trained this network have nearly always shown it one", file=sys.stderr)
-    for path in paths:  # all of them before the first is walked
+    if text_encoder and encoder.encode_image and not args.image:
+        print("warning: this network was trained almost only with a first image; --image gives it one", file=sys.stderr)
+    for path in paths:
         if (intrinsics(path.K or meta["K"]) - intrinsics(meta["K"])).abs().max() > 1e-3 and not args.other_intrinsics:
             raise ValueError(f"{args.camera}: K {path.K}, but {ckpt} was trained with {meta['K']}; "
                              "--other-intrinsics to insist")
     prompts = [args.prompt or path.prompt or TOY_PROMPT for path in paths]
-    texts = {prompt: encoder.read(prompt) for prompt in dict.fromkeys([*prompts, encoder.null])}
-    if (found := next(iter(texts[encoder.null].values())).shape[-1]) != net.cfg.text_dim:
+    texts = {prompt: encoder.encode_text(prompt) for prompt in dict.fromkeys([*prompts, encoder.null])}
+    found = next(iter(texts[encoder.null].values())).shape[-1]
+    if found != net.cfg.text_dim:
         raise ValueError(f"{ckpt}: its prompts have {net.cfg.text_dim} channels, found {found}; see --text-encoder")
-    if text_encoder and not args.bench:
-        encoder = encoder._replace(read=texts.__getitem__)  # what has read them makes room for the walk
+    if text_encoder and not args.bench:  # drop the text encoder before the walk to free memory
+        player = player._replace(encoder=encoder._replace(encode_text=texts.__getitem__))
+    return paths, prompts, player
+
+
+def walk(args: argparse.Namespace, player: Player, path: CameraPath, prompt: str, out: Path) -> None:
+    """One path -> a video, and a contact sheet: below the room that explains it best, if it is of the toy world."""
+    meta, f = player.meta, len(path.viewmats)
+    K = intrinsics(path.K or meta["K"])
+    if f > meta["frames"]:
+        print(f"the path has {f} latent frames, trained were {meta['frames']}", file=sys.stderr)
+    given = read_given(args.image, player, f) if args.image else None
+    camera = Camera(path.viewmats[None], K.expand(1, f, 3, 3))
+    pieces = stream(player, [prompt], camera, [args.seed], given)
+    video = torch.cat(list(tqdm(pieces, "chunks")), dim=2).cpu()
+    write_video(out, video[0], meta["fps"], pressed(path.viewmats) if args.keys else None)
+
+    sheet = [video]
+    try:
+        colours, pillars = read_prompt(prompt)
+    except ValueError:
+        pass  # not a room of the toy world: there is no ground truth to show
+    else:
+        scene = Scene(colours[None], pillars[None], torch.zeros(1, N_PANELS, dtype=torch.long))
+        sheet.insert(0, explain(video, scene, path.viewmats[None], K)[0])
+    write_sheet(out.with_suffix(".png"), sheet)
+    print(f"{out}: {video.shape[2]} frames. {out.with_suffix('.png')}: every fourth of them"
+          + (", below the same path through the room that explains them best" if len(sheet) > 1 else ""))
+
+
+def main(args: argparse.Namespace) -> None:
+    check_flags(args)
+    ckpt, player, text_encoder = open_player(args)
+    if args.score and text_encoder:
+        raise ValueError(f"--score measures the toy world, but {ckpt} reads its prompts through {text_encoder}")
+    paths, prompts, player = open_paths(args, ckpt, player, text_encoder)
+    meta = player.meta
 
     if args.bench or args.score:
         views = paths[0].viewmats
-        Ks = intrinsics(meta["K"]).expand(len(views), 3, 3)
-        timing = bench(net, vae, meta, encoder, prompts[0], views, Ks)
+        camera = Camera(views[None], intrinsics(meta["K"]).expand(1, len(views), 3, 3))
+        timing = bench(player, prompts[0], camera)
         if args.bench:
             print(json.dumps(timing))
         if args.score:
-            row, sheet = score(net, vae, meta, encoder, args)
+            row, sheet = score(player, args)
             row |= {name: timing[name] for name in ("fps", "first_frame_s")}
-            print(json.dumps(row | {"stage": meta["stage"], "steps": meta["steps"], "guidance": meta["guidance"],
-                                    "scenes": args.scenes, "given": args.given, "seed": args.seed,
-                                    "score_seed": args.score_seed}))
+            row |= {"stage": meta["stage"], "steps": meta["sampling_steps"], "guidance": meta["guidance"],
+                    "scenes": args.scenes, "given": args.given, "seed": args.seed, "score_seed": args.score_seed}
+            print(json.dumps(row))
             write_sheet(args.out.with_suffix(".png"), sheet)
         return
 
-    for path, prompt in zip(paths, prompts):
-        K = intrinsics(path.K or meta["K"])
-        Ks = K.expand(len(path.viewmats), 3, 3)
-        if len(path.viewmats) > meta["frames"]:
-            print(f"the path has {len(path.viewmats)} latent frames, trained were {meta['frames']}", file=sys.stderr)
-        before = read_image(args.image, meta, len(path.viewmats), encoder) if args.image else None
-        pieces = stream(net, vae, meta, encoder, [prompt], path.viewmats[None], Ks[None], [args.seed], before=before)
-        video = torch.cat(list(tqdm(pieces, "chunks")), dim=2)
-        out = args.out if len(paths) == 1 else args.out.with_name(f"{args.out.stem}-{path.name}{args.out.suffix}")
-        write_video(out, video[0], meta["fps"], pressed(path.viewmats) if args.keys else None)
-        sheet = [video.cpu()]
-        try:
-            colours, pillars = read_prompt(prompt)
-        except ValueError:
-            pass  # not a room of the toy world: there is no ground truth to show
-        else:
-            scene = Scene(colours[None], pillars[None], torch.zeros(1, N_PANELS, dtype=torch.long))
-            sheet.insert(0, explain(sheet[0], scene, path.viewmats[None], K)[0])
-        write_sheet(out.with_suffix(".png"), sheet)
-        print(f"{out}: {video.shape[2]} frames. {out.with_suffix('.png')}: every fourth of them"
-              + (", below the same path through the room that explains them best" if len(sheet) > 1 else ""))
+    for path, prompt in zip(paths, prompts, strict=True):
+        several = args.out.with_name(f"{args.out.stem}-{path.name}{args.out.suffix}")
+        walk(args, player, path, prompt, args.out if len(paths) == 1 else several)
 
 
 if __name__ == "__main__":

@@ -26,13 +26,26 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    Batch, check_data, get_batch, open_latents, open_log, positive, rand, randn, sample_prefix, write_log, write_sheet,
+    Batch, HelpFormatter, check_data, get_batch, open_latents, open_log, positive, set_recipe, write_log, write_samples,
 )
 from model import (
-    add_noise, build, check_finite, choose, gather, load_checkpoint, load_state, load_vae, masked_mse, rollout,
-    save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema,
+    Meta, add_noise, build, check_finite, full_state_dict, load_checkpoint, load_state, load_vae, masked_mse,
+    save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema, where_prompt,
 )
 
+
+def teacher_forcing_loss(net: nn.Module, batch: Batch, meta: Meta, null_prob: float) -> Tensor:
+    """|| v - (noise - x0) ||^2 at one noise level per chunk, each chunk after its clean past."""
+    chunk = meta["chunk"]
+    sigma = shift_sigma(batch.rand_per_chunk(chunk), meta["shift"]) * batch.generated  # 1: [b f], one level per chunk
+    noise = batch.noise()  # [b f c h w]
+    dropped = batch.rand(1)[:, 0] < null_prob  # [b]: guidance needs a network that knows videos without a prompt
+    prompt = where_prompt(dropped, batch.null, batch.prompt)
+    v = net(add_noise(batch.x0, noise, sigma), sigma, prompt, batch.camera, clean=batch.x0, chunk=chunk)  # 2
+    return masked_mse(v, noise - batch.x0, batch.generated)
+
+
+# minWM trains HY with Muon at lr 1e-5, whose updates are as large as AdamW's at 2e-6, in every stage.
 RECIPES = {
     "tiny": dict(steps=1000, batch_size=16, accum=1, lr=1e-3, warmup=50, betas=(0.9, 0.99), max_grad_norm=1.0,
                  ema_decay=0.995, chunk=2, null_prob=0.1, guidance=1.25, sampling_steps=48),
@@ -40,50 +53,40 @@ RECIPES = {
     "wan-1.3b": dict(steps=4000, batch_size=1, accum=4, lr=2e-6, warmup=0, betas=(0.0, 0.999), max_grad_norm=10.0,
                      ema_decay=0.99, chunk=4, null_prob=0.0, guidance=3.0, sampling_steps=48),
 }
+RECIPES["wan-14b"] = RECIPES["wan-1.3b"]
 RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=4000, lr=2e-3, ema_decay=0.998)
-# minWM: 4 k steps, guidance 6, Muon at lr 1e-5, whose updates are as large as AdamW's at 2e-6, weight decay 1e-4, one
-# noise level for all chunks, logit-normal with shift 3.
+# minWM: 4 k steps, guidance 6, weight decay 1e-4, one noise level for all chunks, logit-normal with shift 3.
 RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(betas=(0.9, 0.999), max_grad_norm=1.0, null_prob=0.1, guidance=6.0)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--init", type=Path, default=Path("ckpt/camera.pt"), help="bidirectional camera model to start from")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    p.add_argument("--init", type=Path, default=Path("ckpt/camera.pt"), help="weights to start from")
     p.add_argument("--data", type=Path, default=Path("data/toy"), help="latents folder (python data.py)")
     p.add_argument("--out", type=Path, default=Path("ckpt/ar.pt"), help="checkpoint to write")
-    p.add_argument("--preset", default="tiny", choices=RECIPES, help="network, and the defaults of the flags below")
+    # -- first flags (same in every stage) ---------------------------------------------------------------------------
+    p.add_argument("--preset", default="tiny", choices=RECIPES, help="network, and the defaults of the other flags")
     p.add_argument("--resume", action="store_true", help="continue from the state beside --out")
-    p.add_argument("--steps", type=positive)
+    p.add_argument("--steps", type=positive, help="optimizer steps; of the generator in train_dmd.py")
     p.add_argument("--batch-size", type=positive, help="videos per process and micro-batch")
-    p.add_argument("--accum", type=positive, help="micro-batches per step")
-    p.add_argument("--lr", type=float)
-    p.add_argument("--max-grad-norm", type=float)
-    p.add_argument("--ema-decay", type=float)
-    p.add_argument("--betas", type=float, nargs=2, help="of AdamW")
+    p.add_argument("--accum", type=positive, help="micro-batches per optimizer step")
+    p.add_argument("--lr", type=float, help="learning rate of AdamW")
+    p.add_argument("--max-grad-norm", type=float, help="gradients longer than this are scaled down to it")
+    p.add_argument("--ema-decay", type=float, help="of the averaged weights, which are what --out holds")
+    # -- end ---------------------------------------------------------------------------------------------------------
+    p.add_argument("--betas", type=float, nargs=2, help="of AdamW: decay of the gradient's mean and square")
     p.add_argument("--warmup", type=int, help="steps until lr is reached")
     p.add_argument("--chunk", type=positive, help="latent frames denoised together")
-    p.add_argument("--null-prob", type=float, help="how often the prompt is dropped, so that guidance has a null")
-    p.add_argument("--guidance", type=float, help="for sampling; 1 is off")
-    p.add_argument("--sampling-steps", type=positive)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--log-every", type=positive, default=10)
-    p.add_argument("--save-every", type=positive, default=500)
-    p.set_defaults(**RECIPES[p.parse_known_args(argv)[0].preset])
+    p.add_argument("--null-prob", type=float, help="share of videos whose prompt is dropped, for guidance's sake")
+    p.add_argument("--guidance", type=float, help="for sampling: w in null + w (cond - null); 1 is off")
+    p.add_argument("--sampling-steps", type=positive, help="Euler steps, for sampling")
+    # -- last flags (same in every stage) ----------------------------------------------------------------------------
+    p.add_argument("--seed", type=int, default=0, help="of the order of videos and of all noise")
+    p.add_argument("--log-every", type=positive, default=10, help="steps from one line of metrics.jsonl to the next")
+    p.add_argument("--save-every", type=positive, default=500, help="steps from one checkpoint and state to the next")
+    set_recipe(p, RECIPES, argv)
+    # -- end ---------------------------------------------------------------------------------------------------------
     return p.parse_args(argv)
-
-
-def teacher_forcing_loss(net: nn.Module, batch: Batch, chunk: int, shift: float, null_prob: float,
-                         prefix_prob: float) -> Tensor:
-    """|| v - (noise - x0) ||^2 at one noise level per chunk, each chunk after its clean past."""
-    f = batch.x0.shape[1]
-    free = sample_prefix(batch.rng, f, prefix_prob).to(batch.x0.device)
-    sigma = shift_sigma(rand(batch.rng, -(-f // chunk)), shift).to(batch.x0.device)  # 1
-    sigma = sigma.repeat_interleave(chunk, dim=1)[:, :f] * free
-    noise = randn(batch.rng, *batch.x0.shape[1:]).to(batch.x0.device)
-    drop = rand(batch.rng, 1).to(batch.x0.device)[:, 0] < null_prob
-    prompt = choose(drop, batch.null, batch.prompt)
-    v = net(add_noise(batch.x0, noise, sigma), sigma, prompt, batch.camera, clean=batch.x0, chunk=chunk)  # 2
-    return masked_mse(v, noise - batch.x0, free)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -101,25 +104,21 @@ def main(args: argparse.Namespace) -> None:
     net, ema = shard(net, weights, device, train=True), shard(ema, weights, device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=args.betas, weight_decay=0.01, fused=True)
     nets, optimizers = {"net": net, "ema": ema}, {"net": optimizer}
-    meta = source | {"stage": "ar", "chunk": args.chunk, "steps": args.sampling_steps, "guidance": args.guidance,  # 3
-                     "from": f"{args.init.name} at step {source['step']}"}
+    meta: Meta = source | {"stage": "ar", "chunk": args.chunk, "sampling_steps": args.sampling_steps,  # 3
+                           "guidance": args.guidance, "from": f"{args.init.name} at step {source['step']}"}
 
     # -- start (same in every stage) ---------------------------------------------------------------------------------
     step = load_state(folder, nets, optimizers) if args.resume else 0
-    if rank == 0:
-        open_log(folder / "metrics.jsonl", step)
-        print(f"{args.out}: step {step} of {args.steps}" + (", nothing left to do" if step >= args.steps else ""))
-    # -- end ---------------------------------------------------------------------------------------------------------
+    open_log(args.out, step, args.steps)
     bar = tqdm(total=args.steps, initial=step, desc=meta["stage"], disable=rank > 0)
+    # -- end ---------------------------------------------------------------------------------------------------------
     while step < args.steps:
         t0, loss_sum, ids = time.time(), 0.0, []
         optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
         for micro in range(args.accum):
-            net.set_requires_gradient_sync(micro == args.accum - 1)  # reduce over ranks once a step
             part, parts = micro * world_size + rank, args.accum * world_size
-            batch = get_batch(data, args.seed, step, part, parts, args.batch_size, device)
-            loss = teacher_forcing_loss(net, batch, args.chunk, meta["shift"], args.null_prob, meta["prefix_prob"])
-            loss = loss / args.accum
+            batch = get_batch(data, args.seed, step, part, parts, args.batch_size, device, meta["given_prob"])
+            loss = teacher_forcing_loss(net, batch, meta, args.null_prob) / args.accum
             loss.backward()
             loss_sum, ids = loss_sum + loss.detach(), ids + batch.ids
         grad_norm = nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm).full_tensor()
@@ -135,15 +134,11 @@ def main(args: argparse.Namespace) -> None:
         if step % args.log_every == 0 and rank == 0:
             write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
         if step % args.save_every == 0 or step == args.steps:
-            weights = gather(ema)
+            weights = full_state_dict(ema)
             if rank == 0:
                 save_checkpoint(args.out, weights, meta | {"step": step})
             save_state(folder, step, nets, optimizers)  # after it: a state to resume from implies its checkpoint
-            shown = get_batch(data, args.seed, -1, 0, 1, min(4, args.batch_size), device)
-            chunks = rollout(ema, meta, shown.rng, shown.x0.shape[1:], shown.prompt, shown.null, shown.camera)
-            x0 = torch.cat(list(chunks), dim=1)
-            if rank == 0:
-                write_sheet(folder / f"sheet-{step:06d}.png", [vae.decode(shown.x0)[0], vae.decode(x0)[0]])
+            write_samples(folder / f"sheet-{step:06d}.png", ema, meta, vae, data, args.seed, args.batch_size)
         # -- end -----------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ In some videos the first frame or two are given, as an image to go on from: they
 
     x_t = (1 - sigma) x0 + sigma noise          loss = || v(x_t, sigma, prompt, camera) - (noise - x0) ||^2
 
-$ python train_camera.py --no-camera            the toy world has no base model to download: make one, camera unseen
+$ python train_camera.py --no-camera            the toy world has no base model to download: make one, without camera
 $ python train_camera.py
 $ torchrun --nproc_per_node 2 train_camera.py --batch-size 8
 """
@@ -25,70 +25,76 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Batch, get_batch, open_latents, open_log, positive, rand, randn, sample_prefix, write_log, write_sheet
+from data import Batch, HelpFormatter, get_batch, open_latents, open_log, positive, set_recipe, write_log, write_samples
 from model import (
-    add_noise, build, check_finite, choose, fresh_weights, gather, load_checkpoint, load_state, load_vae, masked_mse,
-    rollout, save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema, with_camera,
+    Meta, add_noise, build, check_finite, fresh_weights, full_state_dict, load_checkpoint, load_state, load_vae,
+    masked_mse, save_checkpoint, save_state, shard, shift_sigma, start_process_group, update_ema, where_prompt,
+    with_camera,
 )
 
+
+def flow_matching_loss(net: nn.Module, batch: Batch, meta: Meta, null_prob: float) -> Tensor:
+    """|| v - (noise - x0) ||^2 at one noise level per video."""
+    sigma = shift_sigma(batch.rand(1), meta["shift"]) * batch.generated  # [b f]: one level per video, 0 on given frames
+    noise = batch.noise()  # [b f c h w]
+    dropped = batch.rand(1)[:, 0] < null_prob  # [b]: guidance needs a network that knows videos without a prompt
+    prompt = where_prompt(dropped, batch.null, batch.prompt)
+    camera = batch.camera if meta["camera"] else None
+    v = net(add_noise(batch.x0, noise, sigma), sigma, prompt, camera)
+    return masked_mse(v, noise - batch.x0, batch.generated)
+
+
+# minWM trains HY with Muon at lr 1e-5, whose updates are as large as AdamW's at 2e-6, in every stage.
 RECIPES = {
     "tiny": dict(steps=3000, batch_size=16, accum=1, lr=2e-3, warmup=50, betas=(0.9, 0.99), max_grad_norm=1.0,
-                 ema_decay=0.995, shift=3.0, null_prob=0.1, prefix_prob=0.25, guidance=1.25, sampling_steps=48),
+                 ema_decay=0.995, shift=3.0, null_prob=0.1, given_prob=0.25, guidance=1.25, sampling_steps=48),
     # minWM: 5 k steps, 32 videos, lr 2e-6, clip 10, shift 5, guidance 8. Ours: EMA from the first step, no loss weight
     # (theirs falls to zero at pure noise, where every sample starts).
     "wan-1.3b": dict(steps=5000, batch_size=1, accum=4, lr=2e-6, warmup=0, betas=(0.0, 0.999), max_grad_norm=10.0,
-                     ema_decay=0.99, shift=5.0, null_prob=0.0, prefix_prob=0.0, guidance=8.0, sampling_steps=50),
+                     ema_decay=0.99, shift=5.0, null_prob=0.0, given_prob=0.0, guidance=8.0, sampling_steps=50),
 }
-# HY's images come with its prompts (data.py --image-share), and need no frames that are given.
-RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=10000, lr=4e-3, ema_decay=0.998, prefix_prob=0.0)
-# minWM: 8 k steps, 32 videos, guidance 6, and Muon at lr 1e-5, whose updates are as large as AdamW's at 2e-6, weight
-# decay 1e-4, noise levels logit-normal with shift 3. And one change at step 0: the text is no longer told the noise
-# level (model.py, HYConfig), or it could not be cached later.
+RECIPES["wan-14b"] = RECIPES["wan-1.3b"]
+# HY's images come with its prompts (data.py --image-share), and need no given frames.
+RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=10000, lr=4e-3, ema_decay=0.998, given_prob=0.0)
+# minWM: 8 k steps, 32 videos, guidance 6, weight decay 1e-4, noise levels logit-normal with shift 3. And one change at
+# step 0: the text is no longer told the noise level (model.py, HYDiT), or it could not be cached later.
 RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(steps=8000, betas=(0.9, 0.999), max_grad_norm=1.0, null_prob=0.1,
                                               guidance=6.0)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     p.add_argument("--init", type=Path, default=Path("ckpt/base.pt"), help="weights to start from")
     p.add_argument("--data", type=Path, default=Path("data/toy"), help="latents folder (python data.py)")
     p.add_argument("--out", type=Path, help="checkpoint to write; default ckpt/camera.pt or, without camera, base.pt")
-    p.add_argument("--preset", default="tiny", choices=RECIPES, help="network, and the defaults of the flags below")
+    # -- first flags (same in every stage) ---------------------------------------------------------------------------
+    p.add_argument("--preset", default="tiny", choices=RECIPES, help="network, and the defaults of the other flags")
     p.add_argument("--resume", action="store_true", help="continue from the state beside --out")
-    p.add_argument("--steps", type=positive)
+    p.add_argument("--steps", type=positive, help="optimizer steps; of the generator in train_dmd.py")
     p.add_argument("--batch-size", type=positive, help="videos per process and micro-batch")
-    p.add_argument("--accum", type=positive, help="micro-batches per step")
-    p.add_argument("--lr", type=float)
-    p.add_argument("--max-grad-norm", type=float)
-    p.add_argument("--ema-decay", type=float)
+    p.add_argument("--accum", type=positive, help="micro-batches per optimizer step")
+    p.add_argument("--lr", type=float, help="learning rate of AdamW")
+    p.add_argument("--max-grad-norm", type=float, help="gradients longer than this are scaled down to it")
+    p.add_argument("--ema-decay", type=float, help="of the averaged weights, which are what --out holds")
+    # -- end ---------------------------------------------------------------------------------------------------------
     p.add_argument("--no-camera", action="store_true", help="train the toy world's base model from scratch instead")
-    p.add_argument("--betas", type=float, nargs=2, help="of AdamW")
+    p.add_argument("--betas", type=float, nargs=2, help="of AdamW: decay of the gradient's mean and square")
     p.add_argument("--warmup", type=int, help="steps until lr is reached")
-    p.add_argument("--shift", type=float, help="of the noise levels, towards pure noise")
-    p.add_argument("--null-prob", type=float, help="how often the prompt is dropped, so that guidance has a null")
-    p.add_argument("--prefix-prob", type=float, help="how often the first latent frames are given, as an image")
-    p.add_argument("--guidance", type=float, help="for sampling; 1 is off")
-    p.add_argument("--sampling-steps", type=positive)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--log-every", type=positive, default=10)
-    p.add_argument("--save-every", type=positive, default=500)
-    p.set_defaults(**RECIPES[p.parse_known_args(argv)[0].preset])
+    p.add_argument("--shift", type=float, help="of the noise levels, towards pure noise; 1 is uniform")
+    p.add_argument("--null-prob", type=float, help="share of videos whose prompt is dropped, for guidance's sake")
+    p.add_argument("--given-prob", "--prefix-prob", type=float, help="share of videos whose first latent frame or two "
+                   "are given, as an image or a short video to go on from")
+    p.add_argument("--guidance", type=float, help="for sampling: w in null + w (cond - null); 1 is off")
+    p.add_argument("--sampling-steps", type=positive, help="Euler steps, for sampling")
+    # -- last flags (same in every stage) ----------------------------------------------------------------------------
+    p.add_argument("--seed", type=int, default=0, help="of the order of videos and of all noise")
+    p.add_argument("--log-every", type=positive, default=10, help="steps from one line of metrics.jsonl to the next")
+    p.add_argument("--save-every", type=positive, default=500, help="steps from one checkpoint and state to the next")
+    set_recipe(p, RECIPES, argv)
+    # -- end ---------------------------------------------------------------------------------------------------------
     args = p.parse_args(argv)
     args.out = args.out or Path("ckpt/base.pt" if args.no_camera else "ckpt/camera.pt")
     return args
-
-
-def flow_matching_loss(net: nn.Module, batch: Batch, camera: tuple | None, shift: float, null_prob: float,
-                       prefix_prob: float) -> Tensor:
-    """|| v - (noise - x0) ||^2 at one noise level per video."""
-    f = batch.x0.shape[1]
-    free = sample_prefix(batch.rng, f, prefix_prob).to(batch.x0.device)
-    sigma = shift_sigma(rand(batch.rng, 1), shift).to(batch.x0.device) * free  # [b f]
-    noise = randn(batch.rng, *batch.x0.shape[1:]).to(batch.x0.device)
-    drop = rand(batch.rng, 1).to(batch.x0.device)[:, 0] < null_prob
-    prompt = choose(drop, batch.null, batch.prompt)
-    v = net(add_noise(batch.x0, noise, sigma), sigma, prompt, camera)
-    return masked_mse(v, noise - batch.x0, free)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -111,29 +117,24 @@ def main(args: argparse.Namespace) -> None:
     net, ema = shard(net, weights, device, train=True), shard(ema, weights, device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=args.betas, weight_decay=0.01, fused=True)
     nets, optimizers = {"net": net, "ema": ema}, {"net": optimizer}
-    meta = {"stage": "base" if args.no_camera else "camera", "preset": args.preset, "camera": not args.no_camera,
-            "K": data.meta["K"], "size": data.meta["size"], "fps": data.meta["fps"], "frames": data.meta["frames"],
-            "vae_fingerprint": data.meta["vae_fingerprint"],
-            "prefix_prob": 0.0 if args.no_camera else args.prefix_prob, "chunk": 0, "shift": args.shift,
-            "sampler": "euler", "steps": args.sampling_steps, "guidance": args.guidance,
-            "from": source and f"{args.init.name} at step {source['step']}"}
+    meta: Meta = {name: data.meta[name] for name in ("K", "size", "fps", "frames", "vae_fingerprint")}
+    meta |= {"stage": "base" if args.no_camera else "camera", "preset": args.preset, "camera": not args.no_camera,
+             "given_prob": 0.0 if args.no_camera else args.given_prob, "chunk": 0, "shift": args.shift,
+             "sampler": "euler", "sampling_steps": args.sampling_steps, "guidance": args.guidance,
+             "from": f"{args.init.name} at step {source['step']}" if source else None}
 
     # -- start (same in every stage) ---------------------------------------------------------------------------------
     step = load_state(folder, nets, optimizers) if args.resume else 0
-    if rank == 0:
-        open_log(folder / "metrics.jsonl", step)
-        print(f"{args.out}: step {step} of {args.steps}" + (", nothing left to do" if step >= args.steps else ""))
-    # -- end ---------------------------------------------------------------------------------------------------------
+    open_log(args.out, step, args.steps)
     bar = tqdm(total=args.steps, initial=step, desc=meta["stage"], disable=rank > 0)
+    # -- end ---------------------------------------------------------------------------------------------------------
     while step < args.steps:
         t0, loss_sum, ids = time.time(), 0.0, []
         optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
         for micro in range(args.accum):
-            net.set_requires_gradient_sync(micro == args.accum - 1)  # reduce over ranks once a step
             part, parts = micro * world_size + rank, args.accum * world_size
-            batch = get_batch(data, args.seed, step, part, parts, args.batch_size, device)
-            camera = None if args.no_camera else batch.camera
-            loss = flow_matching_loss(net, batch, camera, args.shift, args.null_prob, meta["prefix_prob"]) / args.accum
+            batch = get_batch(data, args.seed, step, part, parts, args.batch_size, device, meta["given_prob"])
+            loss = flow_matching_loss(net, batch, meta, args.null_prob) / args.accum
             loss.backward()
             loss_sum, ids = loss_sum + loss.detach(), ids + batch.ids
         grad_norm = nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm).full_tensor()
@@ -149,15 +150,11 @@ def main(args: argparse.Namespace) -> None:
         if step % args.log_every == 0 and rank == 0:
             write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
         if step % args.save_every == 0 or step == args.steps:
-            weights = gather(ema)
+            weights = full_state_dict(ema)
             if rank == 0:
                 save_checkpoint(args.out, weights, meta | {"step": step})
             save_state(folder, step, nets, optimizers)  # after it: a state to resume from implies its checkpoint
-            shown = get_batch(data, args.seed, -1, 0, 1, min(4, args.batch_size), device)
-            chunks = rollout(ema, meta, shown.rng, shown.x0.shape[1:], shown.prompt, shown.null, shown.camera)
-            x0 = torch.cat(list(chunks), dim=1)
-            if rank == 0:
-                write_sheet(folder / f"sheet-{step:06d}.png", [vae.decode(shown.x0)[0], vae.decode(x0)[0]])
+            write_samples(folder / f"sheet-{step:06d}.png", ema, meta, vae, data, args.seed, args.batch_size)
         # -- end -----------------------------------------------------------------------------------------------------
 
 

@@ -73,7 +73,13 @@ def refusal(script, *flags, cwd):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: reads the chain below, or takes over a second")
+    config.addinivalue_line("markers", "slow: reads a folder that scripts wrote, or takes over a second")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if {"chain", "second", "toy", "hy_world"} & set(item.fixturenames):  # fixtures that run scripts
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,8 @@ words; the latents folder and its batches.
 import contextlib
 import json
 import math
-import os
 import re
 import resource
-from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
@@ -21,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from conftest import call
 from data import (
     K_SQUARE, K_WIDE, KEYS, LOOKS, N_PANELS, PALETTE, PILLAR, PILLAR_X, PILLAR_Z, ROOM, STEP, TEXT_DIM, TEXT_LEN, TURN,
-    cast, encode_words, get_batch, held_out, intrinsics, invert_se3, look_errors, mix, open_latents, paint, pair,
-    panels_seen, parse_trajectory, pixel_cameras, rand, randn, read_camera, read_prompt, render, rotation, sample_path,
-    sample_prompt, sample_toy, save_prompts, save_shard, see_places, write_sheet,
+    cast, collate_prompts, encode_places, encode_words, get_batch, held_out, intrinsics, invert_se3, look_errors, mix,
+    open_latents, paint, panels_seen, parse_trajectory, pixel_cameras, read_camera, read_prompt, read_row, render,
+    rotation, sample_path, sample_prompt, sample_toy, save_prompts, save_shard, write_sheet,
 )
+from helpers import ORACLE
 
-ORACLE = Path(os.environ.get("ORACLE_DIR", Path(__file__).parents[2] / "shared/oracle"))
 CPU = torch.device("cpu")
 
 
@@ -381,20 +379,21 @@ def test_hy_prompts_bring_their_image(tmp_path):
     with contextlib.chdir(tmp_path):
         data = open_latents("data/toy")
     batch = get_batch(data, 0, 0, 0, 1, 24, CPU)
-    vision, image = batch.prompt.vision, batch.prompt.image
+    vision, given = batch.prompt.vision, batch.prompt.given_latents
     pictured = vision.flatten(1).any(1)
     assert data.meta["image_share"] == 0.5 and 4 < pictured.sum() < 20
-    assert torch.equal(image[pictured, :, :8], batch.x0[pictured, :1]) and image[pictured, :, 8].eq(1).all()
-    assert not image[~pictured].any() and torch.equal(batch.held["vision"].float(), vision)
+    assert torch.equal(given[pictured, :, :8], batch.x0[pictured, :1]) and given[pictured, :, 8].eq(1).all()
+    stored = torch.stack([read_row(data, row)["vision"] for row in batch.ids])
+    assert not given[~pictured].any() and torch.equal(stored.float(), vision)
     assert batch.prompt.text_mask.any(1).all() and not batch.null.text_mask.any() and not batch.null.text.any()
-    assert torch.equal(batch.null.image, image) and torch.equal(batch.null.vision, vision)
+    assert torch.equal(batch.null.given_latents, given) and torch.equal(batch.null.vision, vision)
     assert not batch.prompt.byt5_mask.any()  # no writing in the toy world
 
 
 def test_places_are_seen_where_they_are():
     image = torch.full((1, 3, 32, 32), -1.0)
     image[:, 0, 8:16, 24:32] = 1.0  # the second row's last place, red
-    seen = see_places(image)
+    seen = encode_places(image)
     assert seen.shape == (1, 16, 16)
     assert (seen[0, :, :4] == 1).all(1).nonzero().flatten().tolist() == [7] and (seen[0, :, 4:12] == -1).all()
     assert seen[0, 7, 12:].tolist() == pytest.approx([-1 / 3, 1, 1 / 9, 1])
@@ -402,11 +401,12 @@ def test_places_are_seen_where_they_are():
 
 def test_a_prompt_table_pads_with_zeros_and_knows_where():
     rows = [{"text": torch.ones(n, 3), "byt5": torch.ones(0, 2)} for n in (2, 5, 0, 1)]
-    prompt, null = pair(rows[:-1], rows[-1], None, torch.zeros(3, 1, 4), torch.ones(3, 1, 8, 2, 2))
-    assert prompt.text.shape == null.text.shape == (3, 5, 3) and not prompt.image.any()
+    prompt, null = collate_prompts(rows[:-1], rows[-1], None, torch.zeros(3, 1, 4), torch.ones(3, 1, 8, 2, 2))
+    assert prompt.text.shape == null.text.shape == (3, 5, 3) and not prompt.given_latents.any()
     assert prompt.text_mask.sum(1).tolist() == [2, 5, 0] and null.text_mask.sum(1).tolist() == [1, 1, 1]
     assert torch.equal(prompt.text.any(-1), prompt.text_mask) and not prompt.byt5_mask.any()
-    embeds, nulls = pair([{"embeds": torch.ones(n, 3)} for n in (2, 4)], {"embeds": torch.ones(0, 3)}, 6)
+    rows = [{"embeds": torch.ones(n, 3)} for n in (2, 4)]
+    embeds, nulls = collate_prompts(rows, {"embeds": torch.ones(0, 3)}, 6)
     assert embeds.any(-1).sum(1).tolist() == [2, 4] and embeds.shape == nulls.shape == (2, 6, 3) and not nulls.any()
 
 
@@ -430,7 +430,7 @@ def folder(tmp_path):
 
 def same(a, b):
     """Batches equal in ids, tensors and the noise their generators draw."""
-    tensors = zip((a.x0, a.prompt, randn(a.rng, 5)), (b.x0, b.prompt, randn(b.rng, 5)))
+    tensors = zip((a.x0, a.prompt, a.noise()), (b.x0, b.prompt, b.noise()))
     return a.ids == b.ids and all(torch.equal(*pair) for pair in tensors)
 
 
@@ -439,12 +439,12 @@ def test_a_batch_holds_the_rows_it_names(folder):
     batch = get_batch(data, 0, 0, 0, 1, 12, CPU)
     assert data.starts == [0, 5, 12] and data.meta["frames"] == 3
     assert batch.x0.shape == (12, 3, 2, 4, 4) and batch.x0.dtype == torch.float32
-    prompt_ids = batch.held["prompt_ids"].tolist()
+    prompt_ids = [int(read_row(data, row)["prompt_ids"]) for row in batch.ids]
     assert batch.x0[:, 0, 0, 0, 0].tolist() == batch.ids and prompt_ids == [11 - i for i in batch.ids]
     assert batch.prompt[:, 0, 0].tolist() == [1 + i for i in prompt_ids]
     assert batch.null.shape == (12, 4, 6) and not batch.null.any() and batch.states is None
-    assert torch.equal(batch.camera[0], torch.eye(4).repeat(12, 3, 1, 1))
-    assert torch.equal(batch.camera[1], intrinsics(K_SQUARE).repeat(12, 3, 1, 1))
+    assert torch.equal(batch.camera.viewmats, torch.eye(4).repeat(12, 3, 1, 1))
+    assert torch.equal(batch.camera.Ks, intrinsics(K_SQUARE).repeat(12, 3, 1, 1))
 
 
 def test_get_batch_is_a_pure_function(folder):
@@ -472,17 +472,17 @@ def test_epochs_are_shuffled_anew_also_in_the_middle_of_a_step(folder):
 def test_how_a_step_is_split_does_not_change_it(folder):
     # part = rank + world_size * micro: one process with two micro-batches, two ranks with one, or all at once
     data, whole = open_latents(folder), get_batch(open_latents(folder), 0, 7, 0, 1, 4, CPU)
-    noise, times = randn(whole.rng, 2, 3), rand(whole.rng, 2)
+    noise, uniform = whole.noise(), whole.rand(2)
     for parts, size in ((2, 2), (4, 1)):
         split = [get_batch(data, 0, 7, part, parts, size, CPU) for part in range(parts)]
         assert [i for batch in split for i in batch.ids] == whole.ids
-        assert torch.equal(torch.cat([randn(batch.rng, 2, 3) for batch in split]), noise)
-        assert torch.equal(torch.cat([rand(batch.rng, 2) for batch in split]), times)
+        assert torch.equal(torch.cat([batch.noise() for batch in split]), noise)
+        assert torch.equal(torch.cat([batch.rand(2) for batch in split]), uniform)
 
 
 def test_steps_seeds_and_slots_draw_different_noise(folder):
     data = open_latents(folder)
-    draws = [randn(get_batch(data, seed, step, 0, 1, 4, CPU).rng, 3) for seed in (0, 1) for step in (0, 1, 3)]
+    draws = [get_batch(data, seed, step, 0, 1, 4, CPU).rand(3) for seed in (0, 1) for step in (0, 1, 3)]
     assert len(torch.cat(draws).unique(dim=0)) == 24
     assert get_batch(data, 0, 0, 0, 1, 12, CPU).ids != get_batch(data, 1, 0, 0, 1, 12, CPU).ids
 

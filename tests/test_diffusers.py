@@ -86,11 +86,18 @@ def test_unipc(steps):
     theirs = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0, solver_order=2)
     theirs.set_timesteps(steps)
-    field = lambda x, sigma: 0.7 * x - 0.4 + 0.9 * sigma * x.sin()
+
+    def field(x, sigma):
+        return 0.7 * x - 0.4 + 0.9 * sigma * x.sin()
+
     torch.manual_seed(0)
     start = x = torch.randn(1, 2, 3, 4, 4)
-    levels = theirs.sigmas.tolist()
-    for t, level in zip(theirs.timesteps, levels):
-        x = theirs.step(field(x, level), t, x, return_dict=False)[0]
-    net = lambda x, sigma, *_, **__: field(x, sigma[..., None, None, None])
-    torch.testing.assert_close(unipc(net, start, levels, None, None), x, atol=2e-5, rtol=1e-5)
+    sigmas = theirs.sigmas.tolist()
+    for t, sigma in zip(theirs.timesteps, sigmas):
+        x = theirs.step(field(x, sigma), t, x, return_dict=False)[0]
+
+    def net(x, sigma, prompt, camera, kv_cache):
+        return field(x, sigma[..., None, None, None])
+
+    ours = unipc(net, [start], sigmas, None, None, 1.0, None, torch.ones(1, 2))
+    torch.testing.assert_close(ours, x, atol=2e-5, rtol=1e-5)

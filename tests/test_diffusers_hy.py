@@ -4,16 +4,20 @@ It knows no camera, action, chunk or cache.
 """
 import pytest
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed; only this comparison needs it")
 
-from model import from_diffusers, leafwise
-from test_hy import SMALL, inputs, random_net, random_vae, theirs
+from helpers import SMALL_HY, hy_inputs, random_hy_dit, random_hy_vae
+from model import from_diffusers, tree_map
+
+
+def theirs(z):
+    return rearrange(z, "b f c h w -> b c f h w")
 
 
 def fill(net):
-    """Weights of a useful size everywhere, as random_net's."""
+    """Weights of a useful size everywhere, as random_hy_dit's."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, p in net.named_parameters():
@@ -22,15 +26,17 @@ def fill(net):
                 p += 1
     return net.eval().requires_grad_(False)
 
+
 @pytest.fixture(scope="module")
 def pair():
     """Our transformer and theirs, with the one width that theirs does not ask for."""
-    d = SMALL.dim
-    net = random_net(camera=False, action=False, mlp_dim=4 * d, byt5=(20, 2048, 2048), timed_text=True)
+    d = SMALL_HY.dim
+    net = random_hy_dit(camera=False, action=False, mlp_dim=4 * d, byt5=(20, 2048, 2048))
+    net.timed_text = True
     other = diffusers.HunyuanVideo15Transformer3DModel(
-        in_channels=2 * SMALL.channels + 1, out_channels=SMALL.channels, num_attention_heads=SMALL.heads,
-        attention_head_dim=d // SMALL.heads, num_layers=SMALL.layers, text_embed_dim=SMALL.text_dim,
-        text_embed_2_dim=20, image_embed_dim=SMALL.vision_dim, rope_axes_dim=SMALL.rope_bands)
+        in_channels=2 * SMALL_HY.channels + 1, out_channels=SMALL_HY.channels, num_attention_heads=SMALL_HY.heads,
+        attention_head_dim=d // SMALL_HY.heads, num_layers=SMALL_HY.layers, text_embed_dim=SMALL_HY.text_dim,
+        text_embed_2_dim=20, image_embed_dim=SMALL_HY.vision_dim, rope_axes_dim=SMALL_HY.rope_bands)
     net.load_state_dict(from_diffusers(fill(other).state_dict()))
     return net, other
 
@@ -39,20 +45,20 @@ def pair():
 @pytest.mark.parametrize("rows", [[0, 2], [1]], ids=["image", "no image"])
 def test_the_transformer_is_that_of_diffusers(pair, rows, scale):
     net, other = pair
-    x_t, sigma, prompt, _, _ = inputs(3)
-    prompt = leafwise(lambda z: z[rows], prompt)
+    x_t, sigma, prompt, _, _ = hy_inputs(3)
+    prompt = tree_map(lambda z: z[rows], prompt)
     prompt = prompt._replace(text=scale * prompt.text, byt5=scale * prompt.byt5, vision=scale * prompt.vision)
     x_t, sigma = x_t[rows], sigma[rows, 0]
-    image = torch.cat([prompt.image, torch.zeros_like(prompt.image).repeat(1, 2, 1, 1, 1)], dim=1)
+    given = torch.cat([prompt.given_latents, torch.zeros_like(prompt.given_latents).repeat(1, 2, 1, 1, 1)], dim=1)
     expected = other(
-        theirs(torch.cat([x_t, image], dim=2)), 1000 * sigma, prompt.text, prompt.text_mask, None, prompt.byt5,
+        theirs(torch.cat([x_t, given], dim=2)), 1000 * sigma, prompt.text, prompt.text_mask, None, prompt.byt5,
         prompt.byt5_mask, prompt.vision, return_dict=False)[0]
     mine = theirs(net(x_t, repeat(sigma, "b -> b f", f=3), prompt))
     torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_vae_is_that_of_diffusers():
-    vae = random_vae()
+    vae = random_hy_vae()
     widths = vae.cfg.widths
     other = diffusers.AutoencoderKLHunyuanVideo15(
         latent_channels=vae.cfg.z_dim, block_out_channels=widths, layers_per_block=vae.cfg.res_blocks,
@@ -60,6 +66,6 @@ def test_the_vae_is_that_of_diffusers():
     vae.load_state_dict(from_diffusers(fill(other).state_dict()))
     video, z = torch.rand(1, 3, 9, 16, 24) * 2 - 1, torch.randn(1, 4, 3, 2, 3)  # its mask fails at b 2
     with torch.no_grad():
-        moments, image = other.encode(video).latent_dist.parameters, other.decode(z).sample
+        moments, pixels = other.encode(video).latent_dist.parameters, other.decode(z).sample
     torch.testing.assert_close(torch.cat(vae.moments(video, {}), dim=1), moments, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(vae.image(z, {}), image, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(vae.reconstruct(z, {}), pixels, atol=1e-5, rtol=1e-5)

@@ -6,9 +6,11 @@ The toy tokenizer splits text by Qwen's rule and knows every word of the chat th
 them as the real one does.
 """
 import contextlib
+import gc
 import json
 import os
 import shutil
+import weakref
 
 import imageio.v3 as imageio
 import numpy as np
@@ -17,10 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import data as data_module
 from conftest import call
 from data import (
-    DOUBTFUL, HY_AFTER, HY_BEFORE, HY_SYSTEM, K_SQUARE, encode_hy, get_batch, load_encoder, load_hy_encoders,
-    open_latents, quoted, see,
+    DOUBTFUL, HY_AFTER, HY_BEFORE, HY_SYSTEM, K_SQUARE, encode_first_frame, encode_hy_prompts, from_bytes, get_batch,
+    load_encoder, load_hy_text_encoders, load_siglip, open_latents, quoted,
 )
 
 CPU = torch.device("cpu")
@@ -60,8 +63,10 @@ def write_json(path, content):
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory):
     """The folder of both layouts, and the nets in them by name."""
-    from transformers import (ByT5Tokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, SiglipVisionConfig,
-                              SiglipVisionModel, T5Config, T5EncoderModel)
+    from transformers import (
+        ByT5Tokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, SiglipVisionConfig, SiglipVisionModel,
+        T5Config, T5EncoderModel,
+    )
     home, chat = tmp_path_factory.mktemp("encoders"), chat_tokenizer()
     released, diffusers = home / "released", home / "diffusers"
     text = dict(vocab_size=len(chat), hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
@@ -117,7 +122,12 @@ def toys(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoders(toys):
-    return load_hy_encoders(toys["home"] / "released", CPU)
+    return load_hy_text_encoders(toys["home"] / "released", CPU)
+
+
+@pytest.fixture(scope="module")
+def siglip(toys):
+    return load_siglip(toys["home"] / "released", CPU)
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +139,12 @@ def pipeline():
 # -------------------------------------------------------------------------------------------------------------- Prompts
 
 
-def test_both_layouts_hold_the_same(toys, encoders):
-    other, frame = load_hy_encoders(toys["home"] / "diffusers", CPU), torch.rand(1, 3, 30, 52) * 2 - 1
-    a, b = encode_hy(PROMPTS, encoders), encode_hy(PROMPTS, other)
-    assert all(torch.equal(a[name], b[name]) for name in a) and torch.equal(see(frame, encoders), see(frame, other))
+def test_both_layouts_hold_the_same(toys, encoders, siglip):
+    other, frame = load_hy_text_encoders(toys["home"] / "diffusers", CPU), torch.rand(1, 3, 30, 52) * 2 - 1
+    a, b = encode_hy_prompts(PROMPTS, encoders), encode_hy_prompts(PROMPTS, other)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    other_siglip = load_siglip(toys["home"] / "diffusers", CPU)
+    assert torch.equal(encode_first_frame(frame, siglip), encode_first_frame(frame, other_siglip))
     ids = [e.byt5_tokenizer('<color-1> "<jp-font-2>').input_ids for e in (encoders, other)]
     assert ids[0] == ids[1] == [385, 35, 37, 388, 1]
 
@@ -157,14 +169,14 @@ def test_the_crop_leaves_the_prompt_and_what_follows(encoders):
     tokenizer, prompt = encoders.tokenizer, "Zwölf Türen, in a row"
     ids = tokenizer(HY_BEFORE + prompt + HY_AFTER).input_ids
     assert len(tokenizer(HY_BEFORE).input_ids) == CROP and tokenizer.decode(ids[CROP:]) == prompt + HY_AFTER
-    mask = encode_hy([prompt], encoders)["text_mask"]
+    mask = encode_hy_prompts([prompt], encoders)["text_mask"]
     assert mask.shape == (1, 1000) and mask.sum() == mask[0, : len(ids) - CROP].sum() == len(ids) - CROP
 
 
 def test_text_is_the_third_last_hidden_state(toys, encoders):
     ids = encoders.tokenizer(HY_BEFORE + PROMPTS[0] + HY_AFTER, return_tensors="pt").input_ids
     states = toys["llm"](ids, output_hidden_states=True).hidden_states
-    text = encode_hy(PROMPTS[:1], encoders)["text"][:, : ids.shape[1] - CROP]
+    text = encode_hy_prompts(PROMPTS[:1], encoders)["text"][:, : ids.shape[1] - CROP]
     assert len(states) == 6
     off = [(z[:, CROP:] - text).abs().max().item() for z in states]
     assert off[-3] < 1e-5 and min(off[-4], off[-2]) > 0.1
@@ -172,7 +184,7 @@ def test_text_is_the_third_last_hidden_state(toys, encoders):
 
 def test_prompts_are_read_as_diffusers_does(toys, encoders, pipeline):
     theirs, mask = pipeline._get_mllm_prompt_embeds(toys["llm"], encoders.tokenizer, PROMPTS, CPU)
-    ours = encode_hy(PROMPTS, encoders)
+    ours = encode_hy_prompts(PROMPTS, encoders)
     assert torch.equal(ours["text_mask"], mask) and ours["text"].shape == theirs.shape
     torch.testing.assert_close(ours["text"], theirs * mask[..., None], atol=1e-5, rtol=1e-5)
     theirs, mask = pipeline._get_byt5_prompt_embeds(encoders.byt5_tokenizer, toys["byt5"], PROMPTS, CPU)
@@ -181,21 +193,21 @@ def test_prompts_are_read_as_diffusers_does(toys, encoders, pipeline):
 
 
 def test_a_batch_is_its_prompts(encoders):
-    together = encode_hy(PROMPTS, encoders)
+    together = encode_hy_prompts(PROMPTS, encoders)
     for n, prompt in enumerate(PROMPTS):  # alone there is less padding
-        alone = encode_hy([prompt], encoders)
+        alone = encode_hy_prompts([prompt], encoders)
         for name, z in alone.items():
             torch.testing.assert_close(together[name][n : n + 1], z, atol=1e-5, rtol=1e-5)
 
 
 def test_a_long_prompt_is_cut(encoders):
-    long, longer = (encode_hy([f'“{"ab" * n}” ' + "objects " * n], encoders) for n in (1100, 1200))
+    long, longer = (encode_hy_prompts([f'“{"ab" * n}” ' + "objects " * n], encoders) for n in (1100, 1200))
     assert all(z[name].all() for z in (long, longer) for name in ("text_mask", "byt5_mask"))
     assert long["byt5"].shape == (1, 256, 24) and torch.equal(long["byt5"], longer["byt5"])
 
 
 def test_an_empty_prompt_is_a_space(encoders):
-    a, b = encode_hy([""], encoders), encode_hy([" "], encoders)
+    a, b = encode_hy_prompts([""], encoders), encode_hy_prompts([" "], encoders)
     assert all(torch.equal(a[name], b[name]) for name in a) and a["text_mask"].sum() == 6  # with the five that follow
 
 
@@ -211,7 +223,7 @@ def test_quotes(prompt, glyphs):
 
 
 def test_without_quotes_there_are_no_glyphs(encoders):
-    z = encode_hy(PROMPTS, encoders)
+    z = encode_hy_prompts(PROMPTS, encoders)
     assert z["byt5_mask"].any(1).tolist() == z["byt5"].flatten(1).any(1).tolist() == [True, False, True, False]
     assert not z["text"][z["text_mask"] == 0].any() and not z["byt5"][z["byt5_mask"] == 0].any()
 
@@ -219,22 +231,22 @@ def test_without_quotes_there_are_no_glyphs(encoders):
 # --------------------------------------------------------------------------------------------------------------- Images
 
 
-def shown(image, encoders):
-    """The pixels that SigLIP gets to see."""
+def shown(image, siglip):
+    """The pixels that SigLIP gets to see, and its tokens."""
     got, catch = [], lambda _, args, kwargs: got.extend([*args, *kwargs.values()][:1])
-    hook = encoders.siglip.register_forward_pre_hook(catch, with_kwargs=True)
-    tokens = see(image, encoders)
+    hook = siglip.net.register_forward_pre_hook(catch, with_kwargs=True)
+    tokens = encode_first_frame(image, siglip)
     hook.remove()
     return got[0], tokens
 
 
-def test_images_are_shown_as_diffusers_does(toys, encoders, pipeline):
+def test_images_are_shown_as_diffusers_does(toys, siglip, pipeline):
     from PIL import Image
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
     processor = SiglipImageProcessorPil.from_pretrained(toys["home"] / "diffusers/feature_extractor")
     photo = np.random.default_rng(0).integers(0, 256, (60, 104, 3), np.uint8)
     image = torch.tensor(photo).permute(2, 0, 1)[None] / 127.5 - 1
-    pixels, tokens = shown(image, encoders)
+    pixels, tokens = shown(image, siglip)
     theirs = processor(Image.fromarray(photo), return_tensors="pt")["pixel_values"]
     assert pixels.shape == theirs.shape == (1, 3, 42, 42) and tokens.shape == (1, 9, 16)
     assert (pixels - theirs).abs().max() < 1.5 / 255 / 0.5  # PIL rounds to whole levels, twice
@@ -242,18 +254,18 @@ def test_images_are_shown_as_diffusers_does(toys, encoders, pipeline):
     torch.testing.assert_close(tokens, theirs, atol=0.05, rtol=0)
 
 
-def test_an_image_of_siglips_size_is_only_normalised(encoders):
+def test_an_image_of_siglips_size_is_only_normalised(siglip):
     image = torch.rand(2, 3, 42, 42) * 2 - 1
     mean, std = (torch.tensor(z)[:, None, None] for z in ([0.5, 0.5, 0.4], [0.5, 0.5, 0.6]))
-    torch.testing.assert_close(shown(image, encoders)[0], ((image + 1) / 2 - mean) / std)
+    torch.testing.assert_close(shown(image, siglip)[0], ((image + 1) / 2 - mean) / std)
 
 
-def test_the_edges_of_a_wide_image_are_seen(encoders):
+def test_the_edges_of_a_wide_image_are_seen(siglip):
     image = torch.zeros(1, 3, 48, 83)
     for edge in slice(0, 4), slice(-4, None):
         marked = image.clone()
         marked[..., edge] = 1
-        assert (shown(marked, encoders)[0] != shown(image, encoders)[0])[..., [0, -1]].any()
+        assert (shown(marked, siglip)[0] != shown(image, siglip)[0])[..., [0, -1]].any()
 
 
 # -------------------------------------------------------------------------------------------------------- What is wrong
@@ -304,33 +316,54 @@ def test_damage_is_named(toys, tmp_path, place, damage, found):
     home = shutil.copytree(toys["home"] / "released", tmp_path / "hy")
     damage(home / place)
     with pytest.raises(ValueError) as error:
-        load_hy_encoders(home, CPU)
+        load_hy_text_encoders(home, CPU)
+        load_siglip(home, CPU)
     message = str(error.value)
     assert message.startswith(f"{home / place}: ") and found in message and "\n" not in message
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}/text_encoder/llm: no such folder"):
-        load_hy_encoders(tmp_path, CPU)
+        load_hy_text_encoders(tmp_path, CPU)
+    with pytest.raises(ValueError, match=f"{tmp_path}/vision_encoder/siglip/image_encoder: no such folder"):
+        load_siglip(tmp_path, CPU)
 
 
 # ------------------------------------------------------------------------------------------------- The way into a batch
 
 
-def test_one_prompt_is_read_without_padding_and_only_when_asked(toys, encoders, tmp_path):
+def test_one_prompt_is_encoded_without_padding_and_only_when_asked(toys, encoders, tmp_path):
     shutil.copytree(toys["home"] / "released", tmp_path / "hy")
-    shutil.rmtree(tmp_path / "hy/vision_encoder")  # whoever reads prompts need not see
-    encoder, batch = load_encoder("hy-8b", tmp_path / "hy", CPU), encode_hy(PROMPTS, encoders)
+    shutil.rmtree(tmp_path / "hy/vision_encoder")  # whoever encodes text needs no SigLIP
+    encoder, batch = load_encoder("hy-8b", tmp_path / "hy", CPU), encode_hy_prompts(PROMPTS, encoders)
     for n, prompt in enumerate(PROMPTS):
-        row = encoder.read(prompt)
+        row = encoder.encode_text(prompt)
         for name in "text", "byt5":
             valid = batch[f"{name}_mask"][n].bool()
             torch.testing.assert_close(row[name], batch[name][n, valid])
     with pytest.raises(ValueError, match="vision_encoder"):
-        encoder.see(torch.zeros(1, 3, 32, 32))
+        encoder.encode_image(torch.zeros(1, 3, 32, 32))
 
 
-def test_videos_become_hy_latents(toys, encoders, tmp_path):
+def test_networks_are_loaded_once_and_freed_with_their_encoder(toys, monkeypatch):
+    loaded = []
+
+    def load(path, device):
+        encoders = load_hy_text_encoders(path, device)
+        loaded.append(weakref.ref(encoders.llm))
+        return encoders
+
+    monkeypatch.setattr(data_module, "load_hy_text_encoders", load)
+    encoder = load_encoder("hy-8b", toys["home"] / "released/text_encoder", CPU)
+    assert not loaded  # nobody has asked yet
+    first, again = encoder.encode_text("a door"), encoder.encode_text("a door")
+    assert len(loaded) == 1 and all(torch.equal(first[name], again[name]) for name in first)
+    del encoder
+    gc.collect()
+    assert loaded[0]() is None
+
+
+def test_videos_become_hy_latents(toys, encoders, siglip, tmp_path):
     """Two clips with one caption, the first frame of each seen, none with --image-share 0; then a batch of them."""
     call("data.py", "--preset", "tiny-hy", "--count", "1", "--frames", "2", "--vae-steps", "1", cwd=tmp_path)
     (tmp_path / "clips").mkdir()
@@ -344,17 +377,16 @@ def test_videos_become_hy_latents(toys, encoders, tmp_path):
         call("data.py", *flags, "--image-share", share, "--out", f"data/{share}", cwd=tmp_path)
         with contextlib.chdir(tmp_path):
             batch = get_batch(open_latents(f"data/{share}"), 0, 0, 0, 1, 2, CPU)
-        expected = encode_hy([PROMPTS[0], ""], encoders)
+        expected = encode_hy_prompts([PROMPTS[0], ""], encoders)
         n, nulls = (int(mask.sum()) for mask in expected["text_mask"])
         text, mask = batch.prompt.text[0], batch.prompt.text_mask[0]
         torch.testing.assert_close(text[mask], expected["text"][0, :n], atol=1e-2, rtol=1e-2)  # fp16 on disk
         assert batch.prompt.text_mask.sum(1).tolist() == [n, n] and batch.null.text_mask.sum(1).tolist() == [nulls] * 2
         assert batch.prompt.byt5_mask.any() and not batch.null.byt5_mask.any()
         assert batch.prompt.vision.shape == (2, 9, 16) and batch.prompt.vision.any() == (share == "1")
-        assert torch.equal(batch.prompt.image[:, 0, :8], batch.x0[:, 0] * int(share))
-        assert batch.camera[2].tolist() == [[0, 9], [0, 9]]  # forward
-    frame = torch.from_numpy(imageio.imread(tmp_path / "clips/0.mp4", index=0)).permute(2, 0, 1)[None] / 127.5 - 1
+        assert torch.equal(batch.prompt.given_latents[:, 0, :8], batch.x0[:, 0] * int(share))
+    frame = from_bytes(torch.from_numpy(imageio.imread(tmp_path / "clips/0.mp4", index=0)).permute(2, 0, 1)[None])
     with contextlib.chdir(tmp_path):
         data = open_latents("data/1")
     seen = data.shards[0].get_tensor("vision")[0].float()
-    torch.testing.assert_close(seen, see(frame, encoders)[0], atol=0.05, rtol=0.05)
+    torch.testing.assert_close(seen, encode_first_frame(frame, siglip)[0], atol=0.05, rtol=0.05)

@@ -19,9 +19,10 @@ from data import (
     K_SQUARE, K_WIDE, NULL_PROMPT, UMT5_LEN, encode_prompts, get_batch, intrinsics, load_text_encoder, open_latents,
     parse_trajectory, render, sample_toy,
 )
+from helpers import CPU, edit_json, loads, refused
 from model import PRESETS, RELEASED, WanVAE, build, fingerprint, load_checkpoint, load_net, load_vae
 
-CPU, TINY = torch.device("cpu"), PRESETS["tiny"]
+TINY = PRESETS["tiny"]
 WAN_CONFIG = {"_class_name": "WanModel", "model_type": "t2v", "dim": 192, "ffn_dim": 768, "num_heads": 4,
               "num_layers": 4, "in_dim": 8, "out_dim": 8, "freq_dim": 128, "text_len": 512, "eps": 1e-6}
 SHARD = "diffusion_pytorch_model-{:05d}-of-00002.safetensors"
@@ -67,22 +68,6 @@ def diffusers_vae(mean):
     return diffusers.AutoencoderKLWan(
         base_dim=16, z_dim=8, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True],
         latents_mean=[mean] * 8, latents_std=[2.0] * 8)
-
-
-def loads(path, weights, *stages):
-    """The meta, if the weights are these."""
-    loaded, meta = load_checkpoint(path, *stages)
-    assert loaded.keys() == weights.keys() and all(torch.equal(loaded[name], w) for name, w in weights.items())
-    return meta
-
-
-def refused(path, *stages):
-    """The one line with which a file is refused, which names it or one that belongs to it."""
-    with pytest.raises(ValueError) as error:
-        load_checkpoint(path, *stages)
-    message = str(error.value)
-    assert "\n" not in message and str(path if path.is_dir() else path.parent) in message
-    return message
 
 
 # ------------------------------------------------------------------------------------------------------- What they hold
@@ -135,14 +120,19 @@ def test_meta_json_has_the_last_word(tmp_path):
     weights = random_weights(camera=True)
     path = write_minwm(tmp_path / "dmd", weights)
     (tmp_path / "dmd/meta.json").write_text('{"stage": "ar", "guidance": 2.5}')
-    assert loads(path, weights, "ar") == RELEASED["ar"] | {"stage": "ar", "preset": "tiny", "guidance": 2.5}
+    expected = RELEASED["ar"] | {"stage": "ar", "preset": "tiny", "guidance": 2.5}
+    assert loads(path, weights, "ar") == expected
+    (tmp_path / "dmd/meta.json").write_text(  # in the words of older versions of this code
+        '{"stage": "ar", "guidance": 2.5, "steps": 20, "sampler": "renoise", "prefix_prob": 0.2}')
+    assert loads(path, weights, "ar") == expected | {"sampling_steps": 20, "sampler": "few_step", "given_prob": 0.2}
 
 
 def test_released_settings_are_minwms():
     assert all(tuple(meta["K"]) == K_WIDE for meta in RELEASED.values())
-    of = lambda name: [RELEASED[stage][name] for stage in ("base", "camera", "ar", "ode", "cd", "dmd")]
-    assert of("chunk") == [0, 0, 4, 4, 4, 4] and of("guidance") == [5, 8, 3, 1, 1, 1]
-    assert of("steps") == [50, 50, 50, 4, 4, 4] and of("sampler") == ["unipc"] * 3 + ["renoise"] * 3
+    chunk, guidance, steps, sampler = ([RELEASED[stage][name] for stage in ("base", "camera", "ar", "ode", "cd", "dmd")]
+                                       for name in ("chunk", "guidance", "sampling_steps", "sampler"))
+    assert chunk == [0, 0, 4, 4, 4, 4] and guidance == [5, 8, 3, 1, 1, 1]
+    assert steps == [50, 50, 50, 4, 4, 4] and sampler == ["unipc"] * 3 + ["few_step"] * 3
 
 
 def test_released_vae(tmp_path, monkeypatch):
@@ -167,10 +157,6 @@ def test_diffusers_vae(tmp_path, inside):
 
 
 # -------------------------------------------------------------------------------------------------------- What is wrong
-
-
-def edit_json(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 class Evil:
@@ -378,7 +364,7 @@ def test_a_released_base_trains_and_streams(chain, tmp_path, toy_meta, kind, cap
     (trained, meta), (expected, _) = load_checkpoint(out), load_checkpoint(other)
     assert all(torch.equal(trained[name], w) for name, w in expected.items()) and meta["from"] == "base at step 0"
 
-    flags = "--vae", chain / "ckpt/vae.pt", "--camera", "w*3", "--steps", "2", "--out", tmp_path / "walk.gif"
+    flags = "--vae", chain / "ckpt/vae.pt", "--camera", "w*3", "--sampling-steps", "2", "--out", tmp_path / "walk.gif"
     call("stream.py", "--ckpt", folder, *flags, cwd=tmp_path)
     assert imageio.imread(tmp_path / "walk.gif", index=None).shape[0] == 13
 
@@ -391,8 +377,7 @@ def test_minwms_files_go_through_every_stage(chain, tmp_path, toy_meta):
                                    "model._fsdp_wrapped_module.")
         (files[stage].parent / "meta.json").write_text(toy_meta)
         if stage != "camera":
-            said = json.loads(toy_meta) | {"chunk": 2}
-            (files[stage].parent / "meta.json").write_text(json.dumps(said))
+            edit_json(files[stage].parent / "meta.json", chunk=2)
     short = (*MINIATURE, "--steps", "1", "--out")
     call("train_ar.py", "--init", files["camera"], *short, tmp_path / "ar.pt", cwd=chain)
     call("distill_cd.py", "--init", files["ar"], *short, tmp_path / "cd.pt", cwd=chain)
@@ -405,8 +390,8 @@ def test_minwms_files_go_through_every_stage(chain, tmp_path, toy_meta):
         assert meta["from"] == "model.pt at step 0, scores model.pt" and meta["chunk"] == 2 and net.cfg == TINY.dit
     for stage in folders:
         out = tmp_path / f"{stage}.gif"
-        call("stream.py", "--ckpt", files[stage], "--vae", chain / "ckpt/vae.pt", "--camera", "w*3", "--steps", "2",
-             "--out", out, cwd=tmp_path)
+        call("stream.py", "--ckpt", files[stage], "--vae", chain / "ckpt/vae.pt", "--camera", "w*3",
+             "--sampling-steps", "2", "--out", out, cwd=tmp_path)
         assert imageio.imread(out, index=None).shape[0] == 13
 
 
@@ -416,9 +401,8 @@ def test_a_folder_streams_with_the_vae_and_the_text_encoder_in_it(chain, tmp_pat
     vae, meta = load_checkpoint(chain / "ckpt/vae.pt", "vae")
     torch.save({name: w.clone() for name, w in vae.items()}, folder / "Wan2.1_VAE.pth")
     write_umt5(folder, umt5_weights())
-    said = json.loads(toy_meta) | {"vae_fingerprint": load_checkpoint(folder / "Wan2.1_VAE.pth")[1]["fingerprint"]}
-    (folder / "meta.json").write_text(json.dumps(said))
-    flags = "--ckpt", folder, "--camera", "w*3", "--steps", "2"
+    edit_json(folder / "meta.json", vae_fingerprint=load_checkpoint(folder / "Wan2.1_VAE.pth")[1]["fingerprint"])
+    flags = "--ckpt", folder, "--camera", "w*3", "--sampling-steps", "2"
     sizes = []
     for prompt in "a red house", "a blue house with two doors":
         call("stream.py", *flags, "--prompt", prompt, "--out", tmp_path / "walk.gif", cwd=tmp_path)
@@ -428,5 +412,5 @@ def test_a_folder_streams_with_the_vae_and_the_text_encoder_in_it(chain, tmp_pat
     torch.save(umt5_weights(d=64), folder / "models_t5_umt5-xxl-enc-bf16.pth")
     message = refusal("stream.py", *flags, "--prompt", "a house", cwd=tmp_path)
     assert message == f"error: {folder}: its prompts have 96 channels, found 64; see --text-encoder"
-    with pytest.raises(ValueError, match="another VAE than the latents'"):
+    with pytest.raises(ValueError, match="not the VAE that made the latents"):
         load_vae(folder, CPU, "Wan2.1")

@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 
 import model
 from conftest import MINIATURE, call, refusal
-from data import encode_words, intrinsics, load_encoder, parse_trajectory, see_places
+from data import encode_places, encode_words, intrinsics, load_encoder, parse_trajectory
+from helpers import CPU, edit_json, loads, refused
 from model import (
-    PRESETS, RELEASED_HY, HYPrompt, build, build_vae, fingerprint, load_checkpoint, load_net, load_vae, rollout,
+    HYVAE, PRESETS, RELEASED_HY, Camera, HYDiT, HYPrompt, Preset, build, build_vae, fingerprint, load_checkpoint,
+    load_net, load_vae, rollout, use_released_cache,
 )
-from stream import stream
-from test_loading import CPU, edit_json, loads, refused
+from stream import Player, stream
 
 # as hy-8b, unlike tiny-hy, the network knows action labels; as the released one, the VAE has a scale and no shift
 DIT = replace(PRESETS["tiny-hy"].dit, action=True)
@@ -40,7 +41,7 @@ PROPE = "double_blocks.1.img_attn_prope_proj.weight"
 def released_size():
     """The toy networks in the place of the released ones."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "tiny-hy", model.Preset(DIT, VAE))
+        patch.setitem(PRESETS, "tiny-hy", Preset(HYDiT, DIT, HYVAE, VAE))
         patch.setattr(model, "HY_VAE", VAE)
         yield
 
@@ -95,7 +96,7 @@ def test_a_base_is_a_base_wherever_it_lies(tmp_path):
 def test_other_sizes_and_distilled_ones_must_say_their_settings(tmp_path, folder, config):
     weights = random_weights(camera=False)
     path = write(tmp_path / folder, weights, DIT_CONFIG | config)
-    assert "expected its size, shift, steps and guidance" in refused(path)
+    assert "expected its size, shift, sampling_steps and guidance" in refused(path)
     write(path, weights, DIT_CONFIG | config, guidance=1.0, shift=7.0)
     assert loads(path, weights, "base") == described("base", guidance=1.0, shift=7.0)
 
@@ -104,7 +105,7 @@ def test_other_sizes_and_distilled_ones_must_say_their_settings(tmp_path, folder
 def test_diffusers_transformer(tmp_path, inside, shard_size, monkeypatch):
     diffusers = pytest.importorskip("diffusers")
     cfg = replace(DIT, mlp_dim=4 * DIT.dim, byt5=(DIT.byt5[0], 2048, 2048))  # widths it does not ask for
-    monkeypatch.setitem(PRESETS, "tiny-hy", model.Preset(cfg, VAE))
+    monkeypatch.setitem(PRESETS, "tiny-hy", Preset(HYDiT, cfg, HYVAE, VAE))
     torch.manual_seed(0)
     theirs = diffusers.HunyuanVideo15Transformer3DModel(
         in_channels=2 * cfg.channels + 1, out_channels=cfg.channels, num_attention_heads=cfg.heads,
@@ -121,7 +122,7 @@ def test_diffusers_transformer(tmp_path, inside, shard_size, monkeypatch):
 @pytest.mark.parametrize("kind, inside", [("Tencent", "vae"), ("Tencent", "."), ("diffusers", "vae")])
 def test_vae(tmp_path, kind, inside, monkeypatch):
     torch.manual_seed(0)
-    ours = build_vae(VAE)
+    ours = build_vae("tiny-hy")
     ours.init_weights()
     weights = ours.state_dict()
     if kind == "Tencent":
@@ -136,7 +137,7 @@ def test_vae(tmp_path, kind, inside, monkeypatch):
     vae = load_vae(tmp_path, CPU, "HunyuanVideo-1.5")
     assert vae.cfg == VAE and all(torch.equal(w, weights[name]) for name, w in vae.state_dict().items())
     edit_json(tmp_path / inside / "config.json", scaling_factor=0.5)  # another scale, another VAE
-    ordered = {name: weights[name] for name in build_vae(VAE).state_dict()}
+    ordered = {name: weights[name] for name in build_vae("tiny-hy").state_dict()}
     assert load_vae(tmp_path, CPU, fingerprint(ordered)).cfg.std == (2.0,) * VAE.z_dim
 
 
@@ -185,21 +186,26 @@ def test_a_training_run_of_minwms(tmp_path):
     assert loads(path, weights, "ar") == described("ar", guidance=2.5)
 
 
-def test_released_habits(tmp_path):
-    """Timed text is kept, the cache's defect if that is asked for, and never in what was trained from it."""
+def test_released_quirks(tmp_path):
+    """Timed text is kept, the cache's defect only if it is asked for, and never in what was trained from it."""
+    def quirks(net):
+        return net.timed_text, *(block.prope_cache == slice(0, 2) for block in net.blocks)
+
     base = write(tmp_path / "base", random_weights(camera=False), DIT_CONFIG)
     dmd, play = (write(tmp_path / name, random_weights(), AR_CONFIG) for name in ("dmd", "ar_distilled_action_model"))
-    habits = lambda net: (net.cfg.timed_text, net.cfg.released_cache, net.blocks[0].cfg.released_cache)
-    assert habits(load_net(base, CPU)[0]) == (True, False, False)
-    assert habits(load_net(dmd, CPU)[0]) == (False, False, False)
-    assert habits(load_net(dmd, CPU, released_cache=True)[0]) == (False, True, True)
+    assert quirks(load_net(base, CPU)[0]) == (True, False, False, False)
+    net, meta = load_net(dmd, CPU)
+    assert quirks(net) == (False, False, False, False)
+    use_released_cache(net, meta, dmd)
+    assert quirks(net) == (False, True, True, True)
     weights, meta = load_checkpoint(dmd)
     model.save_checkpoint(tmp_path / "dmd.pt", weights, meta | {"from": "dmd at step 0", "released_cache": False})
     ti2v = write(tmp_path / "TI2V/dmd", random_weights(camera=False), AR_CONFIG)
     for path in base, play, ti2v, tmp_path / "dmd.pt":
+        net, meta = load_net(path, CPU)
         with pytest.raises(ValueError, match=f"{path}: --released-cache is for minWM's DMD"):
-            load_net(path, CPU, released_cache=True)
-    assert habits(load_net(tmp_path / "dmd.pt", CPU)[0]) == (False, False, False)
+            use_released_cache(net, meta, path)
+        assert quirks(net) == (path == base, False, False, False)
 
 
 @pytest.mark.parametrize("kind", ["Tencent", "diffusers"])
@@ -213,7 +219,7 @@ def test_the_full_size_is_known_by_its_configuration(tmp_path, monkeypatch, kind
             net = pytest.importorskip("diffusers").HunyuanVideo15Transformer3DModel()
             config = json.loads(net.to_json_string())
     (tmp_path / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(model, "_read_safetensors", lambda path: net.state_dict())
+    monkeypatch.setattr(model, "read_safetensors", lambda path: net.state_dict())
     assert load_checkpoint(tmp_path, "base", preset="hy-8b")[1] == described("base", preset="hy-8b")
 
 
@@ -266,7 +272,7 @@ def test_a_lost_part_of_a_joined_tensor_is_named(lost):
 
 
 def test_a_broken_vae_is_named(tmp_path):
-    weights = build_vae(VAE).state_dict()
+    weights = build_vae("tiny-hy").state_dict()
     write(tmp_path, weights | {"encoder.conv_in.conv.bias": torch.ones(5)}, VAE_CONFIG)
     assert f"of width 5 with {VAE.z_dim} channels" in refused(tmp_path, "vae")
     write(tmp_path, {name: w for name, w in weights.items() if name != "decoder.conv_out.conv.bias"}, VAE_CONFIG)
@@ -294,45 +300,46 @@ SHORT = (*MINIATURE, "--preset", "tiny-hy", "--steps", "1", "--data")
 
 
 @pytest.fixture(scope="module")
-def world(released_size, tmp_path_factory):
+def hy_world(released_size, tmp_path_factory):
     """New videos, encoded by the released VAE."""
     folder = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
-    vae = build_vae(VAE)
+    vae = build_vae("tiny-hy")
     vae.init_weights()
     write(folder / "vae", vae.state_dict(), VAE_CONFIG)
     call("data.py", "--preset", "tiny-hy", "--count", "4", "--frames", "4", "--vae", folder / "vae", cwd=folder)
     return folder
 
 
-def test_a_released_base_trains_and_streams(world, tmp_path, capsys):
+def test_a_released_base_trains_and_streams(hy_world, tmp_path, capsys):
     weights = random_weights(camera=False)
     base = write(tmp_path / "HunyuanVideo-1.5/transformer/480p_i2v", weights, DIT_CONFIG).parents[1]
     (base / "meta.json").write_text('{"size": [32, 32]}')
-    short = (*SHORT, world / "data/toy", "--warmup", "0", "--sampling-steps", "2", "--out")
-    call("train_camera.py", "--init", base, *short, tmp_path / "camera.pt", cwd=world)
+    short = (*SHORT, hy_world / "data/toy", "--warmup", "0", "--sampling-steps", "2", "--out")
+    call("train_camera.py", "--init", base, *short, tmp_path / "camera.pt", cwd=hy_world)
     added = 2 * DIT.layers + 4
     assert f"{base} has no camera: {added} tensors of it are added, at zero output" in capsys.readouterr().out
     meta = load_checkpoint(tmp_path / "camera.pt", "camera")[1]
     assert meta["from"] == "HunyuanVideo-1.5 at step 0" and "timed_text" not in meta
-    flags = "--vae", world / "vae", "--camera", "w*3", "--steps", "2", "--out", tmp_path / "walk.gif"
+    flags = "--vae", hy_world / "vae", "--camera", "w*3", "--sampling-steps", "2", "--out", tmp_path / "walk.gif"
     call("stream.py", "--ckpt", base, *flags, cwd=tmp_path)
     assert imageio.imread(tmp_path / "walk.gif", index=None).shape[0] == 13
 
 
-def test_minwms_networks_go_through_every_stage(world, tmp_path):
+def test_minwms_networks_go_through_every_stage(hy_world, tmp_path):
     from data import open_latents
-    meta = {name: open_latents(world / "data/toy").meta[name] for name in ("K", "size", "fps", "frames")}
+    meta = {name: open_latents(hy_world / "data/toy").meta[name] for name in ("K", "size", "fps", "frames")}
     meta["K"] = [k + 1e-6 for k in meta["K"]]  # as far as digits were printed
     at = {folder: write(tmp_path / folder, random_weights(seed=seed), AR_CONFIG, **meta, chunk=0 if not seed else 2)
           for seed, folder in enumerate(("bidirectional", "ar_diffusion_tf", "causal_ode", "dmd"))}
-    short = (*SHORT, world / "data/toy", "--out")
-    call("train_ar.py", "--init", at["bidirectional"], *short, tmp_path / "ar.pt", "--sampling-steps", "2", cwd=world)
-    call("distill_cd.py", "--init", at["ar_diffusion_tf"], *short, tmp_path / "cd.pt", cwd=world)
+    short = (*SHORT, hy_world / "data/toy", "--out")
+    flags = (*short, tmp_path / "ar.pt", "--sampling-steps", "2")
+    call("train_ar.py", "--init", at["bidirectional"], *flags, cwd=hy_world)
+    call("distill_cd.py", "--init", at["ar_diffusion_tf"], *short, tmp_path / "cd.pt", cwd=hy_world)
     call("train_dmd.py", "--init", at["causal_ode"], "--scores", at["bidirectional"], *short, tmp_path / "dmd.pt",
-         "--fake-score-updates", "1", cwd=world)
+         "--fake-score-updates", "1", cwd=hy_world)
     assert load_checkpoint(tmp_path / "dmd.pt")[1]["from"] == "causal_ode at step 0, scores bidirectional"
-    flags = "--vae", world / "vae", "--camera", "w*3", "--out", tmp_path / "walk.gif"
+    flags = "--vae", hy_world / "vae", "--camera", "w*3", "--out", tmp_path / "walk.gif"
     videos = []
     for more in (), ("--released-cache",):
         call("stream.py", "--ckpt", at["dmd"], *flags, *more, cwd=tmp_path)
@@ -342,28 +349,28 @@ def test_minwms_networks_go_through_every_stage(world, tmp_path):
     assert message.startswith(f"error: {tmp_path / 'dmd.pt'}: --released-cache")
 
 
-def test_a_world_model_by_others_is_adapted(world, tmp_path):
+def test_a_world_model_by_others_is_adapted(hy_world, tmp_path):
     """HY-WorldPlay, taught new videos of another shape, length and camera: in smaller chunks and fewer steps through
     every stage, and its four-step student directly."""
     play = write(tmp_path / "HY-WorldPlay/bidirectional_model", random_weights())
     student = write(tmp_path / "HY-WorldPlay/ar_distilled_action_model", random_weights(seed=1),
                     name="model.safetensors", chunk=2)
-    data, sampling = (*SHORT, world / "data/toy", "--out"), ("--sampling-steps", "2")
-    call("train_camera.py", "--init", play, *data, tmp_path / "camera.pt", "--shift", "5", *sampling, cwd=world)
+    data, sampling = (*SHORT, hy_world / "data/toy", "--out"), ("--sampling-steps", "2")
+    call("train_camera.py", "--init", play, *data, tmp_path / "camera.pt", "--shift", "5", *sampling, cwd=hy_world)
     call("train_ar.py", "--init", tmp_path / "camera.pt", *data, tmp_path / "ar.pt", *sampling, "--chunk", "1",
-         cwd=world)
-    call("distill_cd.py", "--init", tmp_path / "ar.pt", *data, tmp_path / "cd.pt", *sampling, cwd=world)
+         cwd=hy_world)
+    call("distill_cd.py", "--init", tmp_path / "ar.pt", *data, tmp_path / "cd.pt", *sampling, cwd=hy_world)
     released = write(tmp_path / "HY-WorldPlay/ar_model", random_weights(seed=2))
-    call("train_ar.py", "--init", released, *data, tmp_path / "more.pt", *sampling, cwd=world)
+    call("train_ar.py", "--init", released, *data, tmp_path / "more.pt", *sampling, cwd=hy_world)
     assert load_checkpoint(tmp_path / "more.pt", "ar")[1]["frames"] == 4
     for init, out, chunk, steps in (tmp_path / "cd.pt", "quick.pt", 1, 2), (student, "student.pt", 2, 4):
         call("train_dmd.py", "--init", init, "--scores", tmp_path / "camera.pt", *data, tmp_path / out,
-             "--fake-score-updates", "1", cwd=world)
+             "--fake-score-updates", "1", cwd=hy_world)
         weights, meta = load_checkpoint(tmp_path / out, "dmd", preset="tiny-hy")
-        assert (meta["chunk"], meta["steps"], meta["frames"], meta["size"]) == (chunk, steps, 4, [32, 32])
+        assert (meta["chunk"], meta["sampling_steps"], meta["frames"], meta["size"]) == (chunk, steps, 4, [32, 32])
         assert meta["K"] == load_checkpoint(tmp_path / "camera.pt")[1]["K"] and meta["shift"] == 5
         assert weights.keys() == random_weights().keys()
-        call("stream.py", "--ckpt", tmp_path / out, "--vae", world / "vae", "--camera", "w*3", "--out",
+        call("stream.py", "--ckpt", tmp_path / out, "--vae", hy_world / "vae", "--camera", "w*3", "--out",
              tmp_path / "walk.gif", cwd=tmp_path)
         assert imageio.imread(tmp_path / "walk.gif", index=None).shape == (13, 256, 256, 3)
     before, after = load_checkpoint(student)[0], load_checkpoint(tmp_path / "student.pt")[0]
@@ -371,31 +378,33 @@ def test_a_world_model_by_others_is_adapted(world, tmp_path):
 
 
 @torch.no_grad()
-def test_a_stream_tells_the_network_its_image_and_its_actions():
+def test_a_stream_tells_the_network_its_image_and_its_actions(monkeypatch):
     """The same numbers as a rollout by hand, and others without the image, or with the labels of another path."""
-    net, vae = build("tiny-hy"), build_vae(VAE).eval()
+    net, vae = build("tiny-hy"), build_vae("tiny-hy").eval()
     vae.init_weights()
     net.load_state_dict({name: w * 4 for name, w in random_weights().items()})
     meta = described("dmd", size=[32, 32])
     encoder, viewmats = load_encoder("tiny-hy", None, CPU), parse_trajectory("w*3")[None]
     Ks, image = intrinsics(meta["K"]).expand(1, 4, 3, 3), torch.rand(1, 3, 1, 32, 32) * 2 - 1
 
-    def walk(before=None):
-        pieces = stream(net, vae, meta, encoder, ["a red room"], viewmats, Ks, [5], before=before)
+    def walk(given=None):
+        pieces = stream(Player(net, vae, encoder, meta), ["a red room"], Camera(viewmats, Ks), [5], given)
         return torch.cat(list(pieces), dim=2)
 
-    def by_hand(actions, shown):
+    def by_hand(shown):
         z = vae.encode(image)[0]
         words = encode_words("a red room")[None]
         no_quotes = torch.zeros(1, 1, 8), torch.zeros(1, 1, dtype=torch.bool)
         seen = torch.cat([z, torch.ones_like(z[:, :, :1])], dim=2)
-        prompt = HYPrompt(words, words.any(-1), *no_quotes, see_places(image[:, :, 0]) * shown, seen * shown)
-        camera = viewmats, Ks, torch.tensor([actions])
+        prompt = HYPrompt(words, words.any(-1), *no_quotes, encode_places(image[:, :, 0]) * shown, seen * shown)
         rng = [torch.Generator().manual_seed(5)]
-        x0 = rollout(net, meta, rng, (4, *z.shape[2:]), prompt, prompt, camera)
+        x0 = rollout(net, meta, rng, (4, *z.shape[2:]), prompt, prompt, Camera(viewmats, Ks))
         return vae.decode(torch.cat(list(x0), dim=1))[0].clamp(-1, 1)
 
-    forward = [0, 9, 9, 9]
-    torch.testing.assert_close(walk(image), by_hand(forward, 1.0), atol=1e-4, rtol=0)
-    torch.testing.assert_close(walk(), by_hand(forward, 0.0), atol=1e-4, rtol=0)
-    assert min((walk(image) - by_hand(*other)).abs().max() for other in (([0] * 4, 1.0), (forward, 0.0))) > 1e-2
+    assert model.action_labels(viewmats).tolist() == [[0, 9, 9, 9]]
+    with_image, without_image = walk(image), walk()
+    torch.testing.assert_close(with_image, by_hand(shown=1.0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(without_image, by_hand(shown=0.0), atol=1e-4, rtol=0)
+    assert (with_image - without_image).abs().max() > 1e-2
+    monkeypatch.setattr(model, "action_labels", lambda viewmats, _: torch.zeros(viewmats.shape[:2], dtype=torch.int64))
+    assert (with_image - by_hand(shown=1.0)).abs().max() > 1e-2

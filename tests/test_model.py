@@ -1,6 +1,6 @@
 """
-The networks on small random weights: flow identities, teacher forcing against the cached rollout and against a dense
-mask, PRoPE, the functional cache, the streamed VAE, checkpoints and samplers.
+model.py's course, in its order, on small random weights: flow identities, PRoPE, teacher forcing against the cached
+rollout and against a dense mask, the functional cache, the samplers, checkpoints, the streamed VAE; and UniPC.
 """
 import json
 import os
@@ -14,15 +14,17 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import model
+from conftest import ROOT
+from helpers import change_per_chunk, cut, rigid
 from model import (
-    PRESETS, DiTConfig, Preset, VAEConfig, WanDiT, WanVAE, add_noise, attend, build, denoise, fingerprint, guide, keep,
-    load_checkpoint, load_net, load_vae, noise_levels, projections, rollout, save_checkpoint, shift_sigma,
-    teacher_forcing_spans, unipc, velocity_to_x0, with_camera,
+    PRESETS, SAMPLERS, Camera, DiTConfig, Meta, Preset, VAEConfig, WanDiT, WanVAE, add_noise, build, fingerprint, guide,
+    load_checkpoint, load_net, load_vae, masked_mse, noise_levels, projections, rolling_cache, rollout, save_checkpoint,
+    segment_attention, shift_sigma, teacher_forcing_segments, velocity_to_x0, with_camera,
 )
 
 SMALL = DiTConfig(64, 96, 4, 2, channels=4, text_dim=24, freq_dim=32)
 META = {"stage": "ar", "preset": "tiny", "camera": True}
-SAMPLER = {"steps": 2, "shift": 5.0, "guidance": 1.0, "sampler": "euler", "chunk": 2, "camera": True}
+SAMPLING = {"sampling_steps": 2, "shift": 5.0, "guidance": 1.0, "sampler": "euler", "chunk": 2, "camera": True}
 
 
 @torch.no_grad()
@@ -37,28 +39,15 @@ def random_net(camera=True):
     return net.requires_grad_(False)
 
 
-def rigid(*shape):
-    """Random rigid transforms [*shape 4 4] with centres about a unit away."""
-    pose = torch.eye(4, dtype=torch.float64).repeat(*shape, 1, 1)
-    skew = torch.randn(*shape, 3, 3, dtype=torch.float64)
-    pose[..., :3, :3] = torch.linalg.matrix_exp(skew - skew.mT)
-    pose[..., :3, 3] = torch.randn(*shape, 3, dtype=torch.float64)
-    return pose.float()
-
-
 def inputs(f, b=2):
     """x_t, a noise level for every frame, prompt, camera, and the clean video."""
     torch.manual_seed(1)
     x_t, x0 = torch.randn(2, b, f, 4, 4, 4)
     Ks = torch.tensor([[0.6, 0, 0.5], [0, 0.9, 0.5], [0, 0, 1]]).expand(b, f, 3, 3)
-    return x_t, torch.rand(b, f), torch.randn(b, 5, 24), (rigid(b, f), Ks), x0
+    return x_t, torch.rand(b, f), torch.randn(b, 5, 24), Camera(rigid(b, f), Ks), x0
 
 
-def cut(frames, *tensors):
-    return [z[:, frames] for z in tensors]
-
-
-# ---------------------------------------------------------------------------------------------------- 1. Flow matching
+# ----------------------------------------------------------------------------------------------------- 1. Flow matching
 
 
 def test_velocity_leads_back_to_x0_at_every_noise_level():
@@ -96,32 +85,49 @@ def test_shift_1_is_the_identity():
     assert torch.equal(shift_sigma(sigma, 1.0), sigma)
 
 
-# ---------------------------------------------------------------------------------------------------------- 2. Cameras
+def test_masked_mse_counts_the_generated_frames_alone():
+    a, b = torch.zeros(2, 3, 4, 2, 2), torch.ones(2, 3, 4, 2, 2)
+    b[0, 0], b[1, :2] = 100.0, 100.0
+    generated = torch.tensor([[0.0, 1, 1], [0, 0, 1]])
+    assert masked_mse(a, b, generated) == 1  # a mean over frames, not over videos
+    b[1, 2] = 2.0
+    assert masked_mse(a, b, generated) == (1 + 1 + 4) / 3
+
+
+# ----------------------------------------------------------------------------------------------------------- 2. Cameras
 
 
 def test_projections_are_inverse_to_each_other():
-    P, P_inv = projections(*inputs(6)[3])
+    P, P_inv = projections(inputs(6)[3])
     torch.testing.assert_close(P @ P_inv, torch.eye(4).expand(2, 6, 4, 4), atol=1e-6, rtol=0)
 
 
 def test_a_rigid_motion_of_the_world_changes_nothing():
     net, (x_t, sigma, prompt, (viewmats, Ks), _) = random_net(), inputs(4)
-    moved = net(x_t, sigma, prompt, (viewmats @ rigid(), Ks))
-    torch.testing.assert_close(moved, net(x_t, sigma, prompt, (viewmats, Ks)), atol=2e-5, rtol=1e-4)
+    moved = net(x_t, sigma, prompt, Camera(viewmats @ rigid(), Ks))
+    torch.testing.assert_close(moved, net(x_t, sigma, prompt, Camera(viewmats, Ks)), atol=2e-5, rtol=1e-4)
 
 
 def test_the_motion_of_one_frame_reaches_all_frames():
     net, (x_t, sigma, prompt, (viewmats, Ks), _) = random_net(), inputs(4)
     bent = viewmats.clone()
     bent[:, 2] = bent[:, 2] @ rigid()
-    change = (net(x_t, sigma, prompt, (bent, Ks)) - net(x_t, sigma, prompt, (viewmats, Ks))).abs().amax((0, 2, 3, 4))
-    assert change.min() > 1e-3
+    still, moved = (net(x_t, sigma, prompt, Camera(poses, Ks)) for poses in (viewmats, bent))
+    assert (moved - still).abs().amax((0, 2, 3, 4)).min() > 1e-3
 
 
 def test_focal_length_reaches_the_output():
     net, (x_t, sigma, prompt, (viewmats, Ks), _) = random_net(), inputs(4)
     zoomed = Ks * torch.tensor([[2.0, 1, 1], [1, 1, 1], [1, 1, 1]])
-    assert (net(x_t, sigma, prompt, (viewmats, zoomed)) - net(x_t, sigma, prompt, (viewmats, Ks))).abs().max() > 1e-3
+    near, far = (net(x_t, sigma, prompt, Camera(viewmats, lens)) for lens in (zoomed, Ks))
+    assert (near - far).abs().max() > 1e-3
+
+
+def test_the_principal_point_is_left_out_as_released():
+    camera = inputs(4)[3]
+    elsewhere = camera.Ks + torch.tensor([[0, 0, 0.2], [0, 0, -0.1], [0, 0, 0]])
+    for P, other in zip(projections(camera), projections(Camera(camera.viewmats, elsewhere)), strict=True):
+        assert torch.equal(P, other)
 
 
 # ----------------------------------------------------------------------------------------------------------- 3. The DiT
@@ -133,14 +139,14 @@ def test_cached_rollout_is_the_teacher_forced_pass(f, chunk, camera_on):
     net, (x_t, sigma, prompt, camera, x0) = random_net(), inputs(f)
     camera = camera if camera_on else None
     whole = net(x_t, sigma, prompt, camera, clean=x0, chunk=chunk)
-    past, pieces = None, []
+    kv_cache, pieces = None, []
     for start in range(0, f, chunk):
         here = slice(start, start + chunk)
         x, s, clean = cut(here, x_t, sigma, x0)
-        cam = camera and tuple(cut(here, *camera))
-        pieces.append(net(x, s, prompt, cam, past=past))
-        past = net(clean, torch.zeros_like(s), prompt, cam, past=past, commit=True)
-    assert past.frames == f
+        cam = camera and camera.frames(here)
+        pieces.append(net(x, s, prompt, cam, kv_cache=kv_cache))
+        kv_cache = net(clean, torch.zeros_like(s), prompt, cam, kv_cache=kv_cache, update_cache=True)
+    assert kv_cache.frames == f
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
 
 
@@ -159,18 +165,13 @@ def test_segments_are_the_dense_mask_in_outputs_and_gradients(f, chunk):
     # clean sees clean up to its own chunk; noisy sees clean before its own chunk, and its own noisy chunk
     sees = (~noisy_i & ~noisy_j & (j <= i)) | (noisy_i & ~noisy_j & (j < i)) | (noisy_i & noisy_j & (j == i))
     q, k, v = (torch.randn(2, 2 * f, s, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    y, _ = attend(q, k, v, heads, teacher_forcing_spans(f, chunk), None)
+    y, _ = segment_attention(q, k, v, heads, teacher_forcing_segments(f, chunk), [])
     split = [rearrange(z, "b f s (nh hd) -> b nh (f s) hd", nh=heads) for z in (q, k, v)]
     dense = rearrange(F.scaled_dot_product_attention(*split, attn_mask=sees), "b nh (f s) hd -> b f s (nh hd)", s=s)
     torch.testing.assert_close(y, dense)
     weights = torch.randn_like(y)
     torch.testing.assert_close(torch.autograd.grad((y * weights).sum(), (q, k, v)),
                                torch.autograd.grad((dense * weights).sum(), (q, k, v)))
-
-
-def change_per_chunk(a, b):
-    """Largest change in each chunk of two frames."""
-    return rearrange((a - b).abs(), "b (n k) c h w -> n (b k c h w)", k=2).amax(1)
 
 
 def test_a_clean_chunk_is_seen_by_later_noisy_chunks_only():
@@ -190,7 +191,7 @@ def test_a_noisy_chunk_is_seen_by_itself_only():
 
 
 def test_a_new_camera_branch_leaves_the_base_output_unchanged(monkeypatch):
-    monkeypatch.setitem(PRESETS, "small", Preset(SMALL, None))
+    monkeypatch.setitem(PRESETS, "small", Preset(WanDiT, SMALL, WanVAE, None))
     base, (x_t, sigma, prompt, camera, _) = random_net(camera=False), inputs(4)
     weights, added = with_camera(base.state_dict(), "small")
     net = WanDiT(SMALL)
@@ -200,7 +201,7 @@ def test_a_new_camera_branch_leaves_the_base_output_unchanged(monkeypatch):
 
 
 def test_with_camera_keeps_a_camera_that_is_there(monkeypatch):
-    monkeypatch.setitem(PRESETS, "small", Preset(SMALL, None))
+    monkeypatch.setitem(PRESETS, "small", Preset(WanDiT, SMALL, WanVAE, None))
     weights = random_net().state_dict()
     again, added = with_camera(weights, "small")
     assert added == 0 and all(torch.equal(again[name], w) for name, w in weights.items())
@@ -224,26 +225,26 @@ def test_init_weights_sets_every_parameter_and_predicts_nothing():
     assert net(*inputs(3)[:4]).abs().max() == 0
 
 
-def test_a_commit_leaves_the_old_past_as_it_was():
-    net, (x_t, sigma, prompt, camera, x0) = random_net(), inputs(4)
-    first, second = ((*cut(frames, x0, torch.zeros(2, 4)), prompt, cut(frames, *camera))
+def test_an_updated_cache_leaves_the_old_one_as_it_was():
+    net, (_, _, prompt, camera, x0) = random_net(), inputs(4)
+    first, second = ((*cut(frames, x0, torch.zeros(2, 4)), prompt, camera.frames(frames))
                      for frames in (slice(0, 2), slice(2, 4)))
-    past = net(*first, commit=True)
-    before = [[z.clone() for z in layer] for layer in past.layers]
-    once, twice = (net(*second, past=past, commit=True) for _ in range(2))
-    torch.testing.assert_close([list(layer) for layer in past.layers], before, atol=0, rtol=0)
+    kv_cache = net(*first, update_cache=True)
+    before = [[z.clone() for z in layer] for layer in kv_cache.layers]
+    once, twice = (net(*second, kv_cache=kv_cache, update_cache=True) for _ in range(2))
+    torch.testing.assert_close([list(layer) for layer in kv_cache.layers], before, atol=0, rtol=0)
     torch.testing.assert_close(once, twice, atol=0, rtol=0)
-    assert (past.frames, once.frames) == (2, 4) and all(z.shape[2] == 4 * 4 for layer in once.layers for z in layer)
+    assert (kv_cache.frames, once.frames) == (2, 4) and all(z.shape[2] == 4 * 4 for layer in once.layers for z in layer)
 
 
-def test_keep_cuts_the_middle_of_a_past_and_not_its_count():
-    net, (x_t, sigma, prompt, camera, x0) = random_net(), inputs(6)
-    past = net(x0, torch.zeros(2, 6), prompt, camera, commit=True)
+def test_a_rolling_cache_drops_the_middle_and_not_the_count():
+    net, (_, _, prompt, camera, x0) = random_net(), inputs(6)
+    kv_cache = net(x0, torch.zeros(2, 6), prompt, camera, update_cache=True)
     for sink, window, frames in (1, 2, [0, 4, 5]), (0, 3, [3, 4, 5]), (2, 0, [0, 1]), (4, 4, range(6)):
-        kept = keep(past, 4, sink, window)
+        kept = rolling_cache(kv_cache, 4, sink, window)
         assert kept.frames == 6
-        for layer, whole in zip(kept.layers, past.layers):
-            for z, w in zip(layer, whole):
+        for layer, whole in zip(kept.layers, kv_cache.layers, strict=True):
+            for z, w in zip(layer, whole, strict=True):
                 assert torch.equal(z, torch.cat([w[:, :, 4 * i : 4 * i + 4] for i in frames], dim=2))
 
 
@@ -252,7 +253,7 @@ def test_samples_of_a_batch_do_not_meet():
     together, alone = net(x_t, sigma, prompt, camera, clean=x0, chunk=2), []
     for i in range(3):
         x, s, text, clean, *cam = (z[i:i + 1] for z in (x_t, sigma, prompt, x0, *camera))
-        alone.append(net(x, s, text, cam, clean=clean, chunk=2))
+        alone.append(net(x, s, text, Camera(*cam), clean=clean, chunk=2))
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
@@ -261,101 +262,33 @@ def test_a_frame_without_its_own_sigma_or_pose_is_refused():
     with pytest.raises(ValueError, match="sigma"):
         net(x_t, sigma[:, 0], prompt)
     with pytest.raises(ValueError, match="viewmats"):
-        net(x_t, sigma, prompt, (viewmats[:, :3], Ks))
+        net(x_t, sigma, prompt, Camera(viewmats[:, :3], Ks))
 
 
-# ----------------------------------------------------------------------------------------------------------- 4. The VAE
+# ---------------------------------------------------------------------------------------------------------- 4. Sampling
 
 
-def random_vae(cfg=PRESETS["tiny"].vae):
-    torch.manual_seed(0)
-    mean, std = torch.randn(cfg.z_dim).tolist(), (0.5 + torch.rand(cfg.z_dim)).tolist()
-    return WanVAE(replace(cfg, mean=tuple(mean), std=tuple(std))).requires_grad_(False)
+def sample(sampler, net, noise, sigmas, prompt=None, camera=None, guidance=1.0, generated=None):
+    """A sampler on one chunk that has no past."""
+    generated = noise[0].new_ones(noise[0].shape[:2]) if generated is None else generated
+    return SAMPLERS[sampler](net, noise, sigmas, prompt, camera, guidance, None, generated)
 
 
-def in_pieces(step, x, lengths, dim):
-    """step(piece, memory) over pieces of the given lengths -> all outputs."""
-    memory, outputs = None, []
-    for piece in x.split(lengths, dim):
-        y, memory = step(piece, memory)
-        outputs.append(y)
-    return outputs
+def check_one_video_is_reached(sampler, steps, start):
+    """If the data is the single point x0, the exact velocity at x_t is (x_t - x0) / sigma, whatever noise led there."""
+    x0, noise = torch.randn(2, 3, 4, 2, 2), [torch.randn(2, 3, 4, 2, 2) for _ in range(steps)]
+    net = lambda x_t, sigma, *_, **__: (x_t - x0) / sigma[:, :, None, None, None]
+    y = sample(sampler, net, noise, noise_levels(steps, 5, start))
+    torch.testing.assert_close(y, x0, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("lengths", [[1, 2, 3], [2, 1, 3], [3, 3], [1] * 6])
-def test_streamed_decode_is_the_whole_decode(lengths):
-    vae, latents = random_vae(), torch.randn(2, 6, 8, 3, 4)
-    whole, pieces = vae.decode(latents)[0], in_pieces(vae.decode, latents, lengths, 1)
-    assert [piece.shape[2] for piece in pieces] == [4 * n - 3 * (i == 0) for i, n in enumerate(lengths)]
-    torch.testing.assert_close(torch.cat(pieces, dim=2), whole, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("lengths", [[5, 4, 8], [1, 4, 12], [1, 8, 8], [1, 4, 4, 4, 4], [13, 4]])
-def test_streamed_encode_is_the_whole_encode(lengths):
-    vae, video = random_vae(), torch.rand(2, 3, 17, 8, 12) * 2 - 1
-    whole, pieces = vae.encode(video)[0], in_pieces(vae.encode, video, lengths, 2)
-    assert [piece.shape[1] for piece in pieces] == [(n + 3 * (i == 0)) // 4 for i, n in enumerate(lengths)]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("f", [1, 2, 4])
-def test_a_latent_depends_on_no_later_frame(f):
-    vae, video = random_vae(), torch.rand(1, 3, 17, 8, 8) * 2 - 1
-    prefix, whole = vae.encode(video[:, :, :1 + 4 * (f - 1)])[0], vae.encode(video)[0]
-    torch.testing.assert_close(prefix, whole[:, :f], atol=1e-5, rtol=1e-5)
-
-
-def test_a_frame_depends_on_no_later_latent():
-    vae, latents = random_vae(), torch.randn(1, 5, 8, 2, 2)
-    torch.testing.assert_close(vae.decode(latents[:, :3])[0], vae.decode(latents)[0][:, :, :9], atol=1e-5, rtol=1e-5)
-
-
-def test_the_past_reaches_later_pieces():
-    vae, latents = random_vae(), torch.randn(1, 3, 8, 2, 2)
-    alone, whole = vae.decode(latents[:, 1:])[0], vae.decode(latents)[0]
-    assert (alone[:, :, -4:] - whole[:, :, -4:]).abs().max() > 1e-3
-
-
-def check_memory_is_left_as_it_was(vae, latents, video):
-    for step, start, rest in (
-            (vae.decode, latents[:, :1], latents[:, 1:]), (vae.encode, video[:, :, :1], video[:, :, 1:])):
-        _, memory = step(start)
-        before = {layer: z.clone() for layer, z in memory.items()}
-        assert torch.equal(step(rest, memory)[0], step(rest, memory)[0])
-        assert before.keys() == memory.keys() and all(torch.equal(z, memory[layer]) for layer, z in before.items())
-
-
-def test_vae_memory_can_be_used_twice():
-    check_memory_is_left_as_it_was(random_vae(), torch.randn(1, 4, 8, 2, 2), torch.rand(1, 3, 9, 8, 8))
-
-
-def test_frames_that_fill_no_latent_are_refused():
-    vae, video = random_vae(), torch.zeros(1, 3, 8, 8, 8)
-    with pytest.raises(ValueError, match=r"4 frames.*4k \+ 1"):
-        vae.encode(video[:, :, :4])
-    _, memory = vae.encode(video[:, :, :1])
-    with pytest.raises(ValueError, match="5 frames.*4k"):
-        vae.encode(video[:, :, :5], memory)
-
-
-@pytest.mark.parametrize("time_down", [(False, True, True), (True, True)])
-def test_strides_of_the_wan_layout(time_down):
-    stages = len(time_down)
-    vae = random_vae(VAEConfig(8, 4, (1, 2, 4, 4)[:stages + 1], 1, time_down, (), ()))
-    for f in (1, 2, 4):
-        latents, _ = vae.encode(torch.zeros(1, 3, 1 + 4 * (f - 1), 16, 32))
-        assert latents.shape == (1, f, 4, 16 // 2**stages, 32 // 2**stages)
-        assert vae.decode(latents)[0].shape == (1, 3, 1 + 4 * (f - 1), 16, 32)
-
-
-def test_latents_are_normalised_by_the_stored_mean_and_std():
-    vae, video = random_vae(), torch.rand(1, 3, 5, 8, 8)
-    mu, _ = vae.moments(video, {})
-    mean, std = (torch.tensor(z).view(1, -1, 1, 1, 1) for z in (vae.cfg.mean, vae.cfg.std))
-    torch.testing.assert_close(rearrange(vae.encode(video)[0], "b f c h w -> b c f h w") * std + mean, mu)
-
-
-# --------------------------------------------------------------------------------------------------------- 6. Sampling
+def check_given_frames_stay(sampler, start):
+    net, (noise, _, prompt, camera, x0) = random_net(), inputs(4)
+    generated = torch.tensor([[0.0, 1, 1, 1], [0, 0, 0, 1]])
+    x_t = torch.where(generated[..., None, None, None] > 0, noise, x0)
+    fresh = [torch.randn_like(noise) for _ in range(3)]
+    y = sample(sampler, net, [x_t, *fresh], noise_levels(4, 5, start), prompt, camera, generated=generated)
+    assert torch.equal(y[generated == 0], x0[generated == 0]) and (y - x_t)[generated == 1].abs().mean() > 0.1
 
 
 def test_euler_follows_a_linear_field():
@@ -364,64 +297,39 @@ def test_euler_follows_a_linear_field():
     growth = 1.0
     for s, lower in zip(levels, levels[1:]):
         growth *= 1 + a * (lower - s)
-    y = denoise(lambda x_t, sigma, prompt, camera, past: a * x_t, x, levels, None, None)
+    y = sample("euler", lambda x_t, *_, **__: a * x_t, [x], levels)
     torch.testing.assert_close(y, growth * x)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_a_world_of_one_video_is_reached_by_both_samplers(steps):
-    # if the data is the single point x0, the exact velocity at x_t is (x_t - x0) / sigma, whatever noise led there
-    x0, levels = torch.randn(2, 3, 4, 2, 2), noise_levels(steps, 5)
-    net = lambda x_t, sigma, prompt, camera, past: (x_t - x0) / sigma[:, :, None, None, None]
-    renoise = [torch.randn_like(x0) for _ in range(steps - 1)]
-    for again in (None, renoise):
-        y = denoise(net, torch.randn_like(x0), levels, None, None, renoise=again)
-        torch.testing.assert_close(y, x0, atol=1e-5, rtol=1e-5)
-    y = unipc(net, torch.randn_like(x0), noise_levels(steps, 5, 0.999), None, None)
-    torch.testing.assert_close(y, x0, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("sampler", ["euler", "few_step"])
+def test_a_world_of_one_video_is_reached(sampler, steps):
+    check_one_video_is_reached(sampler, steps, start=1.0)
 
 
-def test_unipc_needs_fewer_steps_than_euler():
-    # data N(1, 1/4): x0 is the mean of what x_t leaves possible, and its distance in deviations never changes
-    def net(x_t, sigma, *_, **__):
-        sigma = sigma[:, :, None, None, None].double()
-        shrink = (1 - sigma) / 4 / ((1 - sigma) ** 2 / 4 + sigma**2)
-        return (x_t - 1 - shrink * (x_t - (1 - sigma))) / sigma
-
-    x_t, levels = torch.randn(1, 1, 4, 2, 2, dtype=torch.float64), [noise_levels(n, 3, 0.999) for n in (8, 16, 32)]
-    first = levels[0][0]
-    truth = 1 + (x_t - (1 - first)) / ((1 - first) ** 2 + 4 * first**2) ** 0.5
-    euler, multistep = ([(sampler(net, x_t, z, None, None) - truth).abs().max().item() for z in levels]
-                        for sampler in (denoise, unipc))
-    assert multistep[1] < euler[2] and multistep[2] < multistep[1] / 3 < multistep[0] / 9, (euler, multistep)
+@pytest.mark.parametrize("sampler", ["euler", "few_step"])
+def test_given_frames_come_out_unchanged(sampler):
+    check_given_frames_stay(sampler, start=1.0)
 
 
-def test_unipc_leaves_given_frames_alone():
-    net, (x_t, _, prompt, camera, x0) = random_net(), inputs(4)
-    free = torch.tensor([[0.0, 1, 1, 1], [0, 0, 0, 1]])
-    x_t = torch.where(free[..., None, None, None] > 0, x_t, x0)
-    y = unipc(net, x_t, noise_levels(4, 5, 0.999), prompt, camera, free=free)
-    assert torch.equal(y[free == 0], x0[free == 0]) and (y - x_t)[free == 1].abs().mean() > 0.1
-
-
-def test_renoising_in_one_step_subtracts_the_velocity():
+def test_one_few_step_subtracts_the_velocity():
     x_t, v = torch.randn(2, 3, 4, 2, 2), torch.randn(2, 3, 4, 2, 2)
-    y = denoise(lambda *_, past: v, x_t, [1.0, 0.0], None, None, renoise=[])
+    y = sample("few_step", lambda *_, **__: v, [x_t], [1.0, 0.0])
     assert torch.equal(y, x_t - 1 * v)
 
 
-def test_renoising_goes_through_x0_with_the_given_noise():
+def test_few_steps_go_through_x0_with_the_given_noise():
     # v = a x_t: x0 = (1 - a) x_t at sigma 1, then (1 - 0.5) x0 + 0.5 noise, then x0 = (1 - 0.5 a) of that
     a, x_t, noise = 0.3, torch.randn(1, 2, 4, 2, 2), torch.randn(1, 2, 4, 2, 2)
-    y = denoise(lambda x, *_, past: a * x, x_t, [1.0, 0.5, 0.0], None, None, renoise=[noise])
+    y = sample("few_step", lambda x, *_, **__: a * x, [x_t, noise], [1.0, 0.5, 0.0])
     torch.testing.assert_close(y, (1 - 0.5 * a) * (0.5 * (1 - a) * x_t + 0.5 * noise))
 
 
-def test_denoise_guides_with_the_null_prompts_behind():
+def test_guidance_reads_the_null_prompts_behind():
     # v is the prompt's one number
-    net = lambda x_t, sigma, prompt, camera, past: prompt[..., None, None].expand_as(x_t)
+    net = lambda x_t, sigma, prompt, *_, **__: prompt[..., None, None].expand_as(x_t)
     x_t, cond, null = torch.randn(2, 3, 4, 2, 2), torch.full((2, 1, 1), 2.0), torch.full((2, 1, 1), 0.5)
-    y = denoise(net, x_t, noise_levels(3, 5), torch.cat([cond, null]), None, guidance=4.0)
+    y = sample("euler", net, [x_t], noise_levels(3, 5), torch.cat([cond, null]), guidance=4.0)
     torch.testing.assert_close(y, x_t - (0.5 + 4.0 * (2.0 - 0.5)))
 
 
@@ -429,7 +337,7 @@ def roll(net, f=4, null=None, b=2, **changes):
     """Chunks of a rollout from fixed seeds, the first `b` videos."""
     _, _, prompt, camera, _ = inputs(f)
     rng = [torch.Generator().manual_seed(i) for i in range(b)]
-    return list(rollout(net, SAMPLER | changes, rng, (f, 4, 4, 4), prompt[:b], null, tuple(z[:b] for z in camera)))
+    return list(rollout(net, SAMPLING | changes, rng, (f, 4, 4, 4), prompt[:b], null, Camera(*(z[:b] for z in camera))))
 
 
 @pytest.mark.parametrize("chunk, frames", [(2, [2, 2, 1]), (5, [5]), (0, [5]), (1, [1] * 5)])
@@ -444,31 +352,33 @@ def test_rollout_without_guidance_reads_no_null_prompt():
 
 
 def test_a_rolled_out_video_does_not_depend_on_its_batch():
-    for sampler in ("euler", "renoise"):
+    for sampler in ("euler", "few_step"):
         both, alone = (torch.cat(roll(random_net(), b=b, sampler=sampler), dim=1) for b in (2, 1))
         torch.testing.assert_close(both[:1], alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("sampler", ["euler", "renoise"])
-def test_rollout_is_denoise_and_commit_by_hand(guidance, sampler):
+@pytest.mark.parametrize("sampler", ["euler", "few_step"])
+def test_rollout_is_sampler_and_cache_by_hand(guidance, sampler):
     net, (_, _, prompt, camera, _), levels = random_net(), inputs(4), noise_levels(2, 5)
-    null, zero, pasts = torch.zeros_like(prompt), torch.zeros(2, 2), [None, None]  # one cache per prompt
+    null, zero, caches = torch.zeros_like(prompt), torch.zeros(2, 2), [None, None]  # one cache per prompt
     rng = [torch.Generator().manual_seed(i) for i in range(2)]
     noise, again = (torch.stack([torch.randn(4, 4, 4, 4, generator=g) for g in rng]) for _ in range(2))
     chunks = roll(net, null=null, guidance=guidance, sampler=sampler)
     for x0, frames in zip(chunks, (slice(0, 2), slice(2, 4)), strict=True):
-        x, fresh, *cam = cut(frames, noise, again, *camera)
+        (x, fresh), cam = cut(frames, noise, again), camera.frames(frames)
         for level, lower in zip(levels, levels[1:]):
             sigma = torch.full((2, 2), level)
-            v = guide(*(net(x, sigma, text, cam, past=past) for text, past in zip((prompt, null), pasts)), guidance)
-            renoised = add_noise(velocity_to_x0(v, x, sigma), fresh, torch.full_like(sigma, lower))
-            x = x + (lower - level) * v if sampler == "euler" else renoised
-        pasts = [net(x, zero, text, cam, past=past, commit=True) for text, past in zip((prompt, null), pasts)]
+            cond, empty = (net(x, sigma, text, cam, kv_cache=past) for text, past in zip((prompt, null), caches))
+            v = guide(cond, empty, guidance)
+            anew = add_noise(velocity_to_x0(v, x, sigma), fresh, torch.full_like(sigma, lower))
+            x = x + (lower - level) * v if sampler == "euler" else anew
+        caches = [net(x, zero, text, cam, kv_cache=past, update_cache=True)
+                  for text, past in zip((prompt, null), caches)]
         torch.testing.assert_close(x0, x, atol=1e-4, rtol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------- 7. Checkpoints
+# ----------------------------------------------------------------------------------------------------------- 5. Weights
 
 
 def tiny_weights():
@@ -601,3 +511,156 @@ def test_load_vae_restores_weights_and_latent_scale(tmp_path):
     assert torch.equal(loaded.encode(video)[0], vae.encode(video)[0]) and fingerprint(loaded.state_dict()) == name
     with pytest.raises(ValueError, match=f"expected fingerprint 0, found {name}"):
         load_vae(tmp_path / "vae.pt", torch.device("cpu"), "0")
+
+
+def test_an_older_file_loads_in_todays_words(tmp_path):
+    old = {"steps": 4, "prefix_prob": 0.25, "sampler": "renoise", "guidance": 1.0}
+    save_checkpoint(tmp_path / "ar.pt", filled(0), META | old)
+    today = {"sampling_steps": 4, "given_prob": 0.25, "sampler": "few_step", "guidance": 1.0}
+    assert load_checkpoint(tmp_path / "ar.pt")[1] == META | today
+    save_checkpoint(tmp_path / "ar.pt", filled(0), META | today)
+    assert load_checkpoint(tmp_path / "ar.pt")[1] == META | today
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("ckpt/*/*.pt")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_what_ships_describes_itself_in_todays_words(path):
+    _, meta = load_checkpoint(path, path.stem, preset=path.parent.name)
+    if path.stem == "vae":
+        assert meta.keys() == {"stage", "preset", "mean", "std", "fingerprint"}
+    else:
+        others = {"timed_text", "released_cache", "mean", "std", "fingerprint"}  # released networks', a VAE's
+        assert meta.keys() == Meta.__annotations__.keys() - others and meta["sampler"] in SAMPLERS
+
+
+# ----------------------------------------------------------------------------------------------------------- 6. The VAE
+
+
+def random_vae(cfg=PRESETS["tiny"].vae):
+    torch.manual_seed(0)
+    mean, std = torch.randn(cfg.z_dim).tolist(), (0.5 + torch.rand(cfg.z_dim)).tolist()
+    return WanVAE(replace(cfg, mean=tuple(mean), std=tuple(std))).requires_grad_(False)
+
+
+def in_pieces(step, x, lengths, dim):
+    """step(piece, feat_cache) over pieces of the given lengths -> all outputs."""
+    feat_cache, outputs = None, []
+    for piece in x.split(lengths, dim):
+        y, feat_cache = step(piece, feat_cache)
+        outputs.append(y)
+    return outputs
+
+
+@pytest.mark.parametrize("lengths", [[1, 2, 3], [2, 1, 3], [3, 3], [1] * 6])
+def test_streamed_decode_is_the_whole_decode(lengths):
+    vae, latents = random_vae(), torch.randn(2, 6, 8, 3, 4)
+    whole, pieces = vae.decode(latents)[0], in_pieces(vae.decode, latents, lengths, 1)
+    assert [piece.shape[2] for piece in pieces] == [4 * n - 3 * (i == 0) for i, n in enumerate(lengths)]
+    torch.testing.assert_close(torch.cat(pieces, dim=2), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[5, 4, 8], [1, 4, 12], [1, 8, 8], [1, 4, 4, 4, 4], [13, 4]])
+def test_streamed_encode_is_the_whole_encode(lengths):
+    vae, video = random_vae(), torch.rand(2, 3, 17, 8, 12) * 2 - 1
+    whole, pieces = vae.encode(video)[0], in_pieces(vae.encode, video, lengths, 2)
+    assert [piece.shape[1] for piece in pieces] == [(n + 3 * (i == 0)) // 4 for i, n in enumerate(lengths)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("f", [1, 2, 4])
+def test_a_latent_depends_on_no_later_frame(f):
+    vae, video = random_vae(), torch.rand(1, 3, 17, 8, 8) * 2 - 1
+    prefix, whole = vae.encode(video[:, :, :1 + 4 * (f - 1)])[0], vae.encode(video)[0]
+    torch.testing.assert_close(prefix, whole[:, :f], atol=1e-5, rtol=1e-5)
+
+
+def test_a_frame_depends_on_no_later_latent():
+    vae, latents = random_vae(), torch.randn(1, 5, 8, 2, 2)
+    torch.testing.assert_close(vae.decode(latents[:, :3])[0], vae.decode(latents)[0][:, :, :9], atol=1e-5, rtol=1e-5)
+
+
+def test_the_past_reaches_later_pieces():
+    vae, latents = random_vae(), torch.randn(1, 3, 8, 2, 2)
+    alone, whole = vae.decode(latents[:, 1:])[0], vae.decode(latents)[0]
+    assert (alone[:, :, -4:] - whole[:, :, -4:]).abs().max() > 1e-3
+
+
+def test_a_feat_cache_can_be_used_twice():
+    vae, latents, video = random_vae(), torch.randn(1, 4, 8, 2, 2), torch.rand(1, 3, 9, 8, 8)
+    for step, start, rest in (
+            (vae.decode, latents[:, :1], latents[:, 1:]), (vae.encode, video[:, :, :1], video[:, :, 1:])):
+        _, feat_cache = step(start)
+        before = {layer: z.clone() for layer, z in feat_cache.items()}
+        assert torch.equal(step(rest, feat_cache)[0], step(rest, feat_cache)[0])
+        assert before.keys() == feat_cache.keys()
+        assert all(torch.equal(z, feat_cache[layer]) for layer, z in before.items())
+
+
+def test_frames_that_fill_no_latent_are_refused():
+    vae, video = random_vae(), torch.zeros(1, 3, 8, 8, 8)
+    with pytest.raises(ValueError, match=r"4 frames.*4k \+ 1"):
+        vae.encode(video[:, :, :4])
+    _, feat_cache = vae.encode(video[:, :, :1])
+    with pytest.raises(ValueError, match="5 frames.*4k"):
+        vae.encode(video[:, :, :5], feat_cache)
+
+
+@pytest.mark.parametrize("time_down", [(False, True, True), (True, True)])
+def test_strides_of_the_wan_layout(time_down):
+    stages = len(time_down)
+    vae = random_vae(VAEConfig(8, 4, (1, 2, 4, 4)[:stages + 1], 1, time_down, (), ()))
+    for f in (1, 2, 4):
+        latents, _ = vae.encode(torch.zeros(1, 3, 1 + 4 * (f - 1), 16, 32))
+        assert latents.shape == (1, f, 4, 16 // 2**stages, 32 // 2**stages)
+        assert vae.decode(latents)[0].shape == (1, 3, 1 + 4 * (f - 1), 16, 32)
+
+
+def test_latents_are_normalised_by_the_stored_mean_and_std():
+    vae, video = random_vae(), torch.rand(1, 3, 5, 8, 8)
+    mu, _ = vae.moments(video, {})
+    mean, std = (torch.tensor(z).view(1, -1, 1, 1, 1) for z in (vae.cfg.mean, vae.cfg.std))
+    torch.testing.assert_close(rearrange(vae.encode(video)[0], "b f c h w -> b c f h w") * std + mean, mu)
+
+
+def test_decode_scales_latents_back_before_they_are_reconstructed():
+    vae, latents = random_vae(), torch.randn(1, 6, 8, 2, 2)
+    mean, std = (torch.tensor(z).view(1, -1, 1, 1, 1) for z in (vae.cfg.mean, vae.cfg.std))
+    video = vae.reconstruct(rearrange(latents, "b f c h w -> b c f h w") * std + mean, {})
+    torch.testing.assert_close(vae.decode(latents)[0], video, atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------ 10. UniPC
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_unipc_reaches_a_world_of_one_video(steps):
+    check_one_video_is_reached("unipc", steps, start=0.999)
+
+
+def test_unipc_needs_fewer_steps_than_euler():
+    # data N(1, 1/4): x0 is the mean of what x_t leaves possible, and its distance in deviations never changes
+    def net(x_t, sigma, *_, **__):
+        sigma = sigma[:, :, None, None, None].double()
+        shrink = (1 - sigma) / 4 / ((1 - sigma) ** 2 / 4 + sigma**2)
+        return (x_t - 1 - shrink * (x_t - (1 - sigma))) / sigma
+
+    x_t, levels = torch.randn(1, 1, 4, 2, 2, dtype=torch.float64), [noise_levels(n, 3, 0.999) for n in (8, 16, 32)]
+    first = levels[0][0]
+    truth = 1 + (x_t - (1 - first)) / ((1 - first) ** 2 + 4 * first**2) ** 0.5
+    euler, multistep = ([(sample(sampler, net, [x_t], z) - truth).abs().max().item() for z in levels]
+                        for sampler in ("euler", "unipc"))
+    assert multistep[1] < euler[2] and multistep[2] < multistep[1] / 3 < multistep[0] / 9, (euler, multistep)
+
+
+def test_unipc_leaves_given_frames_alone():
+    check_given_frames_stay("unipc", start=0.999)
+
+
+def test_a_rollout_by_unipc_starts_just_below_pure_noise():
+    seen, net = [], random_net()
+
+    def watched(x_t, sigma, *rest, **flags):
+        seen.append(sigma.max().item())
+        return net(x_t, sigma, *rest, **flags)
+
+    x0 = torch.cat(roll(watched, sampler="unipc", chunk=0), dim=1)
+    assert x0.isfinite().all() and seen == pytest.approx(noise_levels(2, 5.0, 0.999)[:-1]) and seen[0] < 1

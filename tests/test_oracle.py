@@ -7,10 +7,8 @@ that computes the outputs with our code; any that it leaves out must be named in
 public code is wrong, the comment says so and what is compared instead.
 """
 import json
-import os
 import re
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -21,18 +19,17 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import data
-import distill_cd
-import distill_ode
-import train_camera
-import train_dmd
-from data import K_WIDE, Batch, action_labels, build_umt5, embed_tokens, intrinsics, parse_trajectory, umt5_name
+from data import K_WIDE, Batch, build_umt5, embed_tokens, intrinsics, parse_trajectory, umt5_name
+from distill_cd import consistency_loss
+from distill_ode import ode_loss
+from helpers import ORACLE
 from model import (
-    WAN_VAE, Block, ChannelNorm, DiTConfig, Past, RMSNorm, VAEConfig, WanDiT, WanVAE, add_noise, build, denoise,
-    guide, keep, noise_levels, per_frame, projections, rollout, rope_table, shift_sigma, teacher_forcing_spans, unipc,
-    update_ema, velocity_to_x0,
+    SAMPLERS, WAN_VAE, Block, Camera, ChannelNorm, DiTConfig, KVCache, RMSNorm, VAEConfig, WanDiT, WanVAE,
+    action_labels, add_noise, apply_projection, build, guide, noise_levels, projections, rolling_cache, rollout,
+    rope_table, shift_sigma, teacher_forcing_segments, update_ema, velocity_to_x0,
 )
-
-ORACLE = Path(os.environ.get("ORACLE_DIR", Path(__file__).parents[2] / "shared/oracle"))
+from train_camera import flow_matching_loss
+from train_dmd import dmd_loss, fake_score_loss, generator_loss, noised, self_rollout
 
 
 class Case(NamedTuple):
@@ -91,11 +88,16 @@ def prompts(case):
 
 
 def cameras(case):
-    return (case.inputs["viewmats"], case.inputs["Ks"]) if "viewmats" in case.inputs else None
+    return Camera(case.inputs["viewmats"], case.inputs["Ks"]) if "viewmats" in case.inputs else None
 
 
 def part(frames, camera):
-    return camera and tuple(z[:, frames] for z in camera)
+    return camera and camera.frames(frames)
+
+
+def sample(sampler, net, x_t, sigmas, prompt=None, guidance=1.0):
+    """One chunk, without camera or past, none of its frames given."""
+    return SAMPLERS[sampler](net, [x_t], sigmas, prompt, None, guidance, None, x_t.new_ones(x_t.shape[:2]))
 
 
 # ---------------------------------------------------------------------------------------------------- 1-2. Whole videos
@@ -134,15 +136,16 @@ def teacher_forcing(case, _):
     for name, camera in [("nocam", None)] + [("cam", cameras(case))] * ("viewmats" in i):
         mine[f"tf_{name}"] = theirs(net(x, level(i["t"]), text, camera, clean=clean, chunk=chunk))
         # our forced pass has its clean half at level 0 only; the cached pass, equal to it, can be told another level
-        past, chunks = None, []
+        kv_cache, chunks = None, []
         for start in range(0, x.shape[1], chunk):
             here = slice(start, start + chunk)
-            chunks.append(net(x[:, here], level(i["t_perframe"][:, here]), text, part(here, camera), past=past))
-            past = net(clean[:, here], level(i["aug_t"][:, here]), text, part(here, camera), past=past, commit=True)
+            pose, sigma, cleaned = part(here, camera), level(i["t_perframe"][:, here]), level(i["aug_t"][:, here])
+            chunks.append(net(x[:, here], sigma, text, pose, kv_cache=kv_cache))
+            kv_cache = net(clean[:, here], cleaned, text, pose, kv_cache=kv_cache, update_cache=True)
         mine[f"tf_perframe_aug_{name}"] = theirs(torch.cat(chunks, dim=1))
     f, s = x.shape[1], x.shape[3] * x.shape[4] // 4
     mask = torch.zeros(2 * f * s, 2 * f * s, dtype=torch.uint8)
-    for queries, seen in teacher_forcing_spans(f, chunk):
+    for queries, seen in teacher_forcing_segments(f, chunk):
         for keys in seen:
             mask[queries.start * s : queries.stop * s, keys.start * s : keys.stop * s] = 1
     return mine | {"tf_token_mask": mask}
@@ -151,22 +154,22 @@ def teacher_forcing(case, _):
 @torch.no_grad()
 def cached(case, _):
     net, text, i, c = network(case), prompts(case), case.inputs, case.config
-    chunk, s, camera, past, mine = c["frames_per_chunk"], c["frame_seqlen"], cameras(case), None, {}
+    chunk, s, camera, kv_cache, mine = c["frames_per_chunk"], c["frame_seqlen"], cameras(case), None, {}
     frames = i["pass0_x"].shape[2]
     for n in range(frames // chunk):
         here = slice(n * chunk, (n + 1) * chunk)
-        if past and c["ctor"]["local_attn_size"] != -1:  # a rolling cache; these cases set its size apart
+        if kv_cache and c["ctor"]["local_attn_size"] != -1:  # a rolling cache; these cases set its size apart
             sink = c["ctor"]["sink_size"]
-            past = keep(past, s, sink, c["kv_cache_frames"] - sink - chunk)
+            kv_cache = rolling_cache(kv_cache, s, sink, c["kv_cache_frames"] - sink - chunk)
         for p, t in enumerate(i["pass_t"]):
             x = ours(i[f"pass{p}_x"])[:, here]
             call = x, level(t).expand(x.shape[:2]), text, part(here, camera)
-            mine[f"chunk{n}_pass{p}"] = theirs(net(*call, past=past))
-        past = net(*call, past=past, commit=True)  # the last pass is at level 0
-    for name, z in zip(("cache_k", "cache_v", "prope_cache_k", "prope_cache_v"), past.layers[0]):
+            mine[f"chunk{n}_pass{p}"] = theirs(net(*call, kv_cache=kv_cache))
+        kv_cache = net(*call, kv_cache=kv_cache, update_cache=True)  # the last pass is at level 0
+    for name, z in zip(("cache_k", "cache_v", "prope_cache_k", "prope_cache_v"), kv_cache.layers[0]):
         mine[f"final_{name}_layer0"] = rearrange(z, "b nh n hd -> b n nh hd")
-    held = past.layers[0][0].shape[2]
-    return mine | {"final_local_end": torch.tensor([held]), "final_global_end": torch.tensor([past.frames * s])}
+    held, end = kv_cache.layers[0][0].shape[2], kv_cache.frames * s
+    return mine | {"final_local_end": torch.tensor([held]), "final_global_end": torch.tensor([end])}
 
 
 def gradients(case, _):
@@ -191,15 +194,15 @@ def wan_vae(case, _):
     for name, z in i.items():
         kind, _, n = name.partition("_")
         if kind == "latent":
-            mine[f"dec_{n}"], memory, pieces = vae.decode(ours(z))[0], None, []
+            mine[f"dec_{n}"], feat_cache, pieces = vae.decode(ours(z))[0], None, []
             for latent in ours(z).split(1, dim=1):
-                piece, memory = vae.decode(latent, memory)
+                piece, feat_cache = vae.decode(latent, feat_cache)
                 pieces.append(piece)
             streamed = f"dec_{n}", torch.cat(pieces, dim=2)
         elif kind == "video":
-            mine[f"enc_{n}"], memory, pieces = theirs(vae.encode(z)[0]), None, []
+            mine[f"enc_{n}"], feat_cache, pieces = theirs(vae.encode(z)[0]), None, []
             for frames in [z[:, :, :1], *z[:, :, 1:].split(4, dim=2)] if z.shape[2] > 1 else [z]:
-                piece, memory = vae.encode(frames, memory)
+                piece, feat_cache = vae.encode(frames, feat_cache)
                 pieces.append(theirs(piece))
             streamed = f"enc_{n}", torch.cat(pieces, dim=2)
         else:
@@ -234,13 +237,13 @@ def schedules(case, _):
         elif name.endswith("_traj"):
             # their UniPC is at sigma and tells its network int(1000 sigma); ours tells the truth, so for the comparison
             # the network truncates for itself. The states are what it is called with, and the end.
-            states, sampler = [], unipc if kind == "unipc" else denoise
+            states = []
 
             def net(x, sigma, *_, **__):
                 states.append(x[0, 0, 0])
                 return toy(x, (1000 * sigma).floor() / 1000 if kind == "unipc" else sigma)
 
-            end = sampler(net, i["toy_x"][None, None, None], levels, None, None)[0, 0, 0]
+            end = sample("unipc" if kind == "unipc" else "euler", net, i["toy_x"][None, None, None], levels)[0, 0, 0]
             mine[name] = torch.stack([*states[1:], end])
         else:
             # their levels are looked up in the table of 1000: t = 0 becomes 0.005 (and in `step`, one entry at the end
@@ -249,7 +252,7 @@ def schedules(case, _):
             index = i["hy_idx"].long() if kind == "hy" else index
             sigma, x0, noise, flow = table[index][None], *(i[name][None] for name in ("x0", "noise", "flow"))
             lower = table[index + 1] if index.max() < steps - 1 else torch.zeros(len(index))
-            steps_down = [denoise(lambda *_, **__: v[None, None], x[None, None], [s, to], None, None)[0, 0]
+            steps_down = [sample("euler", lambda *_, **__: v[None, None], x[None, None], [s, to])[0, 0]
                           for v, x, s, to in zip(i["flow"], i["noise"], sigma[0].tolist(), lower.tolist(), strict=True)]
             mine[name] = {
                 "add_noise": add_noise(x0, noise, sigma)[0], "flow_to_x0": velocity_to_x0(flow, noise, sigma)[0],
@@ -268,9 +271,9 @@ def prope(case, _):
     frames = lambda z: rearrange(z, "b nh (f s) hd -> b f s (nh hd)", f=f)
     heads = lambda z: rearrange(z, "b f s (nh hd) -> b nh (f s) hd", nh=i["q"].shape[1])
     for name, Ks in ("K", i["Ks"]), ("noK", torch.eye(3).expand_as(i["Ks"])):
-        P, P_inv = projections(i["viewmats"], Ks)
+        P, P_inv = projections(Camera(i["viewmats"], Ks))
         for of, matrix, z in ("q", P.mT, i["q"]), ("k", P_inv, i["k"]), ("v", P_inv, i["v"]), ("o", P, i["o_in"]):
-            mine[f"{name}_{of}"] = heads(per_frame(frames(z), matrix))
+            mine[f"{name}_{of}"] = heads(apply_projection(frames(z), matrix))
     return mine
 
 
@@ -293,8 +296,16 @@ def trajectories(case, monkeypatch):
 # ----------------------------------------------------------------------------------------------- 9. Losses and rollouts
 
 
-def make_batch(x0, camera=None, prompt=None, null=None, states=None):
-    return Batch(x0, prompt, null, camera, [torch.Generator()] * len(x0), [], {}, states)
+class RecordedBatch(Batch):
+    """A batch on which `rand`, `rand_per_chunk` and `noise` can be set, to hand out what was recorded."""
+
+
+def make_batch(x0, camera=None, prompt=None, null=None, states=None, noise=()):
+    """No frame is given; noise: what `noise` hands out, call after call."""
+    rng = [torch.Generator()] * len(x0)
+    batch = RecordedBatch(x0, prompt, null, camera, torch.ones(x0.shape[:2]), rng, [], states)
+    batch.noise = iter(noise).__next__
+    return batch
 
 
 def towards(x0):
@@ -302,7 +313,7 @@ def towards(x0):
     return lambda x_t, sigma, *_, **__: (x_t - x0) / sigma[..., None, None, None]
 
 
-def algorithms(case, monkeypatch):
+def algorithms(case, _):
     i, c = case.inputs, case.config
     clean, flow, noise, sigma = i["clean"], i["flow"], i["noise"], i["sigma"][..., 0, 0, 0]
     mine = {"apply_cfg": guide(i["v_cond"], i["v_uncond"], c["guidance_scale"]),
@@ -310,19 +321,17 @@ def algorithms(case, monkeypatch):
             "pred_x0_from_flow": velocity_to_x0(flow, i["latent_t"], sigma)}
 
     # flow matching, of stage 0 and of the critic: the target is read off the gradient by a prediction of zero
-    monkeypatch.setattr(train_camera, "randn", lambda *_: noise)
-    batch = make_batch(clean, prompt=torch.zeros(1, 1, 1), null=torch.zeros(1, 1, 1))
-    loss = lambda v: train_camera.flow_matching_loss(lambda *_: v, batch, None, 5.0, 0.0, 0.0)
+    meta, text = {"shift": 5.0, "camera": False, "chunk": 2, "guidance": 3.0}, torch.zeros(1, 1, 1)
+    batch = lambda: make_batch(clean, prompt=text, null=text, noise=[noise])
+    loss = lambda v: flow_matching_loss(lambda *_: v, batch(), meta, 0.0)
     zero = torch.zeros_like(flow, requires_grad=True)
     mine |= {"fm_loss": loss(flow), "flow_target": torch.autograd.grad(loss(zero), zero)[0] * -zero.numel() / 2}
-    monkeypatch.setattr(train_dmd, "self_rollout", lambda *_: clean)
-    monkeypatch.setattr(train_dmd, "randn", lambda *_: noise)
-    mine["critic_loss"] = train_dmd.fake_score_loss(None, lambda *_: flow, make_batch(clean), [], 0, 2, 5.0, 0.0)
+    mine["critic_loss"] = fake_score_loss(clean, lambda *_: flow, batch(), meta)
 
     # distribution matching; of their three normalisers ours is per_sample
     def dmd(x, real):
         x = x.clone().requires_grad_()
-        loss = train_dmd.dmd_loss(x, real, i["fake_x0"])
+        loss = dmd_loss(x, real, i["fake_x0"])
         return loss.detach(), torch.autograd.grad(loss, x)[0]
     mine["dmd_loss_per_sample"], mine["dmd_loss_grad_per_sample"] = dmd(i["gen_out"], i["real_x0"])
     mine["kl_grad_per_sample"] = mine["dmd_loss_grad_per_sample"] * clean.numel()
@@ -330,59 +339,62 @@ def algorithms(case, monkeypatch):
 
     # consistency: one Euler step of the guided teacher, and student against target
     v = torch.cat([i["v_cond"], i["v_uncond"]])
-    step = denoise(lambda *_, **__: v, i["latent_t"], [0.875, 0.8125], None, None, c["guidance_scale"])
+    step = sample("euler", lambda *_, **__: v, i["latent_t"], [0.875, 0.8125], guidance=c["guidance_scale"])
     mine |= {"cd_teacher_step_1000": step, "cd_teacher_step_scalar": step}
-    batch = make_batch(clean, prompt=0, null=0)
-    mine["cd_loss"] = distill_cd.consistency_loss(
-        towards(i["fake_x0"]), towards(i["real_x0"]), towards(clean), batch, [1.0, 0.9, 0.8], 3.0, 2, 0.0)
+    student, ema, teacher = towards(i["fake_x0"]), towards(i["real_x0"]), towards(clean)
+    mine["cd_loss"] = consistency_loss(student, ema, teacher, batch(), [1.0, 0.9, 0.8], meta)
 
     # ODE regression: which state of the trajectory each frame starts from is theirs to draw, the rest is ours
     levels, trajectory = [n / 1000 for n in c["denoising_steps"]], i["ode_trajectory"]
     index = torch.stack([(case.outputs["ode_timestep"] / 1000 - level).abs() for level in levels]).argmin(0)
     count, seen = trajectory.shape[1] - 2, []  # noisy states; then the end point, and the clean video
-    monkeypatch.setattr(distill_ode, "rand", lambda *_: (index + 0.5) / count)
-    batch = make_batch(trajectory[:, -1], states=trajectory[:, :-1])
+
+    def ode(x0, states):
+        batch = make_batch(x0, states=states)
+        batch.rand_per_chunk = lambda _: (index + 0.5) / count
+        return ode_loss(net, batch, [*levels[:count], 0.0], {"chunk": 1})
 
     def net(x_t, sigma, *_, clean, chunk):
         seen.append((x_t, sigma, clean))
         return v_zero if len(seen) == 1 else towards(i["fake_x0"])(x_t, sigma)
     v_zero = torch.zeros_like(clean, requires_grad=True)
-    pull, = torch.autograd.grad(distill_ode.ode_loss(net, batch, [*levels[:count], 0.0], 1), v_zero)
+    pull, = torch.autograd.grad(ode(trajectory[:, -1], trajectory[:, :-1]), v_zero)
     mine["ode_noisy"], ode_sigma, mine["ode_clean"] = seen[0]
     spread = ode_sigma[..., None, None, None]
     mine |= {"ode_timestep": 1000 * ode_sigma, "ode_target": mine["ode_noisy"] + pull * v_zero.numel() / 2 / spread}
-    batch = make_batch(trajectory[:, -1], states=torch.cat([trajectory[:, :count], i["real_x0"][:, None]], dim=1))
-    mine["ode_loss"] = distill_ode.ode_loss(net, batch, [*levels[:count], 0.0], 1)
+    mine["ode_loss"] = ode(trajectory[:, -1], torch.cat([trajectory[:, :count], i["real_x0"][:, None]], dim=1))
 
-    ema, net = (nn.ParameterList([i[name].clone()]) for name in ("fake_x0", "real_x0"))
-    update_ema(ema, net, 0.99)
+    ema, trained = (nn.ParameterList([i[name].clone()]) for name in ("fake_x0", "real_x0"))
+    update_ema(ema, trained, 0.99)
     return mine | {"ema_0p99": ema[0]}
 
 
-def dmd_and_self_rollout(case, monkeypatch):
+def dmd_and_self_rollout(case, _):
     i, c, mine = case.inputs, case.config, {}
     coefficient = re.compile(r"(\w+)(?: \(a,b,d\)=| )\((-?[\d.]+),(-?[\d.]+),(-?[\d.]+)\)")
     toys = {name: tuple(map(float, abd)) for name, *abd in coefficient.findall(c["toy"])}
-    camera, calls = (i["viewmats"], i["Ks"]), []
+    calls = []
 
     def toy(name):
         a, b, d = toys[name]
 
-        def net(x_t, sigma, text, camera, past=None, commit=False):
-            start = past.frames if past else 0
-            if name == "generator" and x_t.shape[1]:  # our commit of no frames, which starts a stream, is not theirs
+        def net(x_t, sigma, text, camera, kv_cache=None, update_cache=False):
+            start = kv_cache.frames if kv_cache else 0
+            if name == "generator" and x_t.shape[1]:  # our cache of no frames, which starts a stream, is not theirs
                 calls.append((1000 * sigma[0, 0].item(), start, torch.is_grad_enabled()))
-            if commit:
-                return Past(start + x_t.shape[1], [])
-            at = lambda z: z[..., None, None, None]
-            x0 = a * x_t + b * text + at(d * sigma + 0.1 * camera[0][:, :, 0, 3] + 0.05 * camera[1][:, :, 0, 0])
+            if update_cache:
+                return KVCache(start + x_t.shape[1], [])
+            at, (viewmats, Ks) = lambda z: z[..., None, None, None], camera
+            x0 = a * x_t + b * text + at(d * sigma + 0.1 * viewmats[:, :, 0, 3] + 0.05 * Ks[:, :, 0, 0])
             return (x_t - x0) / at(sigma)
         return net
 
     # the self-rollout. Their exit flags hold one draw per chunk, of which the first counts for all, as with us. Theirs
-    # also commits the last chunk, to which nothing comes after: ours does not, so that call is added to the record.
-    chunk, levels, n = c["num_frame_per_block"], noise_levels(len(i["denoising_steps"]), c["shift"]), 0
-    batch = make_batch(torch.zeros_like(i["sf_noise"]), camera, i["c_cond"], i["c_uncond"])
+    # also caches the last chunk, to which nothing comes after: ours does not, so that call is added to the record.
+    chunk, count, n = c["num_frame_per_block"], len(i["denoising_steps"]), 0
+    meta, levels = {"chunk": chunk, "sampling_steps": count, "shift": c["shift"]}, noise_levels(count, c["shift"])
+    batch = lambda *noise: make_batch(torch.zeros_like(i["sf_noise"]), cameras(case), i["c_cond"], i["c_uncond"],
+                                      noise=noise)
     for steps in i["warped_steps"], 1000 * shift_sigma(i["denoising_steps"] / 1000, c["shift"]):
         torch.testing.assert_close(1000 * torch.tensor(levels[:-1]), steps, atol=1e-3, rtol=0)
     b, f = i["sf_noise"].shape[:2]
@@ -390,11 +402,8 @@ def dmd_and_self_rollout(case, monkeypatch):
         exit_step = int(case.outputs[f"sf{n}_exit_flags"][0])
         again = [torch.cat([rearrange(i[f"sf{n}_renoise_{at * exit_step + k}"], "(b f) c h w -> b f c h w", b=b)
                             for at in range(f // chunk)], dim=1) for k in range(exit_step)]
-        supply = iter([i["sf_noise"], *again])
-        monkeypatch.setattr(train_dmd, "randn", lambda *_: next(supply))
         calls.clear()
-        made = train_dmd.self_rollout(toy("generator"), batch, levels, exit_step, chunk, torch.ones(b, f))
-        mine[f"sf{n}_output"] = made
+        mine[f"sf{n}_output"] = self_rollout(toy("generator"), batch(i["sf_noise"], *again), meta, exit_step)
         calls.append((0.0, f - chunk, False))
         for quantity, of in zip(("t", "start_frame", "grad"), zip(*calls)):
             mine[f"sf{n}_call_{quantity}"] = torch.tensor(of, dtype=torch.float32)
@@ -402,16 +411,18 @@ def dmd_and_self_rollout(case, monkeypatch):
 
     # the losses on a given rollout. Their real score is guided as cond + s (cond - null): our s + 1.
     image = i["image"].clone().requires_grad_()
-    monkeypatch.setattr(train_dmd, "self_rollout", lambda *_: image)
-    monkeypatch.setattr(train_dmd, "randn", lambda *_: i["dmd_noise"])
-    monkeypatch.setattr(train_dmd, "rand", lambda *_: i["raw_t"] / 1000)
-    common = batch, levels, 0, chunk, c["shift"]
-    loss = train_dmd.generator_loss(None, toy("real"), toy("fake"), *common, c["guidance"] + 1, 0.0)
+
+    def drawn():
+        draw = batch(i["dmd_noise"])
+        draw.rand = lambda *_: i["raw_t"] / 1000
+        return draw
+
+    loss = generator_loss(image, toy("real"), toy("fake"), drawn(), meta, c["guidance"] + 1)
     gradient, = torch.autograd.grad(loss, image)
-    _, _, sigma = train_dmd.noised(image, batch, c["shift"], torch.ones(b, f))
+    _, _, sigma = noised(image, drawn(), meta)
     mine |= {"dmd_loss": loss, "dmd_loss_grad": gradient, "dmd_gradient_norm": (gradient * image.numel()).abs().mean(),
              "dmd_timestep": 1000 * sigma, "critic_timestep": 1000 * sigma}
-    return mine | {"critic_loss": train_dmd.fake_score_loss(None, toy("fake"), *common, 0.0)}
+    return mine | {"critic_loss": fake_score_loss(image, toy("fake"), drawn(), meta)}
 
 
 # --------------------------------------------------------------------------------------------------------- 10. The text
@@ -437,19 +448,19 @@ def pipelines(case, monkeypatch):
         levels = shift_sigma(torch.tensor(c["denoising_step_list"]) / 1000, c["shift"])
         torch.testing.assert_close(i["warped_steps"], 1000 * levels, atol=1e-3, rtol=0)
         torch.testing.assert_close(levels, torch.tensor(noise_levels(n, c["shift"])[:-1]))
-        meta |= {"sampler": "renoise", "steps": n, "guidance": 1.0}
+        meta |= {"sampler": "few_step", "sampling_steps": n, "guidance": 1.0}
         again = [torch.cat([rearrange(i[f"renoise_{at * (n - 1) + k}"], "(b f) c h w -> b f c h w", b=b)
                             for at in range(f // chunk)], dim=1) for k in range(n - 1)]
-        sample = net
+        told = net
     else:
-        meta |= {"sampler": "unipc", "steps": c["steps"], "guidance": c["guidance_scale"]}
+        meta |= {"sampler": "unipc", "sampling_steps": c["steps"], "guidance": c["guidance_scale"]}
         again = []
         # their network is told int(1000 sigma) where the sampler is at sigma: ours tells the truth, see case 7
-        sample = lambda x, sigma, *rest, **past: net(x, (1000 * sigma).floor() / 1000, *rest, **past)
+        told = lambda x, sigma, *rest, **past: net(x, (1000 * sigma).floor() / 1000, *rest, **past)
     supply = iter([z for noise in (i["noise"], *again) for z in noise])
     monkeypatch.setattr(torch, "randn", lambda shape, generator: next(supply))
     text, null = (i[name].expand(b, -1, -1) if name in i else None for name in ("prompt_embeds", "negative_embeds"))
-    chunks = rollout(sample, meta, [None] * b, tuple(i["noise"].shape[1:]), text, null, cameras(case))
+    chunks = rollout(told, meta, [None] * b, tuple(i["noise"].shape[1:]), text, null, cameras(case))
     return {"latents": torch.cat(list(chunks), dim=1)}
 
 
@@ -571,7 +582,7 @@ def collect():
     """A test for each file there is; one skipped test if there is none."""
     cases = [path for path in sorted(ORACLE.glob("case*.safetensors")) if kind_of(path) not in HY]
     if not cases:
-        reason = f"no reference cases in {ORACLE}; ORACLE_DIR names their folder"
+        reason = f"no reference cases in {ORACLE}; set ORACLE_DIR to the folder that holds them"
         return [pytest.param(None, id="none", marks=pytest.mark.skip(reason=reason))]
     return [pytest.param(path, id=path.stem) for path in cases]
 
@@ -587,7 +598,7 @@ def test_case(path, monkeypatch):
 def manifest(name):
     path = ORACLE / "manifests" / f"{name}.json"
     if not path.exists():
-        pytest.skip(f"no reference manifest {path}; ORACLE_DIR names their folder")
+        pytest.skip(f"no reference manifest {path}; set ORACLE_DIR to the folder that holds the cases")
     return json.loads(path.read_text())["shapes"]
 
 

@@ -19,21 +19,24 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import ENVIRONMENT, MINIATURE, ROOT, SCRIPTS, STAGES, call, command, refusal, run
-from data import K_SQUARE, Batch, intrinsics, open_log, parse_trajectory, randn
+from data import K_SQUARE, Batch, get_batch, intrinsics, open_latents, open_log, parse_trajectory, sample_generated
 from distill_cd import consistency_loss
-from distill_ode import ode_loss
-from model import DiTConfig, Past, WanDiT, load_checkpoint, noise_levels, rollout, save_checkpoint
+from distill_ode import integrate, ode_loss
+from model import (
+    PRESETS, Camera, DiTConfig, Meta, WanDiT, add_noise, load_checkpoint, noise_levels, rollout, save_checkpoint,
+)
 from train_ar import teacher_forcing_loss
 from train_camera import flow_matching_loss
-from train_dmd import fake_score_loss, dmd_loss, generator_loss, self_rollout
+from train_dmd import dmd_loss, fake_score_loss, generator_loss, self_rollout
 
 TRAINERS = sorted({script for script, *_ in SCRIPTS.values()})
 SHARED = ("--init --data --out --preset --resume --steps --batch-size --accum --lr --max-grad-norm --ema-decay".split(),
           "--seed --log-every --save-every".split())  # a stage's own flags stand between the two
 B, F, CHUNK, SHIFT = 2, 5, 2, 3.0  # five frames: the last chunk is a short one
-LEVELS = noise_levels(4, SHIFT)
-PREFIX = 0.5  # how often first frames are given
-FREE = torch.tensor([[1.0, 1, 1, 1, 1], [0, 0, 0, 1, 1]])  # 0: given, here to the middle of the second chunk
+LEVELS, GRID = noise_levels(4, SHIFT), noise_levels(48, SHIFT)  # of a student; of its teacher
+GENERATED = torch.tensor([[1.0, 1, 1, 1, 1], [0, 0, 0, 1, 1]])  # 0: given, here to the middle of the second chunk
+ALL_GENERATED = torch.ones(B, F)
+META = {"chunk": CHUNK, "shift": SHIFT, "sampler": "few_step", "sampling_steps": 4, "guidance": 1.0, "camera": True}
 
 
 def train(stage, *flags, cwd):
@@ -72,13 +75,15 @@ def test_checkpoint_describes_itself(chain, stage):
     _, meta = load_checkpoint(chain / f"ckpt/{stage}.pt")
     assert meta["K"] == pytest.approx(K_SQUARE)
     expected = {"stage": stage, "preset": "tiny", "step": 2, "frames": 4, "size": [32, 32], "camera": stage != "base",
-                "sampler": "renoise" if few else "euler", "shift": import_module("train_camera").parse_args([]).shift}
+                "sampler": "few_step" if few else "euler", "shift": import_module("train_camera").parse_args([]).shift,
+                "given_prob": 0.0 if stage == "base" else import_module("train_camera").parse_args([]).given_prob}
+    assert meta.keys() == Meta.__annotations__.keys()
     assert {name: meta[name] for name in expected} == expected
     assert meta["from"] == {
         "base": None, "camera": "base.pt at step 2", "ar": "camera.pt at step 2", "ode": "ar.pt at step 2",
         "cd": "ar.pt at step 2", "dmd": "ode.pt at step 2, scores camera.pt"}[stage]
     assert meta["chunk"] == (0 if stage in ("base", "camera") else import_module("train_ar").parse_args([]).chunk)
-    assert (meta["steps"], meta["guidance"]) == (4, 1.0 if few else asked.guidance)
+    assert (meta["sampling_steps"], meta["guidance"]) == (4, 1.0 if few else asked.guidance)
 
 
 def test_ode_pairs_start_at_noise_and_end_where_the_teacher_ends(chain):
@@ -87,6 +92,40 @@ def test_ode_pairs_start_at_noise_and_end_where_the_teacher_ends(chain):
         assert states.shape[:3] == (2, 5, 4) and abs(states[:, 0].std() - 1) < 0.05
         with safe_open(path, "pt") as file:
             assert json.loads(file.metadata()["meta"])["levels"] == LEVELS
+
+
+@pytest.fixture(scope="module")
+def pairs(chain, tmp_path_factory):
+    """A folder of pairs whose teacher was given frames in three of four videos."""
+    folder = tmp_path_factory.mktemp("pairs")
+    weights, meta = load_checkpoint(chain / "ckpt/ar.pt")
+    save_checkpoint(folder / "ar.pt", weights, meta | {"given_prob": 0.75})
+    flags = ("--generate", "--pairs-count", "8", "--batch-size", "4", "--teacher-steps", "4")
+    call("distill_ode.py", "--init", folder / "ar.pt", "--pairs", folder / "ode", *flags, cwd=chain)
+    return folder / "ode"
+
+
+def test_ode_pairs_hold_which_frames_were_given(chain, pairs):
+    count = 0
+    for path in sorted(pairs.glob("latents-*")):
+        shard = load_file(path)
+        given = shard["generated"] == 0  # [n f]
+        assert not given[:, 2:].any() and (given[:, 0] | ~given[:, 1]).all()
+        for state in shard["states"].unbind(1):  # clean from pure noise to the end
+            assert torch.equal(state[given], shard["latents"][given])
+        assert (shard["states"][:, 0] - shard["states"][:, -1])[~given].abs().amax((1, 2, 3)).min() > 0.1
+        count += int(given.any(1).sum())
+    assert 0 < count < 8
+
+
+def test_training_on_ode_pairs_gives_the_frames_that_their_teacher_was_given(pairs):
+    data = open_latents(pairs, "tiny")
+    shards = [load_file(path) for path in sorted(pairs.glob("latents-*"))]
+    generated, states = (torch.cat([shard[name] for shard in shards]) for name in ("generated", "states"))
+    for given_prob in (None, 0.0, 1.0):
+        batch = get_batch(data, 0, 0, 0, 1, 8, torch.device("cpu"), given_prob)
+        assert torch.equal(batch.generated, generated[batch.ids])
+        assert torch.equal(batch.states, states[batch.ids].float())
 
 
 @pytest.fixture(scope="module")
@@ -174,15 +213,46 @@ def test_resume_of_a_finished_run_says_so(chain, tmp_path, capsys):
     assert not (tmp_path / "ar.pt").exists()
 
 
-def test_log_of_an_earlier_run_does_not_mix_with_this_ones(chain, tmp_path):
+@pytest.mark.parametrize("stage, flags, found", [
+    ("ar", ["--betas", "0.5", "0.9", "--lr", "1e-4"], [(1e-4, (0.5, 0.9))]),
+    ("dmd", ["--lr", "1e-4", "--fake-score-lr", "1e-5"], [(1e-4, (0.0, 0.999)), *[(1e-5, (0.0, 0.999))] * 2]),
+])
+def test_resumed_run_keeps_the_moments_and_takes_this_runs_flags(chain, tmp_path, monkeypatch, stage, flags, found):
+    shutil.copytree(chain / "ckpt" / stage, tmp_path / stage)  # two steps, at lr 5e-3
+    seen, counts, step = [], [], torch.optim.AdamW.step
+
+    def watched(optimizer, **closure):
+        group, = optimizer.param_groups
+        if group["lr"]:  # PyTorch makes the moments that it loads into by a step at lr 0
+            seen.append((group["lr"], tuple(group["betas"]), group["weight_decay"]))
+            counts.append({int(moments["step"]) for moments in optimizer.state.values()})
+        return step(optimizer, **closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    train(stage, "--out", tmp_path / f"{stage}.pt", "--steps", "3", "--resume", *flags, cwd=chain)
+    assert seen == [(lr, betas, 0.01) for lr, betas in found]
+    assert counts == [{2}] if stage == "ar" else [{2}, {4}, {5}]  # steps taken before: two of fake_score to one
+
+
+def test_log_of_an_earlier_run_does_not_mix_with_this_ones(chain, tmp_path, monkeypatch):
     shutil.copytree(chain / "ckpt/ar", tmp_path / "ar")  # two steps of it
     before = rows(tmp_path / "ar/metrics.jsonl")
     with open(tmp_path / "ar/metrics.jsonl", "a") as file:
         file.write('{"step": 3, "lo')  # killed here
-    open_log(tmp_path / "ar/metrics.jsonl", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.distributed.get_rank", lambda: 0)
+        open_log(tmp_path / "ar.pt", 1, 9)
     assert rows(tmp_path / "ar/metrics.jsonl") == before[:1]  # as after a kill between a save and the end
     train("ar", "--out", tmp_path / "ar.pt", "--steps", "1", cwd=chain)
     assert [row["step"] for row in rows(tmp_path / "ar/metrics.jsonl")] == [1]
+
+
+@pytest.mark.parametrize("rank, said", [(0, "{out}: step 3 of 9\n"), (1, "")])
+def test_rank_0_says_where_the_run_stands_and_opens_the_log(tmp_path, monkeypatch, capsys, rank, said):
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
+    open_log(tmp_path / "ar.pt", 3, 9)
+    assert capsys.readouterr().out == said.format(out=tmp_path / "ar.pt")
+    assert (tmp_path / "ar/metrics.jsonl").exists() == (rank == 0)
 
 
 def test_truncated_state_is_refused(chain, tmp_path):
@@ -193,13 +263,13 @@ def test_truncated_state_is_refused(chain, tmp_path):
     assert message.startswith(f"error: {tmp_path / 'ar/state-000002'}: truncated")
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_equal_two_micro_batches(chain, tmp_path, stage):
+@pytest.mark.parametrize("stage, accum", [*((stage, 1) for stage in STAGES), ("ar", 2)])
+def test_two_ranks_equal_twice_the_micro_batches(chain, tmp_path, stage, accum):
     script, *short = SCRIPTS[stage]
     flags = (*MINIATURE, *short, "--steps", "1", "--batch-size", "1", "--ema-decay", "0")
-    done = run(script, *flags, "--out", tmp_path / "ranks.pt", cwd=chain, nproc=2)
+    done = run(script, *flags, "--accum", accum, "--out", tmp_path / "ranks.pt", cwd=chain, nproc=2)
     assert done.returncode == 0, done.stderr
-    call(script, *flags, "--accum", "2", "--out", tmp_path / "micro.pt", cwd=chain)
+    call(script, *flags, "--accum", 2 * accum, "--out", tmp_path / "micro.pt", cwd=chain)
     ranks, micro = (rows(tmp_path / f"{name}/metrics.jsonl")[0] | {"sec": 0} for name in ("ranks", "micro"))
     assert ranks == pytest.approx(micro, rel=1e-5)
     # Adam's first step is lr times the *sign* of each gradient, so a weight whose gradient is rounding noise may go
@@ -215,14 +285,14 @@ def test_two_ranks_equal_two_micro_batches(chain, tmp_path, stage):
 # --------------------------------------------------------------------------------------------------------------- Losses
 
 
-def make_batch(states=None):
+def make_batch(states=None, generated=GENERATED):
     """Two videos of small latents; calling it again rewinds the generators."""
     torch.manual_seed(2)
     viewmats = torch.stack([parse_trajectory("w*4"), parse_trajectory("d+l*2,s*2")])
-    camera = viewmats, intrinsics(K_SQUARE).expand(B, F, 3, 3)
+    camera = Camera(viewmats, intrinsics(K_SQUARE).expand(B, F, 3, 3))
     rng = [torch.Generator().manual_seed(seed) for seed in (10, 11)]
     x0, prompt = torch.randn(B, F, 4, 4, 4), torch.randn(B, 6, 24)
-    return Batch(x0, prompt, torch.zeros(B, 6, 24), camera, rng, [0, 1], {}, states)
+    return Batch(x0, prompt, torch.zeros(B, 6, 24), camera, generated, rng, [0, 1], states)
 
 
 def make_net(seed, dtype=torch.float32):
@@ -241,45 +311,68 @@ def seer(x0):
 
 def test_perfect_prediction_has_no_flow_matching_loss():
     batch = make_batch()
-    assert flow_matching_loss(seer(batch.x0), batch, batch.camera, SHIFT, 0.1, PREFIX) < 1e-8
-    assert flow_matching_loss(seer(batch.x0 + 1), make_batch(), batch.camera, SHIFT, 0.1, PREFIX) > 1
+    assert flow_matching_loss(seer(batch.x0), batch, META, 0.1) < 1e-8
+    assert flow_matching_loss(seer(batch.x0 + 1), make_batch(), META, 0.1) > 1
+
+
+@pytest.mark.parametrize("camera", (True, False))
+def test_the_camera_reaches_a_network_that_has_one(camera):
+    batch, seen = make_batch(), []
+    net = lambda x_t, sigma, prompt, camera: seen.append(camera) or torch.zeros_like(x_t)
+    flow_matching_loss(net, batch, META | {"camera": camera}, 0.1)
+    assert seen[0] is (batch.camera if camera else None)
+
+
+@pytest.mark.parametrize("null_prob, dropped", ((0.0, [False] * 64), (1.0, [True] * 64), (0.25, None)))
+@pytest.mark.parametrize("loss", (flow_matching_loss, teacher_forcing_loss))
+def test_prompts_are_dropped_as_often_as_asked(loss, null_prob, dropped):
+    batch, rng = make_batch(), [torch.Generator().manual_seed(n) for n in range(64)]
+    many = lambda z: z[:1].expand(64, *z.shape[1:])
+    x0, prompt, null, generated = map(many, (batch.x0, batch.prompt, batch.null, batch.generated))
+    seen = []
+    net = lambda x_t, sigma, prompt, *_, **__: seen.append(prompt) or torch.zeros_like(x_t)
+    loss(net, Batch(x0, prompt, null, Camera(*map(many, batch.camera)), generated, rng, [], None), META, null_prob)
+    found = (seen[0] == 0).all((1, 2)).tolist()
+    assert found == dropped if dropped else 8 <= sum(found) <= 24
 
 
 def test_perfect_prediction_has_no_teacher_forcing_loss():
     batch = make_batch()
-    assert teacher_forcing_loss(seer(batch.x0), batch, CHUNK, SHIFT, 0.1, PREFIX) < 1e-8
-    assert teacher_forcing_loss(seer(batch.x0 + 1), make_batch(), CHUNK, SHIFT, 0.1, PREFIX) > 1
+    assert teacher_forcing_loss(seer(batch.x0), batch, META, 0.1) < 1e-8
+    assert teacher_forcing_loss(seer(batch.x0 + 1), make_batch(), META, 0.1) > 1
 
 
 def test_perfect_prediction_has_no_ode_loss():
     states = torch.randn(B, 5, F, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    assert ode_loss(seer(states[:, -1]), make_batch(states), LEVELS, CHUNK) < 1e-8
-    assert ode_loss(seer(states[:, -1] + 1), make_batch(states), LEVELS, CHUNK) == pytest.approx(1, abs=1e-4)
+    end = states[:, -1]
+    assert ode_loss(seer(end), make_batch(states, ALL_GENERATED), LEVELS, META) < 1e-8
+    assert ode_loss(seer(end + 1), make_batch(states, ALL_GENERATED), LEVELS, META) == pytest.approx(1, abs=1e-4)
 
 
 def test_perfect_prediction_has_no_consistency_loss():
-    batch = make_batch()
+    batch, meta = make_batch(), META | {"guidance": 3.0}
     net = seer(batch.x0)
-    assert consistency_loss(net, net, net, batch, noise_levels(48, SHIFT), 3.0, CHUNK, PREFIX) < 1e-8
+    assert consistency_loss(net, net, net, batch, GRID, meta) < 1e-8
     # where the interval ends at noise level 0 the target is the teacher's point itself: the EMA's error does not enter
-    wrong = consistency_loss(net, seer(batch.x0 + 1), net, make_batch(), noise_levels(1, SHIFT), 3.0, CHUNK, PREFIX)
+    wrong = consistency_loss(net, seer(batch.x0 + 1), net, make_batch(), noise_levels(1, SHIFT), meta)
     assert wrong < 1e-8
     behind = seer(batch.x0 + 1)
-    assert consistency_loss(net, behind, net, make_batch(), noise_levels(48, SHIFT), 3.0, CHUNK, PREFIX) > 0.5
+    assert consistency_loss(net, behind, net, make_batch(), GRID, meta) > 0.5
 
 
 def test_consistency_gradient_reaches_the_student_alone():
     student, ema, teacher = (make_net(seed) for seed in range(3))
-    consistency_loss(student, ema, teacher, make_batch(), noise_levels(48, SHIFT), 3.0, CHUNK, PREFIX).backward()
+    consistency_loss(student, ema, teacher, make_batch(), GRID, META | {"guidance": 3.0}).backward()
     assert all(p.grad is not None for p in student.parameters())
     assert all(p.grad is None for net in (ema, teacher) for p in net.parameters())
 
 
 def test_perfect_prediction_has_no_fake_score_loss():
     still = make_batch().x0[:, :1]  # a generator that makes this picture, whatever the noise
-    made = lambda x_t, *rest, commit=False, **past: None if commit else seer(still)(x_t, *rest)
-    assert fake_score_loss(made, seer(still), make_batch(), LEVELS, 3, CHUNK, SHIFT, PREFIX) < 1e-8
-    assert fake_score_loss(made, seer(still + 1), make_batch(), LEVELS, 3, CHUNK, SHIFT, PREFIX) > 1
+    made = lambda x_t, *rest, update_cache=False, **past: None if update_cache else seer(still)(x_t, *rest)
+    x = self_rollout(made, make_batch(), META, 3)
+    assert fake_score_loss(x, seer(still), make_batch(), META) < 1e-8
+    assert fake_score_loss(x, seer(still + 1), make_batch(), META) > 1
 
 
 def test_dmd_gradient_is_its_formula():
@@ -293,22 +386,115 @@ def test_dmd_gradient_is_its_formula():
 
 def test_dmd_stops_where_the_scores_agree():
     generator, score, other = (make_net(seed) for seed in range(3))
-    agree, differ = (generator_loss(generator, score, fake, make_batch(), LEVELS, 1, CHUNK, SHIFT, 1.0, PREFIX)
-                     for fake in (score, other))
+    x = self_rollout(generator, make_batch(), META, 1)
+    agree, differ = (generator_loss(x, score, fake, make_batch(), META, 1.0) for fake in (score, other))
     assert agree < 1e-10 < 1e-3 < differ
+
+
+def test_dmd_guides_the_real_score_alone():
+    batch, meta = make_batch(generated=ALL_GENERATED), META | {"guidance": 9.0}  # the student's own: nothing reads it
+    x = batch.x0.clone().requires_grad_()
+    aim = lambda value: lambda x_t, sigma, *_: seer(torch.full_like(x_t, value))(x_t, sigma)
+    real = lambda x_t, sigma, prompt, camera: aim(2.0 if prompt is batch.prompt else 0.5)(x_t, sigma)
+    loss = generator_loss(x, real, aim(0.0), batch, meta, 4.0)
+    formula = dmd_loss(x, torch.full_like(x, 0.5 + 4 * 1.5), torch.zeros_like(x))
+    torch.testing.assert_close(*(torch.autograd.grad(z, x)[0] for z in (loss, formula)))
+
+
+def test_dmd_moves_only_what_the_generator_made():
+    real, fake, batch = make_net(1), make_net(2), make_batch()
+    x = batch.x0.clone().requires_grad_()
+    gradient, = torch.autograd.grad(generator_loss(x, real, fake, batch, META, 2.0), x)
+    assert not gradient[GENERATED == 0].any() and gradient[GENERATED == 1].abs().amax((1, 2, 3)).min() > 0
 
 
 def test_generator_gradient_reaches_the_generator_alone():
     generator, real, fake = (make_net(seed) for seed in range(3))
-    generator_loss(generator, real, fake, make_batch(), LEVELS, 1, CHUNK, SHIFT, 2.0, PREFIX).backward()
+    batch = make_batch()
+    generator_loss(self_rollout(generator, batch, META, 1), real, fake, batch, META, 2.0).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in generator.parameters())
     assert all(p.grad is None for net in (real, fake) for p in net.parameters())
 
 
 def test_fake_score_gradient_reaches_the_fake_score_alone():
-    generator, fake = make_net(0), make_net(1)
-    fake_score_loss(generator, fake, make_batch(), LEVELS, 1, CHUNK, SHIFT, PREFIX).backward()
+    generator, fake, batch = make_net(0), make_net(1), make_batch()
+    with torch.no_grad():
+        x = self_rollout(generator, batch, META, 1)
+    fake_score_loss(x, fake, batch, META).backward()
     assert all(p.grad is not None for p in fake.parameters()) and all(p.grad is None for p in generator.parameters())
+
+
+def states_of(batch):
+    """On straight lines from noise to x0, given frames clean: what `integrate` keeps of a teacher that knows x0."""
+    noise = torch.randn(batch.x0.shape, generator=torch.Generator().manual_seed(3))
+    return torch.stack([add_noise(batch.x0, noise, level * batch.generated) for level in LEVELS], dim=1)
+
+
+LOSSES = {  # of a network, and where there are others beside it they know x0
+    "flow matching": lambda net, batch: flow_matching_loss(net, batch, META, 0.0),
+    "teacher forcing": lambda net, batch: teacher_forcing_loss(net, batch, META, 0.0),
+    "ode": lambda net, batch: ode_loss(net, batch._replace(states=states_of(batch)), LEVELS, META),
+    "consistency": lambda net, batch: consistency_loss(net, seer(batch.x0), seer(batch.x0), batch, GRID, META),
+    "fake score": lambda net, batch: fake_score_loss(batch.x0, net, batch, META),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_losses_ignore_what_was_given(loss):
+    """Where frames are given, no noise is added and no prediction counts."""
+    seen, generated = [], sample_generated([torch.Generator().manual_seed(n) for n in range(B)], F, 1.0)
+
+    def net(x_t, sigma, *_, **__):
+        seen.append((x_t, sigma))
+        wrong = torch.where(sigma[..., None, None, None] == 0, 1e3, 0.0)  # absurd on given frames alone
+        return seer(make_batch().x0)(x_t, sigma) + wrong
+
+    assert loss(net, make_batch(generated=generated)) < 1e-8
+    (x_t, sigma), = seen
+    given = (sigma == 0).sum(1)
+    assert ((given == 1) | (given == 2)).all() and (sigma[:, 0] == 0).all() and torch.equal(sigma == 0, generated == 0)
+    assert torch.equal(x_t[sigma == 0], make_batch().x0[sigma == 0])
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_losses_draw_from_each_samples_own_generator(loss):
+    """A sample's noise does not depend on what else is in the batch."""
+    seen = []
+    net = lambda x_t, sigma, *_, **__: seen.append((x_t, sigma)) or torch.zeros_like(x_t)
+    for rows in ([0, 1], [1, 0]):
+        x0, prompt, null, camera, generated, rng, *_ = make_batch()
+        camera, rng = Camera(*(z[rows] for z in camera)), [rng[n] for n in rows]
+        loss(net, Batch(x0[rows], prompt[rows], null[rows], camera, generated[rows], rng, rows, None))
+    (x_t, sigma), (x_t_swapped, sigma_swapped) = seen
+    assert torch.equal(sigma, sigma_swapped[[1, 0]])
+    if loss is not LOSSES["ode"]:  # its noise is the pairs'
+        assert torch.equal(x_t, x_t_swapped[[1, 0]])
+
+
+def test_integrate_keeps_the_students_levels_of_the_teachers_own_rollout():
+    """The first chunk's states lie on the path that the teacher takes when it samples."""
+    net, meta = make_net(0), META | {"sampler": "euler", "sampling_steps": 8, "guidance": 2.0}
+    batch, sigmas = make_batch(generated=ALL_GENERATED), noise_levels(8, SHIFT)
+    states = integrate(net, batch, sigmas, meta, keep=4)
+    assert states.shape == (B, 5, F, 4, 4, 4)
+    batch = make_batch()
+    first = next(iter(rollout(net, meta, batch.rng, batch.x0.shape[1:], batch.prompt, batch.null, batch.camera)))
+    torch.testing.assert_close(states[:, -1, :CHUNK], first)
+    torch.testing.assert_close(states[:, 0], make_batch().noise())
+
+
+def test_integrate_leaves_given_frames_clean_in_every_state():
+    states = integrate(make_net(0), make_batch(), LEVELS, META | {"guidance": 2.0}, keep=4)
+    x0 = make_batch().x0
+    assert all(torch.equal(state[GENERATED == 0], x0[GENERATED == 0]) for state in states.unbind(1))
+
+
+def test_integrate_starts_every_chunk_after_the_ground_truth():
+    net, (batch, other) = make_net(0), (make_batch(generated=ALL_GENERATED) for _ in range(2))
+    other.x0[:, 2:4] += 1  # the second chunk of three
+    states, changed = (integrate(net, of, LEVELS, META, keep=4) for of in (batch, other))
+    assert torch.equal(changed[:, :, :4], states[:, :, :4])  # no chunk sees its own clean frames
+    assert (changed - states)[:, -1, 4:].abs().max() > 1e-2
 
 
 # --------------------------------------------------------------------------------------------------------- Self-rollout
@@ -316,21 +502,23 @@ def test_fake_score_gradient_reaches_the_fake_score_alone():
 
 def detached_rollout(net, batch, exit_step, detach):
     """The self-rollout with its graph whole and then cut by hand: at every step's input and at every key and value."""
-    noise = [randn(batch.rng, F, 4, 4, 4) for _ in range(exit_step + 1)]
-    past, video = None, []
+    noise = [batch.noise() for _ in range(exit_step + 1)]
+    kv_cache, video = None, []
     for start in range(0, F, CHUNK):
         frames = slice(start, start + CHUNK)
-        camera, given = [z[:, frames] for z in batch.camera], FREE[:, frames, None, None, None] == 0
+        camera, generated = batch.camera.frames(frames), batch.generated[:, frames]
+        given = generated[..., None, None, None] == 0
         truth, x_t = batch.x0[:, frames], torch.where(given, batch.x0[:, frames], noise[0][:, frames])
         for i in range(exit_step + 1):
-            v = net(x_t, LEVELS[i] * FREE[:, frames], batch.prompt, camera, past=past)
+            v = net(x_t, LEVELS[i] * generated, batch.prompt, camera, kv_cache=kv_cache)
             x0 = torch.where(given, truth, x_t - LEVELS[i] * v)
             if i < exit_step:
                 x_t = (1 - LEVELS[i + 1]) * x0 + LEVELS[i + 1] * noise[i + 1][:, frames]
                 x_t = detach(torch.where(given, truth, x_t))
         video.append(x0)
-        past = net(detach(x0), torch.zeros(x0.shape[:2]), batch.prompt, camera, past=past, commit=True)
-        past = Past(past.frames, [tuple(map(detach, layer)) for layer in past.layers])
+        zero = torch.zeros(x0.shape[:2])
+        kv_cache = net(detach(x0), zero, batch.prompt, camera, kv_cache=kv_cache, update_cache=True)
+        kv_cache = kv_cache._replace(layers=[tuple(map(detach, layer)) for layer in kv_cache.layers])
     return torch.cat(video, dim=1)
 
 
@@ -343,7 +531,7 @@ def gradient(net, video):
 @pytest.mark.parametrize("exit_step", range(4))
 def test_self_rollout_gradient_is_exactly_truncated(exit_step, dtype):
     net = make_net(0, dtype)
-    video = self_rollout(net, make_batch(), LEVELS, exit_step, CHUNK, FREE)
+    video = self_rollout(net, make_batch(), META, exit_step)
     reference = detached_rollout(net, make_batch(), exit_step, torch.Tensor.detach)
     torch.testing.assert_close(video, reference, atol=1e-5, rtol=1e-5)
     truncated = gradient(net, video)
@@ -352,59 +540,46 @@ def test_self_rollout_gradient_is_exactly_truncated(exit_step, dtype):
     assert (whole - truncated).norm() > 0.05 * truncated.norm()  # a leak would show
 
 
-def test_committed_past_carries_no_gradient():
-    net, pasts = make_net(0), []
+def test_cache_of_a_self_rollout_carries_no_gradient():
+    net, caches = make_net(0), []
 
-    def watched(*inputs, past=None, **flags):
-        if past is not None:
-            pasts.append(past)
-        return net(*inputs, past=past, **flags)
+    def watched(*inputs, kv_cache=None, **flags):
+        if kv_cache is not None:
+            caches.append(kv_cache)
+        return net(*inputs, kv_cache=kv_cache, **flags)
 
-    assert self_rollout(watched, make_batch(), LEVELS, 2, CHUNK, FREE).requires_grad
-    assert pasts and not any(z.requires_grad for past in pasts for layer in past.layers for z in layer)
+    assert self_rollout(watched, make_batch(), META, 2).requires_grad
+    assert caches and not any(z.requires_grad for kv_cache in caches for layer in kv_cache.layers for z in layer)
 
 
 def test_self_rollout_is_the_sampler():
-    meta = {"steps": 4, "shift": SHIFT, "guidance": 1.0, "sampler": "renoise", "chunk": CHUNK, "camera": True}
     net, batch = make_net(0), make_batch()
-    chunks = list(rollout(net, meta, batch.rng, batch.x0.shape[1:], batch.prompt, batch.null, batch.camera))
+    chunks = list(rollout(net, META, batch.rng, batch.x0.shape[1:], batch.prompt, batch.null, batch.camera))
     with torch.no_grad():
-        video = self_rollout(net, make_batch(), LEVELS, 3, CHUNK, torch.ones(B, F))
+        video = self_rollout(net, make_batch(generated=ALL_GENERATED), META, 3)
     torch.testing.assert_close(video, torch.cat(chunks, dim=1))
 
 
-@pytest.mark.parametrize("given", (1, 2, 3))
-@pytest.mark.parametrize("sampler, guidance", (("euler", 2.0), ("renoise", 1.0)))
-def test_prefix_comes_out_unchanged_and_what_follows_depends_on_it(given, sampler, guidance):
-    meta = {"steps": 4, "shift": SHIFT, "guidance": guidance, "sampler": sampler, "chunk": CHUNK, "camera": True}
-    net, batch = make_net(0), make_batch()
+def test_self_rollout_leaves_given_frames_as_they_are():
+    for exit_step in range(4):
+        batch = make_batch()
+        video = self_rollout(make_net(0), batch, META, exit_step)
+        assert torch.equal(video[GENERATED == 0], batch.x0[GENERATED == 0])
 
-    def walk(prefix):
+
+@pytest.mark.parametrize("given", (1, 2, 3))
+@pytest.mark.parametrize("sampler, guidance", (("euler", 2.0), ("few_step", 1.0)))
+def test_given_frames_come_out_unchanged_and_what_follows_depends_on_them(given, sampler, guidance):
+    net, batch, meta = make_net(0), make_batch(), META | {"guidance": guidance, "sampler": sampler}
+
+    def walk(given):
         rng = make_batch().rng
-        chunks = rollout(net, meta, rng, batch.x0.shape[1:], batch.prompt, batch.null, batch.camera, prefix=prefix)
+        chunks = rollout(net, meta, rng, batch.x0.shape[1:], batch.prompt, batch.null, batch.camera, given=given)
         return torch.cat(list(chunks), dim=1)
 
     alone, after, other = walk(None), walk(batch.x0[:, :given]), walk(batch.x0[:, :given] + 1)
     assert torch.equal(after[:, :given], batch.x0[:, :given])
     assert min((after - z)[:, given:].abs().mean() for z in (alone, other)) > 1e-2
-
-
-def test_losses_ignore_what_was_given():
-    """Where frames are given, no noise is added and no prediction counts."""
-    for loss in (lambda net, batch: flow_matching_loss(net, batch, batch.camera, SHIFT, 0.0, 1.0),
-                 lambda net, batch: teacher_forcing_loss(net, batch, CHUNK, SHIFT, 0.0, 1.0)):
-        seen = []
-
-        def net(x_t, sigma, *_, **__):
-            seen.append((x_t, sigma))
-            wrong = torch.where(sigma[..., None, None, None] == 0, 1e3, 0.0)  # absurd on given frames alone
-            return seer(make_batch().x0)(x_t, sigma) + wrong
-
-        assert loss(net, make_batch()) < 1e-8
-        (x_t, sigma), = seen
-        given = (sigma == 0).sum(1)
-        assert ((given == 1) | (given == 2)).all() and (sigma[:, 0] == 0).all()
-        assert torch.equal(x_t[sigma == 0], make_batch().x0[sigma == 0])
 
 
 # ------------------------------------------------------------------------------------------------------------ Wrong use
@@ -469,12 +644,14 @@ def test_latents_of_another_kind_are_refused(chain, tmp_path, change):
     save_checkpoint(tmp_path / "camera.pt", weights, meta | change)
     (name, value), = change.items()
     message = refusal("train_ar.py", "--init", tmp_path / "camera.pt", "--out", tmp_path / "ar.pt", cwd=chain)
-    assert message == f"error: data/toy: its {name} is {meta[name]}, that of {tmp_path / 'camera.pt'} {value}"
+    ours, theirs = f"data/toy: has {name} {meta[name]}", f"{tmp_path / 'camera.pt'} was trained with {value}"
+    assert message == f"error: {ours}, but {theirs}"
 
 
-def test_pairs_of_another_teacher_are_refused(chain, tmp_path):
+@pytest.mark.parametrize("change", ({"step": 3}, {"given_prob": 0.5}, {"guidance": 7.0}))
+def test_pairs_of_another_teacher_are_refused(chain, tmp_path, change):
     weights, meta = load_checkpoint(chain / "ckpt/ar.pt")
-    save_checkpoint(tmp_path / "ar.pt", weights, meta | {"step": 3})
+    save_checkpoint(tmp_path / "ar.pt", weights, meta | change)
     for flags in [], ["--generate", "--pairs-count", "4", "--batch-size", "2"]:
         message = refusal("distill_ode.py", "--init", tmp_path / "ar.pt", *flags, "--out", tmp_path / "o.pt", cwd=chain)
         assert message.startswith("error: data/ode") and not (tmp_path / "o.pt").exists()
@@ -527,31 +704,80 @@ def test_nan_loss_stops_the_run_with_step_and_rows(chain, tmp_path, stage):
 # ------------------------------------------------------------------------------------------- Flags, fences, the README
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
-def test_help(script, capsys):
+def read_help(script, capsys, *flags):
+    """flag: its help, for every flag that the script's --help explains, above the table of presets."""
     with pytest.raises(SystemExit) as stop:
-        call(script, "--help", cwd=ROOT)
-    assert stop.value.code == 0 and "usage:" in capsys.readouterr().out
+        call(script, *flags, "--help", cwd=ROOT)
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and "usage:" in shown
+    found = {}
+    for entry in re.findall(r"^  (-.*(?:\n {10}.*)*)", shown.partition("defaults of each preset:")[0], re.M):
+        spelling, *text = re.split(r"\s{2,}", entry, maxsplit=1)
+        found[re.split(r"[ ,]", spelling)[0]] = " ".join(text)
+    return found
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """Help of one line a flag."""
+    monkeypatch.setenv("COLUMNS", "400")
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
+def test_help_explains_every_flag(script, capsys, wide):
+    shown = read_help(script, capsys)
+    assert "-h" in shown and all(text.strip() for text in shown.values())
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_every_preset_has_a_recipe_of_the_same_flags(script):
+    recipes = import_module(script[:-3]).RECIPES
+    assert "wan-14b" in recipes and recipes.keys() == PRESETS.keys()
+    assert all(recipe.keys() == recipes["tiny"].keys() for recipe in recipes.values())
+
+
+@pytest.mark.parametrize("script, preset", [
+    (script, preset) for script in TRAINERS for preset in import_module(script[:-3]).RECIPES])
+def test_help_shows_every_default_of_the_preset(script, preset, capsys, wide):
+    stage = import_module(script[:-3])
+    shown, args = read_help(script, capsys, "--preset", preset), stage.parse_args(["--preset", preset])
+    for name, value in stage.RECIPES[preset].items():
+        assert shown[f"--{name.replace('_', '-')}"].endswith(f"(default: {value})") and getattr(args, name) == value
+
+
+def test_flags_keep_their_older_spelling():
+    for argv in ["--prefix-prob", "0.5"], ["--given-prob", "0.5"]:
+        assert import_module("train_camera").parse_args(argv).given_prob == 0.5
+    for argv in ["--steps", "3"], ["--sampling-steps", "3"]:
+        assert import_module("stream").parse_args(argv).sampling_steps == 3
 
 
 @pytest.mark.parametrize("script", TRAINERS)
 def test_shared_flags_come_first_and_last(script, capsys):
-    with pytest.raises(SystemExit):
-        import_module(script[:-3]).parse_args(["--help"])
-    flags = re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.M)
+    _, *flags = read_help(script, capsys)  # the first is -h
     first, last = SHARED
     assert flags[: len(first)] == first and flags[-len(last) :] == last
 
 
-def test_fenced_blocks_are_identical():
-    fence = re.compile(r"^( *)# -- ([\w ]+) \(same in every stage\) -+\n(.*?)^\1# -- end -+$", re.S | re.M)
-    blocks = {}
-    for script in TRAINERS:
-        for _, name, body in fence.findall((ROOT / script).read_text()):
-            blocks.setdefault(name, []).append(body)
-    assert set(blocks) >= {"setup", "log and save", "run"}
-    for name, bodies in blocks.items():
-        assert len(bodies) == len(TRAINERS) and len(set(bodies)) == 1, f"{name!r} differs between stages"
+def fenced_blocks(path):
+    """name: text of every block of a script that is fenced off as the same in every stage."""
+    text, fence = path.read_text(), r"^( *)# -- ([\w ]+) \(same in every stage\) -+\n(.*?)^\1# -- end -+$"
+    blocks = {name: body for _, name, body in re.findall(fence, text, re.S | re.M)}
+    assert len(blocks) == text.count("same in every stage") == text.count("# -- end -"), f"{path}: a fence is broken"
+    return blocks
+
+
+@pytest.mark.parametrize("path", [ROOT / script for script in TRAINERS], ids=TRAINERS)
+def test_fenced_blocks_are_the_same_in_every_stage(path):
+    blocks = fenced_blocks(path)
+    assert list(blocks) == ["first flags", "last flags", "setup", "start", "log and save", "run"]
+    assert blocks == fenced_blocks(ROOT / TRAINERS[0])
+
+
+def test_fenced_blocks_are_the_same_in_variants():
+    for path in sorted(ROOT.glob("examples/variants/*.py")):
+        blocks = fenced_blocks(path)
+        assert blocks.items() <= fenced_blocks(ROOT / TRAINERS[0]).items(), f"{path} differs from the stages"
 
 
 def readme_commands():
@@ -571,8 +797,6 @@ def readme_commands():
 
 
 def test_readme_commands_parse():
-    if not (ROOT / "README.md").exists():
-        pytest.skip("there is no README.md yet")
     commands = readme_commands()
     assert {script for script, *_ in commands} >= {"data.py", *TRAINERS, "stream.py"}
     for script, *flags in commands:

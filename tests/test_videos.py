@@ -2,6 +2,7 @@
 Latents from videos: toy rooms saved as mp4 files, with every format of poses, against the same rooms rendered directly;
 what is wrong with a clip is reported by name; runs that stop, start again or share the work; contact sheets.
 """
+import argparse
 import json
 import math
 import shutil
@@ -15,9 +16,10 @@ from safetensors.torch import load_file
 
 from conftest import MINIATURE, call, refusal, run
 from data import (
-    DOUBTFUL, K_SQUARE, STEP, UNUSABLE, action_class, chosen_frames, cover, draw_path, duplicates, every_frame,
-    every_intrinsics, fit, fit_intrinsics, intrinsics, invert_se3, keys_of, open_latents, parse_args,
-    parse_trajectory, pixel_cameras, read_poses, render, sample_toy, steps_of, usual_step,
+    DOUBTFUL, K_SQUARE, STEP, UNUSABLE, ClipFormat, Encoder, action_class, camera_steps, crop_intrinsics, draw_path,
+    encode_captions, find_duplicates, intrinsics, intrinsics_per_frame, invert_se3, median_step, open_latents,
+    parse_args, parse_trajectory, pixel_cameras, pose_string, poses_per_frame, read_poses, render, resize_and_crop,
+    resize_crop_size, sample_frame_indices, sample_toy, save_prompts, to_bytes,
 )
 from model import PRESETS, WanVAE, fingerprint, fresh_weights, save_checkpoint
 
@@ -134,7 +136,7 @@ def toy_videos():
     """What data.py renders into data/toy [16 3 13 32 32], uint8."""
     _, paths, scene = sample_toy(COUNT, 0, FRAMES - 1, held=False)
     video = render(scene, torch.stack([parse_trajectory(path) for path in paths]), intrinsics(K_SQUARE), 32)
-    return ((video + 1) * 127.5).round().byte()
+    return to_bytes(video)
 
 
 def again(toy, out, rows=None, *flags):
@@ -182,7 +184,7 @@ def test_the_folder_says_what_training_compares(toy):
 
 def test_a_training_step_sees_no_difference(toy, tmp_path):
     weights = fresh_weights("tiny", camera=True, seed=0)
-    for name, w in weights.items():
+    for w in weights.values():
         if not w.any():  # output layers start at zero, and nothing would depend on the camera
             torch.nn.init.normal_(w, std=0.05)
     save_checkpoint(tmp_path / "camera.pt", weights, {"stage": "camera", "preset": "tiny", "camera": True, "step": 0})
@@ -336,7 +338,7 @@ def test_translations_are_scaled_and_the_folder_says_how(toy, tmp_path, scale, f
         c2w = row["poses"]["c2w"]
         row["poses"]["c2w"] = [[[*line[:3], factor * line[3]] for line in pose[:3]] + pose[3:] for pose in c2w]
     made, direct = again(toy, tmp_path / scale, rows, "--scale", scale), tensors(toy / "data/toy")["viewmats"][1::8]
-    assert all(usual_step(z) == pytest.approx(STEP, abs=1e-5) for z in direct)
+    assert all(median_step(z) == pytest.approx(STEP, abs=1e-5) for z in direct)
     torch.testing.assert_close(made["viewmats"], direct, atol=1e-5, rtol=0)
     torch.testing.assert_close(made["scales"], torch.tensor(found), atol=0, rtol=1e-4)
     meta = open_latents(tmp_path / scale).meta
@@ -464,7 +466,7 @@ def test_two_processes_write_the_files_of_one(toy, tmp_path):
     (16, 16, [0, 1, 2, 3, 4]), (30, 15, [0, 2, 4, 6, 8]), (24, 16, [0, 2, 3, 5, 6]), (23.976, 24, [0, 1, 2, 3, 4]),
 ])
 def test_frames_are_chosen_at_even_times(own, fps, expected):
-    assert chosen_frames(7, 2, own, fps) == [7 + n for n in expected]
+    assert sample_frame_indices(7, own, ClipFormat(2, fps, [32, 32])) == [7 + n for n in expected]
 
 
 @pytest.mark.parametrize("height, width", [(48, 32), (32, 60), (40, 40), (100, 300), (20, 24)])
@@ -472,32 +474,32 @@ def test_a_point_of_the_picture_is_where_its_intrinsics_say(height, width):
     # a gradient from -1 to 1 over the picture's width shows, at normalised x, 2 x - 1; a camera with K sees ray X there
     picture = torch.linspace(-1, 1, 2 * width + 1)[1::2].expand(1, 3, height, width)
     K, size = torch.tensor([0.7, 0.8, 0.45, 0.55], dtype=torch.float64), [16, 24]
-    cut, (fx, _, cx, _) = fit(picture, size), fit_intrinsics(K, height, width, size)
+    cut, (fx, _, cx, _) = resize_and_crop(picture, size), crop_intrinsics(K, height, width, size)
     x = (torch.arange(24) + 0.5) / 24
     before = 0.7 * (x - cx) / fx + 0.45  # where the same ray meets the uncut picture
     torch.testing.assert_close(cut[0, 0, 8, 2:-2], (2 * before - 1)[2:-2].float(), atol=5e-3, rtol=0)
-    rows, columns, top, left = cover(height, width, size)
+    rows, columns, top, left = resize_crop_size(height, width, size)
     assert rows >= 16 and columns >= 24 and (rows == 16 or columns == 24) and top >= 0 and left >= 0
 
 
 def test_intrinsics_may_differ_from_frame_to_frame():
     zoom = [[0.5 + n / 100, 0.5, 0.5, 0.5] for n in range(13)]
-    assert every_intrinsics(zoom, 13)[:, 0].tolist() == [k[0] for k in zoom]
-    per_latent = every_intrinsics(zoom[::4], 13)
+    assert intrinsics_per_frame(zoom, 13)[:, 0].tolist() == [k[0] for k in zoom]
+    per_latent = intrinsics_per_frame(zoom[::4], 13)
     torch.testing.assert_close(per_latent, torch.tensor(zoom, dtype=torch.float64))
-    assert every_intrinsics(zoom[:1], 13).shape == (13, 4)
-    with pytest.raises(ValueError, match="5 times K, but 13 frames: expected 1, 13 or 4"):
-        every_intrinsics(zoom[:5], 13)
+    assert intrinsics_per_frame(zoom[:1], 13).shape == (13, 4)
+    with pytest.raises(ValueError, match="found 5 intrinsics .K., but 13 frames: expected 1, 13 or 4"):
+        intrinsics_per_frame(zoom[:5], 13)
 
 
 def test_poses_are_per_frame_or_per_latent_frame():
     viewmats = parse_trajectory("w*2,w+l").double()
-    torch.testing.assert_close(every_frame(viewmats, 13)[::4], viewmats, atol=1e-6, rtol=0)
-    torch.testing.assert_close(every_frame(viewmats, 16)[:13:4], viewmats, atol=1e-6, rtol=0)
-    assert torch.equal(every_frame(viewmats, 4), viewmats)
+    torch.testing.assert_close(poses_per_frame(viewmats, 13)[::4], viewmats, atol=1e-6, rtol=0)
+    torch.testing.assert_close(poses_per_frame(viewmats, 16)[:13:4], viewmats, atol=1e-6, rtol=0)
+    assert torch.equal(poses_per_frame(viewmats, 4), viewmats)
     for frames in (12, 17):
         with pytest.raises(ValueError, match=f"4 poses, but {frames} frames"):
-            every_frame(viewmats, frames)
+            poses_per_frame(viewmats, frames)
 
 
 @pytest.mark.parametrize("line, says", [
@@ -538,17 +540,17 @@ def test_poses_that_cannot_be_read_raise_one_line(tmp_path, spec):
 
 
 def test_steps_are_measured_between_poses():
-    length, angle = steps_of(parse_trajectory("w*2,d+l,j*2"))
+    length, angle = camera_steps(parse_trajectory("w*2,d+l,j*2"))
     torch.testing.assert_close(length.float(), torch.tensor([STEP, STEP, STEP, 0, 0]), atol=1e-6, rtol=0)
     torch.testing.assert_close(torch.rad2deg(angle).float(), torch.tensor([0.0, 0, 3, 3, 3]), atol=1e-3, rtol=0)
-    assert usual_step(parse_trajectory("w*2,d+l,j*2")) == pytest.approx(STEP, abs=1e-6)
-    assert usual_step(parse_trajectory("j*5")) == 0
+    assert median_step(parse_trajectory("w*2,d+l,j*2")) == pytest.approx(STEP, abs=1e-6)
+    assert median_step(parse_trajectory("j*5")) == 0
 
 
 @pytest.mark.parametrize("path, key", [("w*3,l*2", "w"), ("w+l*2,l", "l"), ("u+k*4,d", "u"), ("dn*2", "dn")])
 def test_a_class_is_the_key_pressed_most(path, key):
-    assert action_class(parse_trajectory(path)) == key and keys_of(parse_trajectory("w*3,w+l*4")) == "w*3,w+l*4"
-    assert action_class(torch.eye(4).repeat(5, 1, 1)) == keys_of(torch.eye(4).repeat(5, 1, 1))[:5] == "still"
+    assert action_class(parse_trajectory(path)) == key and pose_string(parse_trajectory("w*3,w+l*4")) == "w*3,w+l*4"
+    assert action_class(torch.eye(4).repeat(5, 1, 1)) == pose_string(torch.eye(4).repeat(5, 1, 1))[:5] == "still"
 
 
 def test_duplicates_look_alike_in_all_three_pictures():
@@ -558,7 +560,36 @@ def test_duplicates_look_alike_in_all_three_pictures():
     pictures[7], pictures[9] = pictures[5] + 0.5 * noise, pictures[5]
     pictures[9, 2] = noise[2]  # ends elsewhere
     pictures[11] = pictures[12] = 5.0  # plain
-    assert duplicates(pictures.tolist()) == {1400: 2} and duplicates([]) == {}
+    assert find_duplicates(pictures.tolist()) == {1400: 2} and find_duplicates([]) == {}
+
+
+def test_captions_of_an_earlier_run_are_not_encoded_again(tmp_path):
+    asked = []
+
+    def encode_text(prompt):
+        asked.append(prompt)
+        if prompt == "too long":
+            raise ValueError("33 words")
+        return {"embeds": torch.full((len(prompt), 2), len(asked) / 2)}
+
+    table, encoder = tmp_path / "prompts.safetensors", Encoder("counting", encode_text, 8, None, "")
+    embeds, errors = encode_captions(["ab", "", "too long", "ab"], encoder, [table])
+    assert asked == ["ab", "", "too long"] and errors == {"too long": "33 words"} and set(embeds) == {"ab", ""}
+    save_prompts(table, [embeds["ab"], embeds[""]], {"prompts": '["ab"]', "null": "", "encoder": "counting"})
+    again, _ = encode_captions(["", "ab", "new"], encoder, [tmp_path / "nowhere", table])
+    assert asked[3:] == ["new"]
+    assert all(torch.equal(again[prompt]["embeds"], embeds[prompt]["embeds"]) for prompt in ("ab", ""))
+    encode_captions(["ab"], encoder._replace(name="another"), [table])
+    assert asked[4:] == ["ab"]
+
+
+def test_every_flag_says_what_it_does_and_its_default(monkeypatch):
+    parsers, parse = [], argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda p, argv: parsers.append(p) or parse(p, argv))
+    args = parse_args([])
+    assert args.size == [32, 32] and args.keep == [] and args.image_share == 0.25
+    assert all(action.help for action in parsers[0]._actions)
+    assert "videos to render (default: 4096)" in parsers[0].format_help()
 
 
 def test_a_path_is_drawn_from_above():

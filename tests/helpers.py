@@ -1,0 +1,117 @@
+"""
+What several test files share: random inputs and networks of a useful size, tensors recorded from the public code, and
+how a checkpoint is taken or refused.
+"""
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from model import HYVAE, Camera, HYConfig, HYDiT, HYPrompt, HYVAEConfig, load_checkpoint
+
+CPU = torch.device("cpu")
+ORACLE = Path(os.environ.get("ORACLE_DIR", Path(__file__).parents[2] / "shared/oracle"))  # recordings of public code
+
+
+def rigid(*shape):
+    """Random rigid transforms [*shape 4 4] with centres about a unit away."""
+    pose = torch.eye(4, dtype=torch.float64).repeat(*shape, 1, 1)
+    skew = torch.randn(*shape, 3, 3, dtype=torch.float64)
+    pose[..., :3, :3] = torch.linalg.matrix_exp(skew - skew.mT)
+    pose[..., :3, 3] = torch.randn(*shape, 3, dtype=torch.float64)
+    return pose.float()
+
+
+def cut(frames, *tensors):
+    """Some frames of tensors [b f ...]."""
+    return [z[:, frames] for z in tensors]
+
+
+def change_per_chunk(a, b):
+    """Largest change in each chunk of two frames."""
+    return rearrange((a - b).abs(), "b (n k) c h w -> n (b k c h w)", k=2).amax(1)
+
+
+def check_feat_cache_is_left_as_it_was(vae, latents, video):
+    """A piece of video or of latents may be followed by two others."""
+    for step, start, rest in (
+            (vae.decode, latents[:, :1], latents[:, 1:]), (vae.encode, video[:, :, :1], video[:, :, 1:])):
+        _, feat_cache = step(start)
+        before = {layer: z.clone() for layer, z in feat_cache.items()}
+        assert torch.equal(step(rest, feat_cache)[0], step(rest, feat_cache)[0])
+        assert before.keys() == feat_cache.keys()
+        assert all(torch.equal(z, feat_cache[layer]) for layer, z in before.items())
+
+
+# -------------------------------------------------------------------------------------------------- The second backbone
+
+SMALL_HY = HYConfig(48, 96, 2, 2, channels=4, text_dim=24, vision_dim=16, byt5=(20, 24, 28), rope_bands=(4, 10, 10),
+                    action=True)
+
+
+@torch.no_grad()
+def random_hy_dit(camera=True, **changes):
+    """Weights of a useful size everywhere, also where training starts from zero: nothing may hold trivially."""
+    torch.manual_seed(0)
+    net = HYDiT(replace(SMALL_HY, **changes), camera)
+    for name, p in net.named_parameters():
+        p.normal_(std=p[0].numel() ** -0.5 if p.ndim in (2, 5) else 0.3)
+        if p.ndim == 1 and name.endswith("weight"):
+            p += 1
+    return net.requires_grad_(False)
+
+
+def hy_inputs(f, b=3, given=1):
+    """x_t, a noise level for every frame, prompts with padding in other places, the camera, the clean video.
+
+    The first prompt has no quotes, the second no image, the third both.
+    """
+    torch.manual_seed(1)
+    x_t, x0 = torch.randn(2, b, f, 4, 2, 3)
+    given_latents = F.pad(x0[:, :given], (0, 0, 0, 0, 0, 1), value=1.0)
+    vision, has_image = torch.randn(b, 4, 16), torch.tensor([1.0, 0, 1])[:b]
+    prompt = HYPrompt(
+        torch.randn(b, 7, 24), torch.arange(7) < torch.tensor([[4], [7], [5]])[:b],
+        torch.randn(b, 5, 20), torch.arange(5) < torch.tensor([[0], [3], [2]])[:b],
+        vision * has_image.view(-1, 1, 1), given_latents * has_image.view(-1, 1, 1, 1, 1))
+    Ks = torch.tensor([[0.6, 0, 0.5], [0, 0.9, 0.5], [0, 0, 1]]).expand(b, f, 3, 3)
+    return x_t, torch.rand(b, f), prompt, Camera(rigid(b, f), Ks), x0
+
+
+@torch.no_grad()
+def random_hy_vae(recall=True):
+    torch.manual_seed(0)
+    vae = HYVAE(HYVAEConfig((8, 8, 16, 16), 4, 1, (0.1, -0.2, 0.3, 0.0), (1.5, 2.0, 0.5, 1.0), recall))
+    for name, p in vae.named_parameters():
+        p.normal_(std=p[0].numel() ** -0.5 if p.ndim == 5 else 0.1)
+        if name.endswith("gamma"):
+            p += 1
+    return vae.requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------- Checkpoints
+
+
+def loads(path, weights, *stages):
+    """The meta, if the weights are these."""
+    loaded, meta = load_checkpoint(path, *stages)
+    assert loaded.keys() == weights.keys() and all(torch.equal(loaded[name], w) for name, w in weights.items())
+    return meta
+
+
+def refused(path, *stages):
+    """The one line with which a file is refused, which names it or one that belongs to it."""
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(path, *stages)
+    message = str(error.value)
+    assert "\n" not in message and str(path if path.is_dir() else path.parent) in message
+    return message
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
