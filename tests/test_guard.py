@@ -22,114 +22,22 @@ from safetensors.torch import load_file, save_file
 
 import model
 from conftest import SCRIPTS, STAGES, call
-from data import K_SQUARE, Batch, duplicates, get_batch, intrinsics, load_encoder, open_latents, parse_trajectory
+from data import K_SQUARE, Batch, find_duplicates, get_batch, intrinsics, load_encoder, open_latents, parse_trajectory
 from distill_cd import consistency_loss
 from distill_ode import integrate, ode_loss
-from model import PRESETS, HYDiT, WanDiT, build, build_vae, load_checkpoint, noise_levels, rollout, save_checkpoint
-from stream import TOY_PROMPT, stream
-from test_hy import inputs as hy_inputs
-from test_hy import random_net as hy_net
-from test_stages import make_batch as wan_batch
-from test_stages import make_net as wan_net
+from helpers import CPU, GENERATED, hy_inputs, make_batch, make_net, random_hy_dit
+from model import (
+    PRESETS, Camera, HYDiT, WanDiT, add_noise, build, build_vae, load_checkpoint, noise_levels, prefill, rollout,
+    save_checkpoint, update_cache,
+)
+from stream import TOY_PROMPT, Player, stream
 from train_ar import teacher_forcing_loss
 from train_camera import flow_matching_loss
 from train_dmd import fake_score_loss, generator_loss, self_rollout
 
-CPU, BACKBONES, SHIFT, CHUNK, LEVELS = torch.device("cpu"), ("wan", "hy"), 3.0, 2, noise_levels(4, 3.0)
-
-# ------------------------------------------------------------------------------------- What is named elsewhere, in full
-
-GIVEN, SAMPLING_STEPS, FEW_STEP = "prefix_prob", "steps", "renoise"  # keys of a checkpoint's meta; a sampler
-GIVEN_FLAG = "--prefix-prob"
-
-
-def passed(flags):
-    """Of a network's keyword arguments: clean video, chunk, the stream's past, and whether to extend it."""
-    return flags.get("clean"), flags.get("chunk", 0), flags.get("past"), flags.get("commit", False)
-
-
-def settings(**changes):
-    """A checkpoint's meta, as far as sampling reads it."""
-    return {SAMPLING_STEPS: 4, "shift": SHIFT, "guidance": 1.0, "sampler": "euler", "chunk": CHUNK, "camera": True,
-            "size": [32, 32], "fps": 16, GIVEN: 0.0} | changes
-
-
-def make_batch(backbone, x0=None, states=None):
-    """Two videos of five small latents, the same at every call, their generators rewound."""
-    if backbone == "wan":
-        batch = wan_batch(states)
-    else:
-        _, _, prompt, camera, video = hy_inputs(5, b=2)
-        null, rng = prompt._replace(text=-prompt.text), [torch.Generator().manual_seed(seed) for seed in (10, 11)]
-        batch = Batch(video, prompt, null, camera, rng, [0, 1], {}, states)
-    return batch if x0 is None else batch._replace(x0=x0)
-
-
-def many_videos(b):
-    """A batch of b videos of two latents of one number each, all given frames left out."""
-    camera = parse_trajectory("w").expand(b, 2, 4, 4), intrinsics(K_SQUARE).expand(b, 2, 3, 3)
-    rng = [torch.Generator().manual_seed(seed) for seed in range(b)]
-    return Batch(torch.randn(b, 2, 1, 1, 1), torch.ones(b, 1, 1), torch.zeros(b, 1, 1), camera, rng, [*range(b)], {},
-                 None)
-
-
-def read_batch(folder, step, size=4):
-    return get_batch(open_latents(folder), 0, step, 0, 1, size, CPU)
-
-
-def pairs_of(net, batch, guidance=1.0):
-    """States [b 5 f c h w] of the teacher's ODE: as distill_ode.py --generate makes them, no frame given.
-
-    To find that none is given, one number is drawn from each generator before the noise.
-    """
-    return integrate(net, batch, LEVELS, 4, guidance, CHUNK, 0.0)
-
-
-def rolled_out(net, batch, exit_step=3):
-    """The video that train_dmd.py's generator makes, no frame given."""
-    return self_rollout(net, batch, LEVELS, exit_step, CHUNK, torch.ones(batch.x0.shape[:2]))
-
-
-def forced_and_streamed(net, batch):
-    """Velocities of noisy chunks after the clean video: in one pass, and one chunk after the other."""
-    sigma, pieces = torch.rand(batch.x0.shape[:2], generator=torch.Generator().manual_seed(0)), []
-    x_t = model.add_noise(batch.x0, batch.x0.flip(0), sigma)
-    whole = net(x_t, sigma, batch.prompt, batch.camera, clean=batch.x0, chunk=CHUNK)
-    past = model.begin(net, batch.x0, batch.prompt, batch.camera)
-    for start in range(0, x_t.shape[1], CHUNK):
-        here = slice(start, start + CHUNK)
-        camera = tuple(z[:, here] for z in batch.camera)
-        pieces.append(net(x_t[:, here], sigma[:, here], batch.prompt, camera, past=past))
-        past = model.commit(net, batch.x0[:, here], batch.prompt, camera, past=past)
-    return whole, torch.cat(pieces, dim=1)
-
-
-LOSSES = {  # of a network, networks that are frozen, and a batch: a third of the prompts dropped, frames given
-    "camera": lambda net, frozen, batch: flow_matching_loss(net, batch, batch.camera, SHIFT, 0.3, 0.5),
-    "ar": lambda net, frozen, batch: teacher_forcing_loss(net, batch, CHUNK, SHIFT, 0.3, 0.5),
-    "ode": lambda net, frozen, batch: ode_loss(net, batch, LEVELS, CHUNK),
-    "cd": lambda net, frozen, batch: consistency_loss(
-        net, *frozen, batch, noise_levels(48, SHIFT), 3.0, CHUNK, 0.5),
-    "generator": lambda net, frozen, batch: generator_loss(net, *frozen, batch, LEVELS, 2, CHUNK, SHIFT, 2.0, 0.5),
-    "fake_score": lambda net, frozen, batch: fake_score_loss(frozen[0], net, batch, LEVELS, 2, CHUNK, SHIFT, 0.5),
-}
-
-
-def score_levels(loss, batch):
-    """The noise levels [b f] at which one of DMD's two losses asks its scores, at shift 1, no frame given."""
-    seen = []
-
-    def net(x_t, sigma, *_, **flags):
-        if not (passed(flags)[2] or passed(flags)[3]):
-            seen.append(sigma)
-        return (0.0,) if passed(flags)[3] else x_t
-
-    if loss == "generator":
-        generator_loss(net, net, net, batch, [1.0, 0.0], 0, 2, 1.0, 2.0, 0.0)
-    else:
-        fake_score_loss(net, net, batch, [1.0, 0.0], 0, 2, 1.0, 0.0)
-    return seen
-
+BACKBONES, SHIFT, CHUNK, LEVELS = ("wan", "hy"), 3.0, 2, noise_levels(4, 3.0)
+META = {"sampler": "euler", "sampling_steps": 4, "shift": SHIFT, "guidance": 1.0, "chunk": CHUNK, "camera": True,
+        "size": [32, 32], "given_prob": 0.0}
 
 # ----------------------------------------------------------------------------------------------------- Watching scripts
 
@@ -169,16 +77,16 @@ class Watch:
 
     def watched(self, forward):
         def wrapper(net, x, sigma, prompt, camera=None, **flags):
-            clean, chunk, past, commit = passed(flags)
-            number = self.nets.setdefault(net, len(self.nets))
+            number, updates_cache = self.nets.setdefault(net, len(self.nets)), flags.get("update_cache", False)
             event = SimpleNamespace(
-                kind="commit" if commit else "pass", net=number, x=x.detach(), sigma=sigma.detach(), prompt=prompt,
-                camera=camera, clean=clean, chunk=chunk, streams=past is not None, grad=torch.is_grad_enabled(),
+                kind="cache" if updates_cache else "pass", net=number, x=x.detach(), sigma=sigma.detach(),
+                prompt=prompt, camera=camera, clean=flags.get("clean"), chunk=flags.get("chunk", 0),
+                streams=flags.get("kv_cache") is not None, grad=torch.is_grad_enabled(),
                 weights=next(net.parameters()).detach().clone(),  # the first of them: enough to tell networks apart
                 fresh=not any(p.grad is not None and p.grad.abs().max() for p in self.trained.get(number, ())))
             self.events.append(event)
             result = forward(net, x, sigma, prompt, camera, **flags)
-            event.out = None if commit else result.detach()
+            event.out = None if updates_cache else result.detach()
             return result
         return wrapper
 
@@ -206,9 +114,9 @@ def world(chain, tmp_path_factory):
     shutil.copy(chain / "ckpt/vae.pt", folder / "ckpt")
     with pytest.MonkeyPatch.context() as patch:
         dit = replace(PRESETS["tiny"].dit, dim=24, ffn_dim=32, heads=2, layers=1)
-        patch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], dit=dit))
+        patch.setitem(PRESETS, "tiny", PRESETS["tiny"]._replace(dit=dit))
         for n, (stage, meta) in enumerate(metas.items()):
-            meta |= {GIVEN: 0.5}
+            meta |= {"given_prob": 0.5}
             save_checkpoint(folder / f"ckpt/{stage}.pt", random_weights("tiny", n), meta)
             save_checkpoint(folder / f"other/{stage}.pt", random_weights("tiny", n + 10), meta)
         for pairs, init in ("data/ode", "ckpt"), ("other/ode", "other"):
@@ -289,7 +197,7 @@ def watch(world, folder, stage, *flags, rank=None):
     return seen.updates(), outcome(folder, stage) if not rank or rank[0] == 0 else None
 
 
-LONG = {"camera": ("--null-prob", "0.5", GIVEN_FLAG, "0.5"), "ar": ("--null-prob", "0.5"), "ode": (), "cd": (),
+LONG = {"camera": ("--null-prob", "0.5", "--given-prob", "0.5"), "ar": ("--null-prob", "0.5"), "ode": (), "cd": (),
         "dmd": ("--steps", "10", "--fake-score-updates", "3")}
 
 
@@ -322,7 +230,7 @@ def x0_of(z):
     return z.x - z.sigma[..., None, None, None] * z.out
 
 
-def mean_over_made(error, sigma):
+def mean_over_generated(error, sigma):
     """Mean square [b f c h w] over the frames that are not given."""
     return error.square().mean((2, 3, 4))[sigma > 0].mean().item()
 
@@ -333,7 +241,7 @@ FLAGS = [  # stage, a flag at another value, and what of the outcome must change
     ("base", "--seed 1", "weights metrics"),
     ("camera", "--init other/camera.pt", "weights metrics"), ("camera", "--data other/toy", "weights metrics"),
     ("camera", "--shift 6", "weights metrics meta"), ("camera", "--null-prob 0.9", "weights metrics"),
-    ("camera", f"{GIVEN_FLAG} 0.9", "weights metrics meta"), ("camera", "--guidance 3", "meta"),
+    ("camera", "--given-prob 0.9", "weights metrics meta"), ("camera", "--guidance 3", "meta"),
     ("camera", "--sampling-steps 3", "meta"), ("camera", "--seed 1", "weights metrics"),
     ("ar", "--init other/camera.pt", "weights metrics"), ("ar", "--data other/toy", "weights metrics"),
     ("ar", "--chunk 1", "weights metrics meta"), ("ar", "--null-prob 0.9", "weights metrics"),
@@ -352,13 +260,13 @@ FLAGS = [  # stage, a flag at another value, and what of the outcome must change
     ("dmd", "--seed 1", "weights metrics"),
 ]
 SETTINGS = [  # stage, a setting of the checkpoint it starts from, and what must change by it
-    ("ar", {"shift": 6.0}, "weights metrics meta"), ("ar", {GIVEN: 0.0}, "weights metrics meta"),
+    ("ar", {"shift": 6.0}, "weights metrics meta"), ("ar", {"given_prob": 0.0}, "weights metrics meta"),
     ("pairs", {"guidance": 3.0}, "weights meta"), ("pairs", {"shift": 6.0}, "weights meta"),
-    ("pairs", {"chunk": 1}, "weights meta"), ("pairs", {GIVEN: 0.0}, "weights"),
+    ("pairs", {"chunk": 1}, "weights meta"), ("pairs", {"given_prob": 0.0}, "weights meta"),
     ("cd", {"guidance": 3.0}, "weights metrics"), ("cd", {"shift": 6.0}, "weights metrics meta"),
-    ("cd", {"chunk": 1}, "weights metrics meta"), ("cd", {GIVEN: 0.0}, "weights metrics meta"),
-    ("dmd", {SAMPLING_STEPS: 3}, "weights metrics meta"), ("dmd", {"shift": 6.0}, "weights metrics meta"),
-    ("dmd", {"chunk": 1}, "weights metrics meta"), ("dmd", {GIVEN: 0.0}, "weights metrics meta"),
+    ("cd", {"chunk": 1}, "weights metrics meta"), ("cd", {"given_prob": 0.0}, "weights metrics meta"),
+    ("dmd", {"sampling_steps": 3}, "weights metrics meta"), ("dmd", {"shift": 6.0}, "weights metrics meta"),
+    ("dmd", {"chunk": 1}, "weights metrics meta"), ("dmd", {"given_prob": 0.0}, "weights metrics meta"),
 ]
 ELSEWHERE = {  # flags of which other tests see more: below, of the optimizer and of ranks, or in test_stages.py
     *"out preset resume steps log_every save_every no_camera generate pairs".split(),
@@ -382,14 +290,12 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage, flags, expected", FLAGS, ids=lambda z: z.replace(" ", "=") if "--" in z else z)
 def test_a_flag_changes_what_it_should(world, usual, tmp_path, stage, flags, expected):
     before, after = usual(stage), run(world, tmp_path, stage, *flags.split())
     assert {name for name in before if not same(before[name], after[name])} == {*expected.split()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage, changes, expected", SETTINGS, ids=lambda z: str(z).strip("{}"))
 def test_a_checkpoints_setting_changes_what_it_should(world, usual, tmp_path, stage, changes, expected):
     before = usual(stage)
@@ -405,7 +311,6 @@ def test_every_flag_has_its_test(stage):
     assert {f"--{flag.replace('_', '-')}" for flag in flags} <= known
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_optimizers_are_what_the_flags_say(world, tmp_path, stage):
     """Warm-up, betas, weight decay, clipping, an empty gradient at every step, and the EMA of the one that is kept."""
@@ -424,45 +329,37 @@ def test_optimizers_are_what_the_flags_say(world, tmp_path, stage):
     torch.testing.assert_close(left["weights"], ema, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.slow
-def test_resumed_learning_rates_are_those_asked_for(world, tmp_path):
-    watch(world, tmp_path, "dmd", "--steps", "1")
-    updates, _ = watch(world, tmp_path, "dmd", "--resume", "--steps", "2", "--lr", "3e-4", "--fake-score-lr", "2e-4")
-    assert [step.lr for step, _ in updates] == [3e-4, 2e-4, 2e-4]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_ranks_and_micro_batches_share_one_batch(world, tmp_path, stage):
     """Their samples, noise and, in DMD, exit steps are those of one large batch; the gradient is its mean."""
-    folders = [tmp_path / name for name in ("whole", "micro", "first", "second")]
-    whole, left = watch(world, folders[0], stage, "--steps", "1")
-    micro, left_too = watch(world, folders[1], stage, "--steps", "1", "--batch-size", "1", "--accum", "2")
-    first, second = (watch(world, folder, stage, "--steps", "1", "--batch-size", "1", rank=(n, 2))[0]
-                     for n, folder in enumerate(folders[2:]))
+    flags = ("--fake-score-updates", "1") if stage == "dmd" else ()
+    whole, left = watch(world, tmp_path / "whole", stage, *flags)
+    micro, left_too = watch(world, tmp_path / "micro", stage, *flags, "--batch-size", "1", "--accum", "2")
+    first, second = (watch(world, tmp_path / str(n), stage, *flags, "--batch-size", "1", rank=(n, 2))[0]
+                     for n in range(2))
     inputs = lambda updates: [[(z.x, z.sigma) for z in found] for _, found in updates]
-    for n, (all_, one, other) in enumerate(zip(inputs(whole), inputs(first), inputs(second), strict=True)):
-        halves = [[torch.cat(z) for z in zip(a, b, strict=True)] for a, b in zip(one, other, strict=True)]
-        assert len(all_) == len(halves) and torch.equal(all_[0][1], halves[0][1])
-        if n == 0:  # later, each has its own weights
-            torch.testing.assert_close(halves, [[*z] for z in all_], atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(inputs(micro)[0], one + other, atol=1e-4, rtol=1e-4)
-    for name in ("loss", "grad_norm"):  # a mean over made frames, and the two may have not as many
-        assert left_too["metrics"][0][name] == pytest.approx(left["metrics"][0][name], rel=0.3)
+    for n, (all_, two, one, other) in enumerate(zip(*map(inputs, (whole, micro, first, second)), strict=True)):
+        halves = [tuple(torch.cat(z) for z in zip(a, b, strict=True)) for a, b in zip(one, other, strict=True)]
+        assert len(two) == 2 * len(halves) == 2 * len(all_)
+        alike = slice(1) if n else slice(None)  # later, each has its own weights: what goes in first depends on none
+        torch.testing.assert_close(halves[alike], all_[alike], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(two[: len(one)][alike] + two[len(one) :][alike], one[alike] + other[alike],
+                                   atol=1e-4, rtol=1e-4)
+    row, row_too = left["metrics"][0], left_too["metrics"][0]
+    for name in row.keys() - {"step", "sec"}:  # a mean over generated frames, and the two may have not as many
+        assert row_too[name] == pytest.approx(row[name], rel=0.3)
 
 
 # -------------------------------------------------------------------------------------------- What networks are asked
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_pass_has_its_camera(watched, stage):
     updates, _ = watched(stage)
-    assert all(z.camera is not None and len(z.camera[0].unique(dim=0)) > 1 for z in passes(updates))
+    assert all(z.camera is not None and len(z.camera.viewmats.unique(dim=0)) > 1 for z in passes(updates))
     assert all((z.clean is not None and z.chunk == CHUNK) == (stage in ("ar", "ode", "cd")) for z in passes(updates))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_networks_start_from_their_checkpoints_and_the_frozen_ones_stay(world, watched, stage):
     updates, _ = watched(stage)
@@ -475,14 +372,12 @@ def test_networks_start_from_their_checkpoints_and_the_frozen_ones_stay(world, w
         assert not same_as_ever or torch.equal(z.weights, score if stage == "dmd" else start)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_no_two_updates_see_the_same(watched, stage):
     first = [found[0].x for _, found in watched(stage)[0]]
     assert all(not torch.equal(a, b) for n, a in enumerate(first) for b in first[:n])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_prompts_are_dropped_where_they_should(watched, stage):
     """In half of the videos of the first two stages, here; in no other student's."""
@@ -491,7 +386,6 @@ def test_prompts_are_dropped_where_they_should(watched, stage):
     assert 0.3 < dropped < 0.7 if stage in ("camera", "ar") else dropped == 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_or_two_frames_are_given_each_as_often(watched, stage):
     updates, _ = watched(stage)
@@ -506,7 +400,6 @@ def test_one_or_two_frames_are_given_each_as_often(watched, stage):
             assert (last.sigma[:, 2:] > 0).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", ("camera", "ar", "cd", "ode"))
 def test_noise_levels_are_shifted_and_shared_by_a_video_or_by_a_chunk(watched, stage):
     updates, _ = watched(stage)
@@ -520,19 +413,17 @@ def test_noise_levels_are_shifted_and_shared_by_a_video_or_by_a_chunk(watched, s
     assert len(made.unique()) > (3 if stage == "ode" else 18)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", ("camera", "ar", "ode"))
 def test_the_logged_loss_is_that_of_what_went_in_and_came_out(world, watched, stage):
     updates, metrics = watched(stage)
     for n, (_, (z,)) in enumerate(updates):
-        batch = read_batch(world / ("data/ode" if stage == "ode" else "data/toy"), n)
+        batch = get_batch(open_latents(world / ("data/ode" if stage == "ode" else "data/toy")), 0, n, 0, 1, 4, CPU)
         slope = (z.x - batch.x0) / z.sigma[..., None, None, None].clamp_min(1e-6)  # = noise - x0
         error = z.out - slope if stage != "ode" else x0_of(z) - batch.states[:, -1]
-        assert metrics[n]["loss"] == pytest.approx(mean_over_made(error, z.sigma), rel=1e-3)
+        assert metrics[n]["loss"] == pytest.approx(mean_over_generated(error, z.sigma), rel=1e-3)
         assert z.clean is None or torch.equal(z.clean, batch.x0)
 
 
-@pytest.mark.slow
 def test_consistency_is_towards_the_ema_after_a_guided_step_of_the_teacher(watched):
     updates, metrics = watched("cd")
     grid = torch.tensor(noise_levels(48, SHIFT))
@@ -547,7 +438,8 @@ def test_consistency_is_towards_the_ema_after_a_guided_step_of_the_teacher(watch
         v = null.out + 1.25 * (prompted.out - null.out)  # as the miniature chain's teacher is guided
         point = student.x + (average.sigma - student.sigma)[..., None, None, None] * v
         torch.testing.assert_close(average.x, point, atol=1e-5, rtol=1e-5)
-        assert row["loss"] == pytest.approx(mean_over_made(x0_of(student) - x0_of(average), student.sigma), rel=1e-3)
+        loss = mean_over_generated(x0_of(student) - x0_of(average), student.sigma)
+        assert row["loss"] == pytest.approx(loss, rel=1e-3)
 
 
 def rollout_of(found, net):
@@ -560,7 +452,6 @@ def rollout_of(found, net):
     return torch.cat([x0_of(made[exit_step]), x0_of(made[-1])], dim=1), exit_step
 
 
-@pytest.mark.slow
 def test_the_generator_moves_first_and_the_fake_score_follows_on_its_rollouts(watched):
     updates, metrics = watched("dmd")
     steps = [step.net for step, _ in updates]
@@ -572,11 +463,10 @@ def test_the_generator_moves_first_and_the_fake_score_follows_on_its_rollouts(wa
             z, = (z for z in found if not z.streams)
             assert z.net == fake and [z for z in found if z.grad] == [z]
             slope = (z.x - x) / z.sigma[..., None, None, None].clamp_min(1e-6)  # = noise - x
-            loss = mean_over_made(z.out - slope, z.sigma)
+            loss = mean_over_generated(z.out - slope, z.sigma)
             assert n % 4 < 3 or metrics[n // 4]["fake_score_loss"] == pytest.approx(loss, rel=1e-2)
 
 
-@pytest.mark.slow
 def test_the_generator_follows_a_guided_real_score_and_an_unguided_fake_one(watched):
     updates, metrics = watched("dmd")
     (generator, fake), real = (updates[n][0].net for n in (0, 1)), None
@@ -593,7 +483,6 @@ def test_the_generator_follows_a_guided_real_score_and_an_unguided_fake_one(watc
         assert row["loss"] == pytest.approx(step.square().mean().item() / 2, rel=1e-3)
 
 
-@pytest.mark.slow
 def test_exit_steps_are_uniform_and_change_from_update_to_update(watched):
     updates, _ = watched("dmd")
     steps = [rollout_of(found, updates[0][0].net)[1] for _, found in updates]
@@ -602,18 +491,16 @@ def test_exit_steps_are_uniform_and_change_from_update_to_update(watched):
     assert sum(a != b for a, b in zip(steps, steps[1:])) > len(steps) / 2
 
 
-@pytest.mark.slow
 def test_the_seed_decides_noise_and_exit_steps_and_the_weights_that_are_new(world, tmp_path):
     noise, exits, fresh = [], [], []
     for seed in "01":
         updates, _ = watch(world, tmp_path / seed, "dmd", "--seed", seed)
-        noise.append(updates[0][1][0].x)
+        noise.append([found[0].x for _, found in updates])
         exits.append([rollout_of(found, updates[0][0].net)[1] for _, found in updates])
         fresh.append(run(world, tmp_path / seed, "base", "--seed", seed, "--lr", "0")["weights"])
-    assert not torch.equal(*noise) and exits[0] != exits[1] and not torch.equal(*fresh)
+    assert not any(map(torch.equal, *noise)) and exits[0] != exits[1] and not torch.equal(*fresh)
 
 
-@pytest.mark.slow
 def test_score_levels_are_shifted_and_one_for_a_video(watched):
     updates, _ = watched("dmd")
     for which in (updates[::4], [z for n, z in enumerate(updates) if n % 4]):
@@ -621,9 +508,16 @@ def test_score_levels_are_shifted_and_one_for_a_video(watched):
         assert all(len(row[row > 0].unique()) == 1 for row in sigma) and 0.6 < sigma[:, -1].mean() < 0.8
 
 
-@pytest.mark.parametrize("loss", ("generator", "fake_score"))
+@pytest.mark.parametrize("loss", (
+    fake_score_loss, lambda x, score, batch, meta: generator_loss(x, score, score, batch, meta, 2.0),
+), ids=("fake_score", "generator"))
 def test_scores_are_asked_between_0_02_and_0_98(loss):
-    for sigma in score_levels(loss, many_videos(400)):
+    b, seen, score = 400, [], lambda x_t, sigma, *_: seen.append(sigma) or x_t
+    rng = [torch.Generator().manual_seed(seed) for seed in range(b)]
+    batch = Batch(torch.zeros(b, 2, 1, 1, 1), None, None, None, torch.ones(b, 2), rng, [*range(b)], None)
+    loss(torch.randn(b, 2, 1, 1, 1), score, batch, META | {"shift": 1.0})
+    assert seen
+    for sigma in seen:
         assert (sigma == sigma[:, :1]).all() and 0.45 < sigma.mean() < 0.55
         assert sigma.min() == pytest.approx(0.02) and sigma.max() == pytest.approx(0.98)
 
@@ -631,62 +525,85 @@ def test_scores_are_asked_between_0_02_and_0_98(loss):
 def test_the_generator_goes_where_the_real_score_is_and_the_fake_one_is_not():
     further = torch.zeros((), requires_grad=True)
 
-    def constant(v):
-        return lambda x_t, *_, **flags: (0.0,) if passed(flags)[3] else v * torch.ones_like(x_t)  # a smaller v: more x0
+    def constant(v):  # a smaller v: more x0
+        return lambda x_t, *_, update_cache=False, **__: None if update_cache else v * torch.ones_like(x_t)
 
-    LOSSES["generator"](constant(-further), (constant(-1.0), constant(0.0)), make_batch("wan")).backward()
+    x = self_rollout(constant(-further), make_batch(), META, 2)
+    generator_loss(x, constant(-1.0), constant(0.0), make_batch(), META, 2.0).backward()
     assert further.grad < 0  # so that the step is upwards
 
 
 # --------------------------------------------------------------------------------------- Rollouts of either backbone
 
 
-def make_net(backbone, seed=0):
-    return wan_net(seed).requires_grad_(False) if backbone == "wan" else hy_net()
+def frozen_net(backbone, seed=0):
+    return make_net(seed).requires_grad_(False) if backbone == "wan" else random_hy_dit()
 
 
-def own_rollout(net, batch, skip=0, **changes):
-    """The video that streaming makes of a batch's prompts and noise; skip: numbers drawn before the noise."""
-    for rng in batch.rng:
-        torch.rand(skip, generator=rng)
-    return torch.cat([*rollout(net, settings(**changes), batch.rng, batch.x0.shape[1:], batch.prompt, batch.null,
-                               batch.camera)], dim=1)
+def batch_of(backbone, states=None, generated=None):
+    """Two videos of five small latents, the same at every call, their generators rewound. generated: of all frames."""
+    generated = torch.ones(2, 5) if generated is None else generated
+    if backbone == "wan":
+        return make_batch(states, generated)
+    _, _, prompt, camera, x0 = hy_inputs(5, b=2)
+    rng = [torch.Generator().manual_seed(seed) for seed in (10, 11)]
+    return Batch(x0, prompt, prompt._replace(text=-prompt.text), camera, generated, rng, [0, 1], states)
+
+
+def streamed(net, batch, **changes):
+    """The video that streaming makes of a batch's prompts and noise."""
+    shape = batch.x0.shape[1:]
+    return torch.cat([*rollout(net, META | changes, batch.rng, shape, batch.prompt, batch.null, batch.camera)], dim=1)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_self_rollout_is_the_stream(backbone):
-    """For HY also: begun with the prompt alone, or its text would see the video."""
-    net = make_net(backbone)
-    expected = own_rollout(net, make_batch(backbone), sampler=FEW_STEP)
-    torch.testing.assert_close(rolled_out(net, make_batch(backbone)), expected, atol=1e-4, rtol=1e-4)
+    """For HY also: it starts with `prefill`, or its text would see the video."""
+    net, changes = frozen_net(backbone), {"sampling_steps": 3, "shift": 5.0}
+    expected = streamed(net, batch_of(backbone), sampler="few_step", **changes)
+    video = self_rollout(net, batch_of(backbone), META | changes, 2)
+    torch.testing.assert_close(video, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("guidance", (1.0, 3.0))
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_pairs_are_the_teachers_stream_but_after_the_truth(backbone, guidance):
-    net = make_net(backbone)
-    stream_ = own_rollout(net, make_batch(backbone), skip=1, guidance=guidance)
-    after_own = pairs_of(net, make_batch(backbone, x0=stream_), guidance)[:, -1]
-    torch.testing.assert_close(after_own, stream_, atol=1e-4, rtol=1e-4)
-    after_truth = pairs_of(net, make_batch(backbone), guidance)[:, -1]
-    torch.testing.assert_close(after_truth[:, :CHUNK], stream_[:, :CHUNK], atol=1e-4, rtol=1e-4)
-    assert (after_truth - stream_)[:, CHUNK:].abs().mean() > 1e-2
+    net, meta = frozen_net(backbone), META | {"guidance": guidance}
+    expected = streamed(net, batch_of(backbone), guidance=guidance)
+    after_own, after_truth = (integrate(net, batch, LEVELS, meta, keep=4)[:, -1]
+                              for batch in (batch_of(backbone)._replace(x0=expected), batch_of(backbone)))
+    torch.testing.assert_close(after_own, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(after_truth[:, :CHUNK], expected[:, :CHUNK], atol=1e-4, rtol=1e-4)
+    assert (after_truth - expected)[:, CHUNK:].abs().mean() > 1e-2
 
 
 # --------------------------------------------------------------------------------------------------------------- bf16
+
+
+LOSSES = {  # of a network, two that are frozen, and a batch: a third of the prompts dropped
+    "camera": lambda net, frozen, batch: flow_matching_loss(net, batch, META, 0.3),
+    "ar": lambda net, frozen, batch: teacher_forcing_loss(net, batch, META, 0.3),
+    "ode": lambda net, frozen, batch: ode_loss(net, batch, LEVELS, META),
+    "cd": lambda net, frozen, batch: consistency_loss(
+        net, *frozen, batch, noise_levels(48, SHIFT), META | {"guidance": 3.0}),
+    "generator": lambda net, frozen, batch: generator_loss(
+        self_rollout(net, batch, META, 2), *frozen, batch, META, 2.0),
+    "fake_score": lambda net, frozen, batch: fake_score_loss(
+        self_rollout(frozen[0], batch, META, 2), net, batch, META),
+}
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_losses_in_bf16_are_those_in_fp32(backbone, loss):
     """As FSDP computes on a GPU: weights in bf16, what goes in and comes out in fp32."""
-    states = torch.randn(2, 5, *make_batch(backbone).x0.shape[1:], generator=torch.Generator().manual_seed(0))
+    states = torch.randn(2, 5, *batch_of(backbone).x0.shape[1:], generator=torch.Generator().manual_seed(0))
     values, gradients = [], []
     for dtype in (torch.float32, torch.bfloat16):
-        net, *frozen = (make_net(backbone, seed).to(dtype) for seed in range(3))
+        net, *frozen = (frozen_net(backbone, seed).to(dtype) for seed in range(3))
         if backbone == "hy":  # scores that agree would leave nothing to compare
             frozen[1].final_layer.linear.weight.mul_(0.5)
-        value = LOSSES[loss](net.requires_grad_(True), frozen, make_batch(backbone, states=states))
+        value = LOSSES[loss](net.requires_grad_(True), frozen, batch_of(backbone, states, GENERATED))
         value.backward()
         values.append(value.item())
         gradients.append(torch.cat([p.grad.float().flatten() for p in net.parameters() if p.grad is not None]))
@@ -696,61 +613,73 @@ def test_losses_in_bf16_are_those_in_fp32(backbone, loss):
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_teacher_forcing_in_bf16_is_the_cached_rollout_in_bf16(backbone):
-    net = make_net(backbone).to(torch.bfloat16)
-    whole, pieces = forced_and_streamed(net, make_batch(backbone))
+    net, (x0, prompt, _, camera, *_) = frozen_net(backbone).to(torch.bfloat16), batch_of(backbone)
+    sigma = torch.rand(x0.shape[:2], generator=torch.Generator().manual_seed(0))
+    x_t = add_noise(x0, x0.flip(0), sigma)
+    whole = net(x_t, sigma, prompt, camera, clean=x0, chunk=CHUNK)
+    kv_cache, pieces = prefill(net, x0, prompt, camera), []
+    for start in range(0, x0.shape[1], CHUNK):
+        frames = slice(start, start + CHUNK)
+        here = camera.frames(frames)
+        pieces.append(net(x_t[:, frames], sigma[:, frames], prompt, here, kv_cache=kv_cache))
+        kv_cache = update_cache(net, x0[:, frames], prompt, here, kv_cache=kv_cache)
+    pieces = torch.cat(pieces, dim=1)
     assert whole.dtype == pieces.dtype == torch.float32
     torch.testing.assert_close(pieces, whole, atol=1e-2, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------------ Labels, files, tables
 
-PATHS = {  # pose string: HY-WorldPlay's labels, 9 * translation + rotation
+PATHS = {  # pose string: HY-WorldPlay's labels, 9 * motion + turn
     "w,s,d": [0, 9, 18, 27], "a,u,dn": [0, 36, 0, 0], "l,j,i": [0, 1, 2, 3], "k,l+i,j+k": [0, 4, 5, 8],
     "w+d,s+a,w+l": [0, 45, 72, 10], "j+i,l+k,s+k": [0, 7, 6, 22],
 }
 
 
-def labelling_net():
-    """The second backbone with action labels, and what it will be told of them."""
-    torch.manual_seed(0)
-    net, told = HYDiT(replace(PRESETS["tiny-hy"].dit, action=True)), []
+def labels_told(net):
+    """The action labels [b f] that a network of the second backbone will be told, pass after pass."""
+    told = []
     net.action_in.register_forward_pre_hook(lambda _, labels: told.append(labels[0]))
-    return net.requires_grad_(False), told
+    return told
 
 
-@pytest.mark.slow
 def test_a_batch_has_the_labels_of_its_paths(chain, tmp_path):
-    (net, told), (viewmats, labels) = labelling_net(), zip(*((parse_trajectory(p), z) for p, z in PATHS.items()))
+    """Read whole, teacher-forced or chunk by chunk."""
+    net, (viewmats, labels) = random_hy_dit(), zip(*((parse_trajectory(p), z) for p, z in PATHS.items()))
     shutil.copytree(chain / "data/toy", tmp_path / "toy")
     for path in (tmp_path / "toy").glob("latents-*"):
         rewrite(path, lambda tensors: {"viewmats": torch.stack(viewmats)[torch.arange(len(tensors["Ks"])) % 6]})
-    batch, prompt = read_batch(tmp_path / "toy", 0, 16), hy_prompt(16)
-    net(batch.x0, torch.ones(16, 4), prompt, batch.camera)
-    assert told[0].tolist() == [labels[row % 6] for row in batch.ids]
+    data, told = open_latents(tmp_path / "toy"), labels_told(net)
+    x_t, sigma, prompt, _, x0 = hy_inputs(4)
+    for step in range(4):
+        batch = get_batch(data, 0, step, 0, 1, 3, CPU)
+        camera, expected = batch.camera, torch.tensor([labels[row % 6] for row in batch.ids])
+        net(x_t, sigma, prompt, camera)
+        net(x_t, sigma, prompt, camera, clean=x0, chunk=CHUNK)
+        kv_cache = prefill(net, x0, prompt, camera)
+        for frames in (slice(0, 2), slice(2, 4)):
+            here = camera.frames(frames)
+            net(x_t[:, frames], sigma[:, frames], prompt, here, kv_cache=kv_cache)
+            kv_cache = update_cache(net, x0[:, frames], prompt, here, kv_cache=kv_cache)
+        first, second = expected.split(CHUNK, dim=1)
+        wanted = [expected, expected.repeat(1, 2), expected[:, :0], first, first, second, second]
+        assert all(map(torch.equal, told, wanted)) and len(told) == len(wanted)
+        told.clear()
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_stream_has_the_labels_of_its_path(path):
-    (net, told), vae = labelling_net(), build_vae(PRESETS["tiny-hy"].vae)
+    net, vae = random_hy_dit(**vars(replace(PRESETS["tiny-hy"].dit, action=True))), build_vae("tiny-hy")
     vae.init_weights()
-    encoder, viewmats = load_encoder("tiny-hy", None, CPU), parse_trajectory(path)[None]
-    Ks = intrinsics(K_SQUARE).expand(1, 4, 3, 3)
-    list(stream(net, vae, settings(**{SAMPLING_STEPS: 1}), encoder, [TOY_PROMPT], viewmats, Ks, [0]))
-    chunks = [*dict.fromkeys(tuple(z[0].tolist()) for z in told if z.numel())]
-    assert chunks == [tuple(PATHS[path][:2]), tuple(PATHS[path][2:])]
+    player = Player(net, vae, load_encoder("tiny-hy", None, CPU), META | {"sampling_steps": 1})
+    told = labels_told(net)
+    camera = Camera(parse_trajectory(path)[None], intrinsics(K_SQUARE).expand(1, 4, 3, 3))
+    assert len([*stream(player, [TOY_PROMPT], camera, [0])]) == 2
+    labels = [z[0].tolist() for z in told]
+    first, second = PATHS[path][:2], PATHS[path][2:]
+    assert labels == [[], first, first, second]  # of the prompt, a chunk, its place in the cache, a chunk
 
 
-def hy_prompt(b):
-    """Any prompts, and images to go on from, that the second backbone of the toy world can read."""
-    prompt, cfg = hy_inputs(1, b=1)[2], PRESETS["tiny-hy"].dit
-    wide = lambda z, d: torch.randn(b, z.shape[1], d)
-    return prompt._replace(
-        text=wide(prompt.text, cfg.text_dim), text_mask=prompt.text_mask.expand(b, -1),
-        byt5=wide(prompt.byt5, cfg.byt5[0]), byt5_mask=prompt.byt5_mask.expand(b, -1),
-        vision=wide(prompt.vision, cfg.vision_dim), image=torch.zeros(b, 1, cfg.channels + 1, 8, 8))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("failure", (None, OSError("the disk is full")))
 def test_the_older_state_goes_when_the_newer_is_complete(world, tmp_path, monkeypatch, failure):
     run(world, tmp_path, "ar")
@@ -769,9 +698,8 @@ def test_the_older_state_goes_when_the_newer_is_complete(world, tmp_path, monkey
     assert (tmp_path / "ar/state-000003/.metadata").exists() != bool(failure)
 
 
-@pytest.mark.slow
 def test_only_the_real_score_tells_its_text_the_time(world, tmp_path):
-    """A released network's habit: that of the frozen score, not of the one that is trained, nor of the generator."""
+    """A quirk of released networks: that of the frozen score, not of the one that is trained, nor of the generator."""
     call("data.py", "--preset", "tiny-hy", "--count", "2", "--frames", "4", "--vae-steps", "1", cwd=tmp_path)
     about = open_latents(tmp_path / "data/toy").meta
     for n, stage in enumerate(("ode", "camera")):
@@ -787,7 +715,6 @@ def test_only_the_real_score_tells_its_text_the_time(world, tmp_path):
     assert timed.pop(generator) is timed.pop(fake) is False and [*timed.values()] == [True]
 
 
-@pytest.mark.slow
 def test_the_film_has_the_checkpoints_frame_rate(world, tmp_path):
     weights, meta = load_checkpoint(world / "ckpt/dmd.pt")
     save_checkpoint(tmp_path / "dmd.pt", weights, meta | {"fps": 24})
@@ -801,7 +728,7 @@ def test_copies_are_dropped_and_what_is_merely_alike_is_kept():
     a, b = t.sin(), t.cos()  # as long as each other, and at right angles
     alike = lambda r: (r * a + (1 - r * r) ** 0.5 * b).expand(3, 64)  # its correlation with a is r
     for r, found in ((0.95, {}), (0.97, {}), (0.985, {1: 0}), (0.99, {1: 0})):
-        assert duplicates(torch.stack([a.expand(3, 64), alike(r)]).tolist()) == found
+        assert find_duplicates(torch.stack([a.expand(3, 64), alike(r)]).tolist()) == found
 
 
 @pytest.mark.parametrize("preset, folder, guidance", [
