@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch import nn
 
-from model import HYVAE, Camera, HYConfig, HYDiT, HYPrompt, HYVAEConfig, load_checkpoint
+from data import K_SQUARE, Batch, intrinsics, parse_trajectory
+from model import HYVAE, Camera, DiTConfig, HYConfig, HYDiT, HYPrompt, HYVAEConfig, WanDiT, load_checkpoint
 
 CPU = torch.device("cpu")
 ORACLE = Path(os.environ.get("ORACLE_DIR", Path(__file__).parents[2] / "shared/oracle"))  # recordings of public code
@@ -46,6 +48,30 @@ def check_feat_cache_is_left_as_it_was(vae, latents, video):
         assert torch.equal(step(rest, feat_cache)[0], step(rest, feat_cache)[0])
         assert before.keys() == feat_cache.keys()
         assert all(torch.equal(z, feat_cache[layer]) for layer, z in before.items())
+
+
+# ---------------------------------------------------------------------------------------- A batch, and a network for it
+
+GENERATED = torch.tensor([[1.0, 1, 1, 1, 1], [0, 0, 0, 1, 1]])  # 0: given; with chunks of two, to the second's middle
+
+
+def make_batch(states=None, generated=GENERATED):
+    """Two videos of five small latents; calling it again rewinds the generators."""
+    torch.manual_seed(2)
+    viewmats = torch.stack([parse_trajectory("w*4"), parse_trajectory("d+l*2,s*2")])
+    camera = Camera(viewmats, intrinsics(K_SQUARE).expand(2, 5, 3, 3))
+    rng = [torch.Generator().manual_seed(seed) for seed in (10, 11)]
+    x0, prompt = torch.randn(2, 5, 4, 4, 4), torch.randn(2, 6, 24)
+    return Batch(x0, prompt, torch.zeros(2, 6, 24), camera, generated, rng, [0, 1], states)
+
+
+def make_net(seed, dtype=torch.float32):
+    """A small network with weights of a useful size everywhere, also where training starts at zero."""
+    torch.manual_seed(seed)
+    net = WanDiT(DiTConfig(32, 48, 2, 2, channels=4, text_dim=24, freq_dim=32))
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.3 if p.ndim == 1 else p[0].numel() ** -0.5)
+    return net.to(dtype)
 
 
 # -------------------------------------------------------------------------------------------------- The second backbone

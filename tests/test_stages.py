@@ -16,15 +16,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from conftest import ENVIRONMENT, MINIATURE, ROOT, SCRIPTS, STAGES, call, command, refusal, run
-from data import K_SQUARE, Batch, get_batch, intrinsics, open_latents, open_log, parse_trajectory, sample_generated
+from data import K_SQUARE, Batch, get_batch, open_latents, open_log, sample_generated
 from distill_cd import consistency_loss
 from distill_ode import integrate, ode_loss
-from model import (
-    PRESETS, Camera, DiTConfig, Meta, WanDiT, add_noise, load_checkpoint, noise_levels, rollout, save_checkpoint,
-)
+from helpers import GENERATED, make_batch, make_net
+from model import PRESETS, Camera, Meta, add_noise, load_checkpoint, noise_levels, rollout, save_checkpoint
 from train_ar import teacher_forcing_loss
 from train_camera import flow_matching_loss
 from train_dmd import dmd_loss, fake_score_loss, generator_loss, self_rollout
@@ -34,7 +32,6 @@ SHARED = ("--init --data --out --preset --resume --steps --batch-size --accum --
           "--seed --log-every --save-every".split())  # a stage's own flags stand between the two
 B, F, CHUNK, SHIFT = 2, 5, 2, 3.0  # five frames: the last chunk is a short one
 LEVELS, GRID = noise_levels(4, SHIFT), noise_levels(48, SHIFT)  # of a student; of its teacher
-GENERATED = torch.tensor([[1.0, 1, 1, 1, 1], [0, 0, 0, 1, 1]])  # 0: given, here to the middle of the second chunk
 ALL_GENERATED = torch.ones(B, F)
 META = {"chunk": CHUNK, "shift": SHIFT, "sampler": "few_step", "sampling_steps": 4, "guidance": 1.0, "camera": True}
 
@@ -283,25 +280,6 @@ def test_two_ranks_equal_twice_the_micro_batches(chain, tmp_path, stage, accum):
 
 
 # --------------------------------------------------------------------------------------------------------------- Losses
-
-
-def make_batch(states=None, generated=GENERATED):
-    """Two videos of small latents; calling it again rewinds the generators."""
-    torch.manual_seed(2)
-    viewmats = torch.stack([parse_trajectory("w*4"), parse_trajectory("d+l*2,s*2")])
-    camera = Camera(viewmats, intrinsics(K_SQUARE).expand(B, F, 3, 3))
-    rng = [torch.Generator().manual_seed(seed) for seed in (10, 11)]
-    x0, prompt = torch.randn(B, F, 4, 4, 4), torch.randn(B, 6, 24)
-    return Batch(x0, prompt, torch.zeros(B, 6, 24), camera, generated, rng, [0, 1], states)
-
-
-def make_net(seed, dtype=torch.float32):
-    """A small network with weights of a useful size everywhere, also where training starts at zero."""
-    torch.manual_seed(seed)
-    net = WanDiT(DiTConfig(32, 48, 2, 2, channels=4, text_dim=24, freq_dim=32))
-    for p in net.parameters():
-        nn.init.normal_(p, std=0.3 if p.ndim == 1 else p[0].numel() ** -0.5)
-    return net.to(dtype)
 
 
 def seer(x0):
