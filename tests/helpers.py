@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import nn
 
 from data import K_SQUARE, Batch, intrinsics, parse_trajectory
-from model import HYVAE, Camera, DiTConfig, HYConfig, HYDiT, HYPrompt, HYVAEConfig, WanDiT, load_checkpoint
+from model import HYVAE, Camera, DiTConfig, HYConfig, HYDiT, HYPrompt, HYVAEConfig, WanDiT, fingerprint, load_checkpoint
 
 CPU = torch.device("cpu")
 ORACLE = Path(os.environ.get("ORACLE_DIR", Path(__file__).parents[2] / "shared/oracle"))  # recordings of public code
@@ -37,6 +37,23 @@ def cut(frames, *tensors):
 def change_per_chunk(a, b):
     """Largest change in each chunk of two frames."""
     return rearrange((a - b).abs(), "b (n k) c h w -> n (b k c h w)", k=2).amax(1)
+
+
+def dense_mask(segments, s):
+    """Segments of s tokens a frame, as one mask [queries keys]: True where a query sees a key."""
+    piece = torch.repeat_interleave(torch.arange(len(segments.lengths)), s * torch.tensor(segments.lengths))
+    sees = torch.tensor([[j in seen for j in range(len(segments.lengths))] for seen in segments.seen])
+    return sees[piece[:, None], piece[None]]
+
+
+def without_last_clean_chunk(mask, f, chunk, s, l=0):
+    """Of a recorded mask over [text | clean | noisy], l, f s and f s tokens, the rows and columns that we have: none of
+    them sees the last clean chunk."""
+    last = slice(l + (f - 1) // chunk * chunk * s, l + f * s)
+    ours = torch.ones(len(mask), dtype=torch.bool)
+    ours[last] = False
+    assert not mask[ours, last].any()
+    return mask[ours][:, ours]
 
 
 def check_feat_cache_is_left_as_it_was(vae, latents, video):
@@ -123,11 +140,25 @@ def random_hy_vae(recall=True):
 # ---------------------------------------------------------------------------------------------------------- Checkpoints
 
 
-def loads(path, weights, *stages):
-    """The meta, if the weights are these."""
+def meta_of(path, *stages):
+    """What a checkpoint says of itself. Its fingerprint, unless it is a VAE's, is that of its weights, and left out."""
     loaded, meta = load_checkpoint(path, *stages)
-    assert loaded.keys() == weights.keys() and all(torch.equal(loaded[name], w) for name, w in weights.items())
+    if meta["stage"] != "vae":
+        assert meta.pop("fingerprint") == fingerprint(loaded, numbers=1000)
     return meta
+
+
+def loads(path, weights, *stages):
+    """As meta_of, if the weights are these."""
+    loaded, _ = load_checkpoint(path, *stages)
+    assert loaded.keys() == weights.keys() and all(torch.equal(loaded[name], w) for name, w in weights.items())
+    return meta_of(path, *stages)
+
+
+def made_from(path):
+    """How a checkpoint is named in those that are made from it."""
+    weights, meta = load_checkpoint(path)
+    return f"{path.name} at step {meta['step']}, {fingerprint(weights, numbers=1000)}"
 
 
 def refused(path, *stages):

@@ -378,7 +378,7 @@ def test_hy_prompts_bring_their_image(tmp_path):
     call("data.py", *flags, cwd=tmp_path)
     with contextlib.chdir(tmp_path):
         data = open_latents("data/toy")
-    batch = get_batch(data, 0, 0, 0, 1, 24, CPU)
+    batch = get_batch(data, 0, 0, (0, 1), 24, CPU)
     vision, given = batch.prompt.vision, batch.prompt.given_latents
     pictured = vision.flatten(1).any(1)
     assert data.meta["image_share"] == 0.5 and 4 < pictured.sum() < 20
@@ -436,7 +436,7 @@ def same(a, b):
 
 def test_a_batch_holds_the_rows_it_names(folder):
     data = open_latents(folder)
-    batch = get_batch(data, 0, 0, 0, 1, 12, CPU)
+    batch = get_batch(data, 0, 0, (0, 1), 12, CPU)
     assert data.starts == [0, 5, 12] and data.meta["frames"] == 3
     assert batch.x0.shape == (12, 3, 2, 4, 4) and batch.x0.dtype == torch.float32
     prompt_ids = [int(read_row(data, row)["prompt_ids"]) for row in batch.ids]
@@ -449,9 +449,9 @@ def test_a_batch_holds_the_rows_it_names(folder):
 
 def test_get_batch_is_a_pure_function(folder):
     data = open_latents(folder)
-    first = get_batch(data, 3, 5, 1, 2, 3, CPU)
-    get_batch(data, 3, 6, 0, 2, 3, CPU)
-    assert same(first, get_batch(open_latents(folder), 3, 5, 1, 2, 3, CPU))
+    first = get_batch(data, 3, 5, (1, 2), 3, CPU)
+    get_batch(data, 3, 6, (0, 2), 3, CPU)
+    assert same(first, get_batch(open_latents(folder), 3, 5, (1, 2), 3, CPU))
 
 
 @pytest.mark.parametrize("parts, size", [(1, 12), (3, 4), (2, 3), (3, 2), (1, 1)])
@@ -459,22 +459,22 @@ def test_parts_are_disjoint_and_cover_an_epoch(folder, parts, size):
     data, steps = open_latents(folder), 12 // (parts * size)
     for epoch in range(2):
         ids = [i for step in range(epoch * steps, (epoch + 1) * steps) for part in range(parts)
-               for i in get_batch(data, 0, step, part, parts, size, CPU).ids]
+               for i in get_batch(data, 0, step, (part, parts), size, CPU).ids]
         assert sorted(ids) == list(range(12))
 
 
 def test_epochs_are_shuffled_anew_also_in_the_middle_of_a_step(folder):
     data = open_latents(folder)
-    ids = [i for step in range(3) for i in get_batch(data, 0, step, 0, 1, 8, CPU).ids]  # two epochs in three steps
+    ids = [i for step in range(3) for i in get_batch(data, 0, step, (0, 1), 8, CPU).ids]  # two epochs in three steps
     assert sorted(ids[:12]) == sorted(ids[12:]) == list(range(12)) and ids[:12] != ids[12:]
 
 
 def test_how_a_step_is_split_does_not_change_it(folder):
     # part = rank + world_size * micro: one process with two micro-batches, two ranks with one, or all at once
-    data, whole = open_latents(folder), get_batch(open_latents(folder), 0, 7, 0, 1, 4, CPU)
+    data, whole = open_latents(folder), get_batch(open_latents(folder), 0, 7, (0, 1), 4, CPU)
     noise, uniform = whole.noise(), whole.rand(2)
     for parts, size in ((2, 2), (4, 1)):
-        split = [get_batch(data, 0, 7, part, parts, size, CPU) for part in range(parts)]
+        split = [get_batch(data, 0, 7, (part, parts), size, CPU) for part in range(parts)]
         assert [i for batch in split for i in batch.ids] == whole.ids
         assert torch.equal(torch.cat([batch.noise() for batch in split]), noise)
         assert torch.equal(torch.cat([batch.rand(2) for batch in split]), uniform)
@@ -482,9 +482,9 @@ def test_how_a_step_is_split_does_not_change_it(folder):
 
 def test_steps_seeds_and_slots_draw_different_noise(folder):
     data = open_latents(folder)
-    draws = [get_batch(data, seed, step, 0, 1, 4, CPU).rand(3) for seed in (0, 1) for step in (0, 1, 3)]
+    draws = [get_batch(data, seed, step, (0, 1), 4, CPU).rand(3) for seed in (0, 1) for step in (0, 1, 3)]
     assert len(torch.cat(draws).unique(dim=0)) == 24
-    assert get_batch(data, 0, 0, 0, 1, 12, CPU).ids != get_batch(data, 1, 0, 0, 1, 12, CPU).ids
+    assert get_batch(data, 0, 0, (0, 1), 12, CPU).ids != get_batch(data, 1, 0, (0, 1), 12, CPU).ids
 
 
 def test_mixed_seeds_do_not_collide():
@@ -500,7 +500,7 @@ def test_latents_that_are_not_finite_are_named(folder, bad):
     tensors["latents"][3, 1, 0, 2, 2] = bad  # row 5 + 3
     save_file(tensors, file, meta)
     with pytest.raises(ValueError, match=re.escape(f"{folder}: ") + ".*row 8 "):
-        get_batch(open_latents(folder), 0, 0, 0, 1, 12, CPU)
+        get_batch(open_latents(folder), 0, 0, (0, 1), 12, CPU)
 
 
 def remove(file):
@@ -532,14 +532,34 @@ def test_a_missing_latents_folder_names_the_command_that_makes_it(tmp_path):
 
 
 def test_a_contact_sheet_shows_every_fourth_frame_one_strip_per_video(tmp_path):
-    truth, made = torch.full((2, 3, 9, 8, 6), -1.0), torch.full((2, 3, 9, 8, 6), 1.0)
+    truth, made = torch.full((2, 3, 9, 48, 36), -1.0), torch.full((2, 3, 9, 48, 36), 1.0)
     truth[:, 0, 4] = 1.0  # frame 4 is red
-    write_sheet(tmp_path / "new" / "sheet.png", [truth, made], every=4, zoom=2)
+    write_sheet(tmp_path / "new" / "sheet.png", [truth, made])
     image = imageio.imread(tmp_path / "new" / "sheet.png")
-    assert image.shape == (2 * 2 * (8 + 1) * 2, 3 * 6 * 2, 3) and image.dtype == np.uint8
-    strips = image[::2, ::2].reshape(4, 9, 3, 6, 3)  # strip, row, frame, column, colour
-    assert (strips[::2, :8, 0] == 0).all() and (strips[::2, :8, 1] == (255, 0, 0)).all() and (strips[1::2] == 255).all()
-    assert (strips[:, 8] == 255).all()  # the line below
+    assert image.shape == (2 * 2 * (48 + 1) * 2, 3 * 36 * 2, 3) and image.dtype == np.uint8
+    strips = image[::2, ::2].reshape(4, 49, 3, 36, 3)  # strip, row, frame, column, colour
+    assert torch.equal(*(torch.from_numpy(image[i::2, i::2].copy()) for i in range(2)))  # whole pixels, twice as large
+    assert (strips[::2, :48, 0] == 0).all() and (strips[::2, :48, 1] == (255, 0, 0)).all()
+    assert (strips[1::2] == 255).all() and (strips[:, 48] == 255).all()  # the line below
+
+
+@pytest.mark.parametrize("size, shown, most, columns", [
+    ((32, 32), (96, 96), 16, 3), ((8, 8), (96, 96), 16, 3), ((96, 64), (96, 64), 16, 3), ((128, 96), (128, 96), 16, 3),
+    ((480, 832), (128, 222), 16, 3), ((32, 32), (96, 96), 3, 3), ((32, 32), (96, 96), 2, 2), ((32, 32), (96, 96), 1, 1),
+])
+def test_a_contact_sheet_fits_a_screen(tmp_path, size, shown, most, columns):
+    write_sheet(tmp_path / "sheet.png", [torch.rand(1, 3, 9, *size)], most=most)  # frames 0, 4, 8
+    height, width, _ = imageio.imread(tmp_path / "sheet.png").shape
+    zoom = shown[0] / size[0] if size[0] < 96 else 1
+    assert (height, width) == (shown[0] + zoom, columns * shown[1])
+
+
+def test_a_contact_sheet_of_large_frames_is_their_average(tmp_path):
+    video = torch.zeros(1, 3, 1, 256, 256)
+    video[..., ::2] = 0.5  # stripes of one pixel
+    write_sheet(tmp_path / "sheet.png", [video])
+    image = imageio.imread(tmp_path / "sheet.png")
+    assert image.shape == (129, 128, 3) and (image[:128] == round(1.25 * 127.5)).all()
 
 
 def test_a_full_disk_leaves_the_old_shard(tmp_path):

@@ -99,5 +99,5 @@ def test_unipc(steps):
     def net(x, sigma, prompt, camera, kv_cache):
         return field(x, sigma[..., None, None, None])
 
-    ours = unipc(net, [start], sigmas, None, None, 1.0, None, torch.ones(1, 2))
+    ours = unipc(net, [start], sigmas, [None], None, 1.0, [None], torch.ones(1, 2))
     torch.testing.assert_close(ours, x, atol=2e-5, rtol=1e-5)

@@ -376,7 +376,7 @@ def test_videos_become_hy_latents(toys, encoders, siglip, tmp_path):
     for share in "1", "0":
         call("data.py", *flags, "--image-share", share, "--out", f"data/{share}", cwd=tmp_path)
         with contextlib.chdir(tmp_path):
-            batch = get_batch(open_latents(f"data/{share}"), 0, 0, 0, 1, 2, CPU)
+            batch = get_batch(open_latents(f"data/{share}"), 0, 0, (0, 1), 2, CPU)
         expected = encode_hy_prompts([PROMPTS[0], ""], encoders)
         n, nulls = (int(mask.sum()) for mask in expected["text_mask"])
         text, mask = batch.prompt.text[0], batch.prompt.text_mask[0]

@@ -19,7 +19,7 @@ from data import (
     K_SQUARE, K_WIDE, NULL_PROMPT, UMT5_LEN, encode_prompts, get_batch, intrinsics, load_text_encoder, open_latents,
     parse_trajectory, render, sample_toy,
 )
-from helpers import CPU, edit_json, loads, refused
+from helpers import CPU, edit_json, loads, made_from, meta_of, refused
 from model import PRESETS, RELEASED, WanVAE, build, fingerprint, load_checkpoint, load_net, load_vae
 
 TINY = PRESETS["tiny"]
@@ -311,7 +311,7 @@ def test_prompts_of_videos_are_read_by_umt5(chain, tmp_path):
     (clips / "table.jsonl").write_text(json.dumps({"file": "room.mp4", "caption": "a red room", "poses": parts}))
     flags = ("--vae", "ckpt/vae.pt", "--frames", "2", "--K", *K_SQUARE, "--text-encoder", path)
     call("data.py", "--videos", clips, *flags, "--out", tmp_path / "videos", cwd=chain)
-    batch = get_batch(open_latents(tmp_path / "videos"), 0, 0, 0, 1, 1, CPU)
+    batch = get_batch(open_latents(tmp_path / "videos"), 0, 0, (0, 1), 1, CPU)
     embeds = torch.cat([batch.prompt, batch.null])
     expected = encode_prompts(["a red room", NULL_PROMPT], load_text_encoder(path, CPU))
     torch.testing.assert_close(embeds, expected, atol=1e-2, rtol=1e-2)  # fp16 on disk
@@ -342,7 +342,7 @@ def toy_weights(chain, stage):
 
 def test_released_meta_has_our_keys(chain):
     for stage, meta in RELEASED.items():
-        assert meta.keys() | {"stage", "preset"} == load_checkpoint(chain / f"ckpt/{stage}.pt")[1].keys()
+        assert meta.keys() | {"stage", "preset"} == meta_of(chain / f"ckpt/{stage}.pt").keys()
 
 
 @pytest.mark.parametrize("kind", ("wan", "diffusers"))
@@ -362,7 +362,7 @@ def test_a_released_base_trains_and_streams(chain, tmp_path, toy_meta, kind, cap
     assert f"{folder} has no camera: 8 tensors of it are added, at zero output" in capsys.readouterr().out
     call("train_camera.py", "--init", chain / "ckpt/base.pt", "--out", other, *short, cwd=chain)
     (trained, meta), (expected, _) = load_checkpoint(out), load_checkpoint(other)
-    assert all(torch.equal(trained[name], w) for name, w in expected.items()) and meta["from"] == "base at step 0"
+    assert all(torch.equal(trained[name], w) for name, w in expected.items()) and meta["from"] == made_from(folder)
 
     flags = "--vae", chain / "ckpt/vae.pt", "--camera", "w*3", "--sampling-steps", "2", "--out", tmp_path / "walk.gif"
     call("stream.py", "--ckpt", folder, *flags, cwd=tmp_path)
@@ -387,7 +387,8 @@ def test_minwms_files_go_through_every_stage(chain, tmp_path, toy_meta):
         call("train_dmd.py", "--init", files[stage], "--scores", files["camera"], *short, tmp_path / f"{stage}-dmd.pt",
              "--fake-score-updates", "1", cwd=chain)
         net, meta = load_net(tmp_path / f"{stage}-dmd.pt", CPU, "dmd")
-        assert meta["from"] == "model.pt at step 0, scores model.pt" and meta["chunk"] == 2 and net.cfg == TINY.dit
+        assert meta["from"] == f"{made_from(files[stage])}; scores {made_from(files['camera'])}"
+        assert meta["chunk"] == 2 and net.cfg == TINY.dit
     for stage in folders:
         out = tmp_path / f"{stage}.gif"
         call("stream.py", "--ckpt", files[stage], "--vae", chain / "ckpt/vae.pt", "--camera", "w*3",

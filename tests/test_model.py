@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,12 @@ from einops import rearrange
 
 import model
 from conftest import ROOT
-from helpers import change_per_chunk, cut, rigid
+from helpers import change_per_chunk, cut, dense_mask, meta_of, rigid
 from model import (
     PRESETS, SAMPLERS, Camera, DiTConfig, Meta, Preset, VAEConfig, WanDiT, WanVAE, add_noise, build, fingerprint, guide,
-    load_checkpoint, load_net, load_vae, masked_mse, noise_levels, projections, rolling_cache, rollout, save_checkpoint,
-    segment_attention, shift_sigma, teacher_forcing_segments, velocity_to_x0, with_camera,
+    load_checkpoint, load_net, load_vae, masked_mse, noise_levels, prefill, projections, rolling_cache, rollout,
+    save_checkpoint, segment_attention, shift_sigma, teacher_forcing_segments, update_cache, velocity_to_x0,
+    with_camera,
 )
 
 SMALL = DiTConfig(64, 96, 4, 2, channels=4, text_dim=24, freq_dim=32)
@@ -158,14 +160,16 @@ def test_one_chunk_of_all_frames_is_the_bidirectional_pass():
 
 @pytest.mark.parametrize("f, chunk", [(6, 2), (5, 2), (4, 1), (3, 3)])
 def test_segments_are_the_dense_mask_in_outputs_and_gradients(f, chunk):
-    s, heads = 3, 2
-    frame = torch.arange(2 * f * s) // s
-    noisy, n = frame >= f, frame % f // chunk
+    s, heads, past = 3, 2, (f - 1) // chunk * chunk  # nothing sees the last clean chunk: it is left out
+    frame = torch.arange((past + f) * s) // s
+    noisy, n = frame >= past, torch.where(frame >= past, frame - past, frame) // chunk
     i, j, noisy_i, noisy_j = n[:, None], n[None], noisy[:, None], noisy[None]
     # clean sees clean up to its own chunk; noisy sees clean before its own chunk, and its own noisy chunk
     sees = (~noisy_i & ~noisy_j & (j <= i)) | (noisy_i & ~noisy_j & (j < i)) | (noisy_i & noisy_j & (j == i))
-    q, k, v = (torch.randn(2, 2 * f, s, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    y, _ = segment_attention(q, k, v, heads, teacher_forcing_segments(f, chunk), [])
+    q, k, v = (torch.randn(2, past + f, s, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    segments = teacher_forcing_segments(f, chunk)
+    assert torch.equal(dense_mask(segments, s), sees)
+    y, _ = segment_attention(q, k, v, heads, segments, [])
     split = [rearrange(z, "b f s (nh hd) -> b nh (f s) hd", nh=heads) for z in (q, k, v)]
     dense = rearrange(F.scaled_dot_product_attention(*split, attn_mask=sees), "b nh (f s) hd -> b f s (nh hd)", s=s)
     torch.testing.assert_close(y, dense)
@@ -230,21 +234,51 @@ def test_an_updated_cache_leaves_the_old_one_as_it_was():
     first, second = ((*cut(frames, x0, torch.zeros(2, 4)), prompt, camera.frames(frames))
                      for frames in (slice(0, 2), slice(2, 4)))
     kv_cache = net(*first, update_cache=True)
-    before = [[z.clone() for z in layer] for layer in kv_cache.layers]
+    before = [[tuple(z.clone() for z in piece) for piece in layer] for layer in kv_cache.layers]
     once, twice = (net(*second, kv_cache=kv_cache, update_cache=True) for _ in range(2))
-    torch.testing.assert_close([list(layer) for layer in kv_cache.layers], before, atol=0, rtol=0)
+    torch.testing.assert_close(kv_cache.layers, before, atol=0, rtol=0)
     torch.testing.assert_close(once, twice, atol=0, rtol=0)
-    assert (kv_cache.frames, once.frames) == (2, 4) and all(z.shape[2] == 4 * 4 for layer in once.layers for z in layer)
+    assert (kv_cache.frames, once.frames) == (2, 4)
+    for old, new in zip(kv_cache.layers, once.layers, strict=True):
+        assert len(old) == 1 and len(new) == 2 and new[0] is old[0]  # shared, not copied
+        assert all(z.shape[2] == 2 * 4 for piece in new for z in piece)
+
+
+def test_a_pass_of_no_frames_adds_no_piece():
+    net, (_, _, prompt, camera, x0) = random_net(), inputs(4)
+    empty = prefill(net, x0, prompt, camera)
+    assert empty.frames == 0 and empty.layers == [[]] * SMALL.layers
+    full = update_cache(net, x0, prompt, camera, empty)
+    torch.testing.assert_close(full, update_cache(net, x0, prompt, camera), atol=0, rtol=0)
+    nothing = camera.frames(slice(0))
+    assert update_cache(net, x0[:, :0], prompt, nothing, full).layers == full.layers
+
+
+def test_pieces_of_a_cache_are_read_as_one():
+    net, (x_t, sigma, prompt, camera, x0) = random_net(), inputs(6)
+    kv_cache = None
+    for start in range(0, 4, 2):
+        here = slice(start, start + 2)
+        kv_cache = update_cache(net, x0[:, here], prompt, camera.frames(here), kv_cache)
+    joined = kv_cache._replace(layers=[[tuple(torch.cat(z, dim=2) for z in zip(*layer))] for layer in kv_cache.layers])
+    assert [len(layer) for layer in kv_cache.layers] == [2] * SMALL.layers
+    last = (*cut(slice(4, 6), x_t, sigma), prompt, camera.frames(slice(4, 6)))
+    assert torch.equal(net(*last, kv_cache=kv_cache), net(*last, kv_cache=joined))
 
 
 def test_a_rolling_cache_drops_the_middle_and_not_the_count():
     net, (_, _, prompt, camera, x0) = random_net(), inputs(6)
-    kv_cache = net(x0, torch.zeros(2, 6), prompt, camera, update_cache=True)
-    for sink, window, frames in (1, 2, [0, 4, 5]), (0, 3, [3, 4, 5]), (2, 0, [0, 1]), (4, 4, range(6)):
+    for chunk, (sink, window, frames) in product((6, 4, 1), (
+            (1, 2, [0, 4, 5]), (0, 3, [3, 4, 5]), (2, 0, [0, 1]), (4, 4, range(6)))):
+        kv_cache = None
+        for start in range(0, 6, chunk):
+            here = slice(start, start + chunk)
+            kv_cache = update_cache(net, x0[:, here], prompt, camera.frames(here), kv_cache)
         kept = rolling_cache(kv_cache, 4, sink, window)
         assert kept.frames == 6
-        for layer, whole in zip(kept.layers, kv_cache.layers, strict=True):
-            for z, w in zip(layer, whole, strict=True):
+        for (layer,), pieces in zip(kept.layers, kv_cache.layers, strict=True):
+            for z, *parts in zip(layer, *pieces, strict=True):
+                w = torch.cat(parts, dim=2)
                 assert torch.equal(z, torch.cat([w[:, :, 4 * i : 4 * i + 4] for i in frames], dim=2))
 
 
@@ -268,10 +302,10 @@ def test_a_frame_without_its_own_sigma_or_pose_is_refused():
 # ---------------------------------------------------------------------------------------------------------- 4. Sampling
 
 
-def sample(sampler, net, noise, sigmas, prompt=None, camera=None, guidance=1.0, generated=None):
-    """A sampler on one chunk that has no past."""
+def sample(sampler, net, noise, sigmas, prompts=(None,), camera=None, guidance=1.0, generated=None):
+    """A sampler on one chunk that has no past. prompts: one, or with guidance the null prompt behind it."""
     generated = noise[0].new_ones(noise[0].shape[:2]) if generated is None else generated
-    return SAMPLERS[sampler](net, noise, sigmas, prompt, camera, guidance, None, generated)
+    return SAMPLERS[sampler](net, noise, sigmas, prompts, camera, guidance, [None] * len(prompts), generated)
 
 
 def check_one_video_is_reached(sampler, steps, start):
@@ -287,7 +321,7 @@ def check_given_frames_stay(sampler, start):
     generated = torch.tensor([[0.0, 1, 1, 1], [0, 0, 0, 1]])
     x_t = torch.where(generated[..., None, None, None] > 0, noise, x0)
     fresh = [torch.randn_like(noise) for _ in range(3)]
-    y = sample(sampler, net, [x_t, *fresh], noise_levels(4, 5, start), prompt, camera, generated=generated)
+    y = sample(sampler, net, [x_t, *fresh], noise_levels(4, 5, start), [prompt], camera, generated=generated)
     assert torch.equal(y[generated == 0], x0[generated == 0]) and (y - x_t)[generated == 1].abs().mean() > 0.1
 
 
@@ -325,11 +359,11 @@ def test_few_steps_go_through_x0_with_the_given_noise():
     torch.testing.assert_close(y, (1 - 0.5 * a) * (0.5 * (1 - a) * x_t + 0.5 * noise))
 
 
-def test_guidance_reads_the_null_prompts_behind():
+def test_guidance_reads_the_null_prompt_behind():
     # v is the prompt's one number
     net = lambda x_t, sigma, prompt, *_, **__: prompt[..., None, None].expand_as(x_t)
     x_t, cond, null = torch.randn(2, 3, 4, 2, 2), torch.full((2, 1, 1), 2.0), torch.full((2, 1, 1), 0.5)
-    y = sample("euler", net, [x_t], noise_levels(3, 5), torch.cat([cond, null]), guidance=4.0)
+    y = sample("euler", net, [x_t], noise_levels(3, 5), [cond, null], guidance=4.0)
     torch.testing.assert_close(y, x_t - (0.5 + 4.0 * (2.0 - 0.5)))
 
 
@@ -400,7 +434,7 @@ def test_checkpoint_round_trip(tmp_path):
     weights["head.head.weight"] = weights["head.head.weight"].mT.contiguous().mT  # not contiguous
     save_checkpoint(tmp_path / "new" / "ar.pt", weights, META)
     loaded, meta = load_checkpoint(tmp_path / "new" / "ar.pt", "camera", "ar")
-    assert meta == META and loaded.keys() == weights.keys()
+    assert meta == META | {"fingerprint": fingerprint(weights, numbers=1000)} and loaded.keys() == weights.keys()
     assert all(torch.equal(loaded[name], w) for name, w in weights.items())
     assert os.listdir(tmp_path / "new") == ["ar.pt"]
 
@@ -496,9 +530,11 @@ def test_a_half_precision_copy_loads(tmp_path, capsys):
     save_checkpoint(tmp_path / "ar.pt", weights, META)
     model.main([str(tmp_path / "ar.pt"), "--half", str(tmp_path / "half.pt")])
     shown = json.loads(capsys.readouterr().out)
-    assert shown == META | {"parameters": sum(w.numel() for w in weights.values())}
+    known_as = {"fingerprint": fingerprint(weights, numbers=1000)}
+    assert shown == META | known_as | {"parameters": sum(w.numel() for w in weights.values())}
     net, meta = load_net(tmp_path / "half.pt", torch.device("cpu"), "ar")
-    assert meta == META and all(torch.equal(w, weights[name].half().float()) for name, w in net.state_dict().items())
+    assert meta_of(tmp_path / "half.pt") == META and meta["fingerprint"] != known_as["fingerprint"]
+    assert all(torch.equal(w, weights[name].half().float()) for name, w in net.state_dict().items())
     assert (tmp_path / "half.pt").stat().st_size < 0.6 * (tmp_path / "ar.pt").stat().st_size
 
 
@@ -517,14 +553,15 @@ def test_an_older_file_loads_in_todays_words(tmp_path):
     old = {"steps": 4, "prefix_prob": 0.25, "sampler": "renoise", "guidance": 1.0}
     save_checkpoint(tmp_path / "ar.pt", filled(0), META | old)
     today = {"sampling_steps": 4, "given_prob": 0.25, "sampler": "few_step", "guidance": 1.0}
-    assert load_checkpoint(tmp_path / "ar.pt")[1] == META | today
+    assert meta_of(tmp_path / "ar.pt") == META | today
     save_checkpoint(tmp_path / "ar.pt", filled(0), META | today)
-    assert load_checkpoint(tmp_path / "ar.pt")[1] == META | today
+    assert meta_of(tmp_path / "ar.pt") == META | today
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("ckpt/*/*.pt")), ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_what_ships_describes_itself_in_todays_words(path):
-    _, meta = load_checkpoint(path, path.stem, preset=path.parent.name)
+    load_checkpoint(path, path.stem, preset=path.parent.name)
+    meta = meta_of(path)
     if path.stem == "vae":
         assert meta.keys() == {"stage", "preset", "mean", "std", "fingerprint"}
     else:

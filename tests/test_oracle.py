@@ -22,14 +22,14 @@ import data
 from data import K_WIDE, Batch, build_umt5, embed_tokens, intrinsics, parse_trajectory, umt5_name
 from distill_cd import consistency_loss
 from distill_ode import ode_loss
-from helpers import ORACLE
+from helpers import ORACLE, dense_mask, without_last_clean_chunk
 from model import (
     SAMPLERS, WAN_VAE, Block, Camera, ChannelNorm, DiTConfig, KVCache, RMSNorm, VAEConfig, WanDiT, WanVAE,
     action_labels, add_noise, apply_projection, build, guide, noise_levels, projections, rolling_cache, rollout,
     rope_table, shift_sigma, teacher_forcing_segments, update_ema, velocity_to_x0,
 )
 from train_camera import flow_matching_loss
-from train_dmd import dmd_loss, fake_score_loss, generator_loss, noised, self_rollout
+from train_dmd import dmd_loss, fake_score_loss, generator_loss, noised, predict, self_rollout
 
 
 class Case(NamedTuple):
@@ -95,9 +95,10 @@ def part(frames, camera):
     return camera and camera.frames(frames)
 
 
-def sample(sampler, net, x_t, sigmas, prompt=None, guidance=1.0):
+def sample(sampler, net, x_t, sigmas, prompts=(None,), guidance=1.0):
     """One chunk, without camera or past, none of its frames given."""
-    return SAMPLERS[sampler](net, [x_t], sigmas, prompt, None, guidance, None, x_t.new_ones(x_t.shape[:2]))
+    generated = x_t.new_ones(x_t.shape[:2])
+    return SAMPLERS[sampler](net, [x_t], sigmas, prompts, None, guidance, [None] * len(prompts), generated)
 
 
 # ---------------------------------------------------------------------------------------------------- 1-2. Whole videos
@@ -144,11 +145,8 @@ def teacher_forcing(case, _):
             kv_cache = net(clean[:, here], cleaned, text, pose, kv_cache=kv_cache, update_cache=True)
         mine[f"tf_perframe_aug_{name}"] = theirs(torch.cat(chunks, dim=1))
     f, s = x.shape[1], x.shape[3] * x.shape[4] // 4
-    mask = torch.zeros(2 * f * s, 2 * f * s, dtype=torch.uint8)
-    for queries, seen in teacher_forcing_segments(f, chunk):
-        for keys in seen:
-            mask[queries.start * s : queries.stop * s, keys.start * s : keys.stop * s] = 1
-    return mine | {"tf_token_mask": mask}
+    case.outputs["tf_token_mask"] = without_last_clean_chunk(case.outputs["tf_token_mask"], f, chunk, s)
+    return mine | {"tf_token_mask": dense_mask(teacher_forcing_segments(f, chunk), s).to(torch.uint8)}
 
 
 @torch.no_grad()
@@ -166,9 +164,9 @@ def cached(case, _):
             call = x, level(t).expand(x.shape[:2]), text, part(here, camera)
             mine[f"chunk{n}_pass{p}"] = theirs(net(*call, kv_cache=kv_cache))
         kv_cache = net(*call, kv_cache=kv_cache, update_cache=True)  # the last pass is at level 0
-    for name, z in zip(("cache_k", "cache_v", "prope_cache_k", "prope_cache_v"), kv_cache.layers[0]):
-        mine[f"final_{name}_layer0"] = rearrange(z, "b nh n hd -> b n nh hd")
-    held, end = kv_cache.layers[0][0].shape[2], kv_cache.frames * s
+    for name, *z in zip(("cache_k", "cache_v", "prope_cache_k", "prope_cache_v"), *kv_cache.layers[0]):
+        mine[f"final_{name}_layer0"] = rearrange(torch.cat(z, dim=2), "b nh n hd -> b n nh hd")
+    held, end = sum(piece[0].shape[2] for piece in kv_cache.layers[0]), kv_cache.frames * s
     return mine | {"final_local_end": torch.tensor([held]), "final_global_end": torch.tensor([end])}
 
 
@@ -338,8 +336,8 @@ def algorithms(case, _):
     mine["kl_grad_zero_normaliser"] = dmd(i["gen_out"], i["gen_out"])[1] * clean.numel()
 
     # consistency: one Euler step of the guided teacher, and student against target
-    v = torch.cat([i["v_cond"], i["v_uncond"]])
-    step = sample("euler", lambda *_, **__: v, i["latent_t"], [0.875, 0.8125], guidance=c["guidance_scale"])
+    given = lambda x_t, sigma, prompt, *_, **__: i[prompt]
+    step = sample("euler", given, i["latent_t"], [0.875, 0.8125], ("v_cond", "v_uncond"), c["guidance_scale"])
     mine |= {"cd_teacher_step_1000": step, "cd_teacher_step_scalar": step}
     student, ema, teacher = towards(i["fake_x0"]), towards(i["real_x0"]), towards(clean)
     mine["cd_loss"] = consistency_loss(student, ema, teacher, batch(), [1.0, 0.9, 0.8], meta)
@@ -403,9 +401,17 @@ def dmd_and_self_rollout(case, _):
         again = [torch.cat([rearrange(i[f"sf{n}_renoise_{at * exit_step + k}"], "(b f) c h w -> b f c h w", b=b)
                             for at in range(f // chunk)], dim=1) for k in range(exit_step)]
         calls.clear()
-        mine[f"sf{n}_output"] = self_rollout(toy("generator"), batch(i["sf_noise"], *again), meta, exit_step)
-        calls.append((0.0, f - chunk, False))
-        for quantity, of in zip(("t", "start_frame", "grad"), zip(*calls)):
+        generator, drawn = toy("generator"), batch(i["sf_noise"], *again)
+        mine[f"sf{n}_output"], passes = self_rollout(generator, drawn, meta, exit_step)
+        made = [(t, start) for t, start, _ in calls] + [(0.0, f - chunk)]
+        assert not any(grad for *_, grad in calls)
+        # theirs keeps the graph of a chunk's last pass; ours makes that pass again
+        calls.clear()
+        x = torch.cat([predict(generator, drawn, last) for last in passes], dim=1)
+        torch.testing.assert_close(x, mine[f"sf{n}_output"], atol=0, rtol=0)
+        assert all(grad for *_, grad in calls)
+        record = [(t, start, (t, start, True) in calls) for t, start in made]
+        for quantity, of in zip(("t", "start_frame", "grad"), zip(*record)):
             mine[f"sf{n}_call_{quantity}"] = torch.tensor(of, dtype=torch.float32)
         n += 1
 

@@ -21,15 +21,16 @@ from conftest import ENVIRONMENT, MINIATURE, ROOT, SCRIPTS, STAGES, call, comman
 from data import K_SQUARE, Batch, get_batch, open_latents, open_log, sample_generated
 from distill_cd import consistency_loss
 from distill_ode import integrate, ode_loss
-from helpers import GENERATED, make_batch, make_net
+from helpers import GENERATED, made_from, make_batch, make_net, meta_of
 from model import PRESETS, Camera, Meta, add_noise, load_checkpoint, noise_levels, rollout, save_checkpoint
 from train_ar import teacher_forcing_loss
 from train_camera import flow_matching_loss
-from train_dmd import dmd_loss, fake_score_loss, generator_loss, self_rollout
+from train_dmd import dmd_loss, fake_score_loss, generator_loss, predict, self_rollout
 
 TRAINERS = sorted({script for script, *_ in SCRIPTS.values()})
 SHARED = ("--init --data --out --preset --resume --steps --batch-size --accum --lr --max-grad-norm --ema-decay".split(),
-          "--seed --log-every --save-every".split())  # a stage's own flags stand between the two
+          "--seed --log-every --save-every --state-every --keep --vae --sp".split())  # a stage's own stand between
+SOURCES = {"base": "base", "camera": "base", "ar": "camera", "ode": "ar", "cd": "ar", "dmd": "ode"}  # stage: its --init
 B, F, CHUNK, SHIFT = 2, 5, 2, 3.0  # five frames: the last chunk is a short one
 LEVELS, GRID = noise_levels(4, SHIFT), noise_levels(48, SHIFT)  # of a student; of its teacher
 ALL_GENERATED = torch.ones(B, F)
@@ -69,16 +70,16 @@ def test_checkpoint_describes_itself(chain, stage):
     script, *short = SCRIPTS[stage]
     asked = import_module(script[:-3]).parse_args(short)
     few = stage in ("ode", "cd", "dmd")
-    _, meta = load_checkpoint(chain / f"ckpt/{stage}.pt")
+    meta = meta_of(chain / f"ckpt/{stage}.pt")
     assert meta["K"] == pytest.approx(K_SQUARE)
     expected = {"stage": stage, "preset": "tiny", "step": 2, "frames": 4, "size": [32, 32], "camera": stage != "base",
                 "sampler": "few_step" if few else "euler", "shift": import_module("train_camera").parse_args([]).shift,
                 "given_prob": 0.0 if stage == "base" else import_module("train_camera").parse_args([]).given_prob}
     assert meta.keys() == Meta.__annotations__.keys() - {"timed_text", "released_cache", "mean", "std", "fingerprint"}
     assert {name: meta[name] for name in expected} == expected
-    assert meta["from"] == {
-        "base": None, "camera": "base.pt at step 2", "ar": "camera.pt at step 2", "ode": "ar.pt at step 2",
-        "cd": "ar.pt at step 2", "dmd": "ode.pt at step 2, scores camera.pt"}[stage]
+    source, camera = (made_from(chain / f"ckpt/{name}.pt") for name in (SOURCES[stage], "camera"))
+    assert re.fullmatch(rf"{SOURCES[stage]}\.pt at step 2, [0-9a-f]{{8}}", source)
+    assert meta["from"] == {"base": None, "dmd": f"{source}; scores {camera}"}.get(stage, source)
     assert meta["chunk"] == (0 if stage in ("base", "camera") else import_module("train_ar").parse_args([]).chunk)
     assert (meta["sampling_steps"], meta["guidance"]) == (4, 1.0 if few else asked.guidance)
 
@@ -120,7 +121,7 @@ def test_training_on_ode_pairs_gives_the_frames_that_their_teacher_was_given(pai
     shards = [load_file(path) for path in sorted(pairs.glob("latents-*"))]
     generated, states = (torch.cat([shard[name] for shard in shards]) for name in ("generated", "states"))
     for given_prob in (None, 0.0, 1.0):
-        batch = get_batch(data, 0, 0, 0, 1, 8, torch.device("cpu"), given_prob)
+        batch = get_batch(data, 0, 0, (0, 1), 8, torch.device("cpu"), given_prob)
         assert torch.equal(batch.generated, generated[batch.ids])
         assert torch.equal(batch.states, states[batch.ids].float())
 
@@ -186,7 +187,7 @@ def test_resumed_equals_uninterrupted(chain, tmp_path, stage):
 def test_killed_run_resumes_bit_exactly(chain, tmp_path):
     script, *short = SCRIPTS["ar"]
     out = tmp_path / "killed/ar.pt"
-    flags = (*MINIATURE, *short, "--out", out, "--save-every", "2", "--steps", "1000")
+    flags = (*MINIATURE, *short, "--out", out, "--state-every", "2", "--steps", "1000")
     process = subprocess.Popen(command(script, *flags), cwd=chain, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     try:
         patience = time.time() + 120
@@ -256,7 +257,8 @@ def test_truncated_state_is_refused(chain, tmp_path):
     shutil.copytree(chain / "ckpt/ar", tmp_path / "ar")
     for path in (tmp_path / "ar").glob("state-*/*.distcp"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    message = refusal("train_ar.py", "--resume", "--out", tmp_path / "ar.pt", "--steps", "9", cwd=chain)
+    script, *short = SCRIPTS["ar"]
+    message = refusal(script, *short, "--resume", "--out", tmp_path / "ar.pt", "--steps", "9", cwd=chain)
     assert message.startswith(f"error: {tmp_path / 'ar/state-000002'}: truncated")
 
 
@@ -272,8 +274,7 @@ def test_two_ranks_equal_twice_the_micro_batches(chain, tmp_path, stage, accum):
     # Adam's first step is lr times the *sign* of each gradient, so a weight whose gradient is rounding noise may go
     # either way, and no bound on single weights would do. The update as a whole is compared: half the batch would turn
     # it right round. A sum in place of a mean it would not, which is what grad_norm above is for.
-    source = {"camera": "base", "ar": "camera", "ode": "ar", "cd": "ar", "dmd": "ode"}[stage]
-    start, _ = load_checkpoint(chain / f"ckpt/{source}.pt")
+    start, _ = load_checkpoint(chain / f"ckpt/{SOURCES[stage]}.pt")
     ranks, micro = (load_checkpoint(tmp_path / f"{name}.pt")[0] for name in ("ranks", "micro"))
     moved = distance({name: w for name, w in micro.items() if name in start}, start)
     assert moved > 0 and distance(ranks, micro) < 1e-3 * moved
@@ -348,7 +349,7 @@ def test_consistency_gradient_reaches_the_student_alone():
 def test_perfect_prediction_has_no_fake_score_loss():
     still = make_batch().x0[:, :1]  # a generator that makes this picture, whatever the noise
     made = lambda x_t, *rest, update_cache=False, **past: None if update_cache else seer(still)(x_t, *rest)
-    x = self_rollout(made, make_batch(), META, 3)
+    x, _ = self_rollout(made, make_batch(), META, 3)
     assert fake_score_loss(x, seer(still), make_batch(), META) < 1e-8
     assert fake_score_loss(x, seer(still + 1), make_batch(), META) > 1
 
@@ -364,7 +365,7 @@ def test_dmd_gradient_is_its_formula():
 
 def test_dmd_stops_where_the_scores_agree():
     generator, score, other = (make_net(seed) for seed in range(3))
-    x = self_rollout(generator, make_batch(), META, 1)
+    x, _ = self_rollout(generator, make_batch(), META, 1)
     agree, differ = (generator_loss(x, score, fake, make_batch(), META, 1.0) for fake in (score, other))
     assert agree < 1e-10 < 1e-3 < differ
 
@@ -389,15 +390,17 @@ def test_dmd_moves_only_what_the_generator_made():
 def test_generator_gradient_reaches_the_generator_alone():
     generator, real, fake = (make_net(seed) for seed in range(3))
     batch = make_batch()
-    generator_loss(self_rollout(generator, batch, META, 1), real, fake, batch, META, 2.0).backward()
+    x, passes = self_rollout(generator, batch, META, 1)
+    generator_loss(x.requires_grad_(), real, fake, batch, META, 2.0).backward()
+    assert all(p.grad is None for p in generator.parameters())  # as far as x
+    replay(generator, batch, passes, x.grad)
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in generator.parameters())
     assert all(p.grad is None for net in (real, fake) for p in net.parameters())
 
 
 def test_fake_score_gradient_reaches_the_fake_score_alone():
     generator, fake, batch = make_net(0), make_net(1), make_batch()
-    with torch.no_grad():
-        x = self_rollout(generator, batch, META, 1)
+    x, _ = self_rollout(generator, batch, META, 1)
     fake_score_loss(x, fake, batch, META).backward()
     assert all(p.grad is not None for p in fake.parameters()) and all(p.grad is None for p in generator.parameters())
 
@@ -496,29 +499,44 @@ def detached_rollout(net, batch, exit_step, detach):
         video.append(x0)
         zero = torch.zeros(x0.shape[:2])
         kv_cache = net(detach(x0), zero, batch.prompt, camera, kv_cache=kv_cache, update_cache=True)
-        kv_cache = kv_cache._replace(layers=[tuple(map(detach, layer)) for layer in kv_cache.layers])
+        layers = [[tuple(map(detach, piece)) for piece in layer] for layer in kv_cache.layers]
+        kv_cache = kv_cache._replace(layers=layers)
     return torch.cat(video, dim=1)
 
 
+def replay(net, batch, passes, gradient):
+    """The last pass of each chunk again, with its part of the video's gradient: a chunk's graph at a time."""
+    for last in passes:
+        predict(net, batch, last).backward(gradient[:, last.frames])
+
+
 def gradient(net, video):
-    probe = torch.randn(video.shape, generator=torch.Generator().manual_seed(7))
-    return torch.cat([g.flatten() for g in torch.autograd.grad((video * probe).sum(), net.parameters())])
+    """Of a probe of the video, through its graph."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(video, net.parameters(), PROBE)])
+
+
+PROBE = torch.randn(B, F, 4, 4, 4, generator=torch.Generator().manual_seed(7))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 @pytest.mark.parametrize("exit_step", range(4))
 def test_self_rollout_gradient_is_exactly_truncated(exit_step, dtype):
-    net = make_net(0, dtype)
-    video = self_rollout(net, make_batch(), META, exit_step)
+    net, batch = make_net(0, dtype), make_batch()
+    video, passes = self_rollout(net, batch, META, exit_step)
     reference = detached_rollout(net, make_batch(), exit_step, torch.Tensor.detach)
     torch.testing.assert_close(video, reference, atol=1e-5, rtol=1e-5)
-    truncated = gradient(net, video)
-    torch.testing.assert_close(truncated, gradient(net, reference), atol=1e-5 * truncated.abs().max().item(), rtol=1e-4)
+    truncated = gradient(net, reference)
+    near = dict(atol=1e-5 * truncated.abs().max().item(), rtol=1e-4)
+    direct = torch.cat([predict(net, batch, last) for last in passes], dim=1)  # all chunks in one graph
+    assert torch.equal(direct, video)  # the very pass again
+    torch.testing.assert_close(gradient(net, direct), truncated, **near)
+    replay(net, batch, passes, PROBE)
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in net.parameters()]), truncated, **near)
     whole = gradient(net, detached_rollout(net, make_batch(), exit_step, lambda z: z))
     assert (whole - truncated).norm() > 0.05 * truncated.norm()  # a leak would show
 
 
-def test_cache_of_a_self_rollout_carries_no_gradient():
+def test_a_self_rollout_carries_no_gradient():
     net, caches = make_net(0), []
 
     def watched(*inputs, kv_cache=None, **flags):
@@ -526,22 +544,26 @@ def test_cache_of_a_self_rollout_carries_no_gradient():
             caches.append(kv_cache)
         return net(*inputs, kv_cache=kv_cache, **flags)
 
-    assert self_rollout(watched, make_batch(), META, 2).requires_grad
-    assert caches and not any(z.requires_grad for kv_cache in caches for layer in kv_cache.layers for z in layer)
+    batch = make_batch()
+    video, passes = self_rollout(watched, batch, META, 2)
+    assert [last.frames for last in passes] == [slice(0, 2), slice(2, 4), slice(4, 6)]
+    assert caches and {id(last.kv_cache) for last in passes} <= {id(kv_cache) for kv_cache in caches}
+    tensors = [z for kv_cache in caches for layer in kv_cache.layers for piece in layer for z in piece]
+    assert not any(z.requires_grad for z in (video, *tensors, *(last.x_t for last in passes)))
+    assert all(predict(watched, batch, last).requires_grad for last in passes)
 
 
 def test_self_rollout_is_the_sampler():
     net, batch = make_net(0), make_batch()
     chunks = list(rollout(net, META, batch.rng, batch.x0.shape[1:], batch.prompt, batch.null, batch.camera))
-    with torch.no_grad():
-        video = self_rollout(net, make_batch(generated=ALL_GENERATED), META, 3)
+    video, _ = self_rollout(net, make_batch(generated=ALL_GENERATED), META, 3)
     torch.testing.assert_close(video, torch.cat(chunks, dim=1))
 
 
 def test_self_rollout_leaves_given_frames_as_they_are():
     for exit_step in range(4):
         batch = make_batch()
-        video = self_rollout(make_net(0), batch, META, exit_step)
+        video, _ = self_rollout(make_net(0), batch, META, exit_step)
         assert torch.equal(video[GENERATED == 0], batch.x0[GENERATED == 0])
 
 
@@ -563,6 +585,11 @@ def test_given_frames_come_out_unchanged_and_what_follows_depends_on_them(given,
 # ------------------------------------------------------------------------------------------------------------ Wrong use
 
 
+def nothing_written(folder):
+    """Nothing but the lock of a run that writes out.pt."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")} <= {"out", "out/lock"}
+
+
 @pytest.mark.parametrize("script, flags, found", [
     ("train_camera.py", "--init ckpt/ar.pt", "stage base or camera, found ar"),
     ("train_ar.py", "--init ckpt/base.pt", "stage camera or ar, found base"),
@@ -576,7 +603,7 @@ def test_given_frames_come_out_unchanged_and_what_follows_depends_on_them(given,
 def test_checkpoint_of_another_stage_is_refused(chain, tmp_path, script, flags, found):
     flags = flags.split()
     message = refusal(script, *flags, "--out", tmp_path / "out.pt", "--steps", "1", cwd=chain)
-    assert message.startswith(f"error: {flags[-1]}: ") and message.endswith(found) and not list(tmp_path.iterdir())
+    assert message.startswith(f"error: {flags[-1]}: ") and message.endswith(found) and nothing_written(tmp_path)
 
 
 @pytest.mark.parametrize("script, missing, maker", [
@@ -588,7 +615,7 @@ def test_checkpoint_of_another_stage_is_refused(chain, tmp_path, script, flags, 
 def test_missing_init_names_the_command_that_makes_it(chain, tmp_path, script, missing, maker):
     path = tmp_path / f"{missing}.pt"
     message = refusal(script, "--init", path, "--out", tmp_path / "out.pt", cwd=chain)
-    assert str(path) in message and f"`{maker}`" in message and not list(tmp_path.iterdir())
+    assert str(path) in message and f"`{maker}`" in message and nothing_written(tmp_path)
 
 
 def test_missing_latents_name_the_command_that_makes_them(chain, tmp_path):
