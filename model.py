@@ -145,10 +145,21 @@ def projections(camera: Camera) -> tuple[Tensor, Tensor]:
     return P, P_inv
 
 
+def four_copies(P: Tensor, d: int) -> Tensor:
+    """P [b f 4 4] -> [b f 16 16], along the diagonal. Of its products three in four are with zero, and it is faster.
+
+    Where the width d is no multiple of 16, two copies or one.
+    """
+    return torch.kron(torch.eye(math.gcd(d, 16) // 4, dtype=P.dtype, device=P.device), P)
+
+
 def apply_projection(x: Tensor, P: Tensor) -> Tensor:
-    """Multiply every group of four channels of x [b f s d] by its frame's matrix P [b f 4 4], in P's precision."""
-    y = rearrange(x.to(P.dtype), "b f s (g j) -> b f (s g) j", j=4) @ P.mT  # rows of vectors: y = P x is y^T = x^T P^T
-    return rearrange(y, "b f (s g) i -> b f s (g i)", s=x.shape[2]).to(x.dtype)
+    """Multiply every group of four channels of x [b f s d] by its frame's matrix P [b f 4 4], in P's precision.
+
+    Or, what is the same, every group of sixteen by its four_copies [b f 16 16]: on a CPU up to four times as fast.
+    """
+    y = rearrange(x.to(P.dtype), "b f s (g j) -> b f (s g) j", j=P.shape[-1]) @ P.mT  # y = P x is y^T = x^T P^T
+    return y.view(x.shape).to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -527,7 +538,7 @@ class WanDiT(nn.Module):
         start = 0 if kv_cache is None else kv_cache.frames  # a stream's positions go on from what was cached
         frames = torch.arange(start, start + f, device=x_t.device)
         rope = rope_table(frames, h // 2, w // 2, self.cfg.rope_bands, theta=10000)  # once a pass, for all blocks
-        projection = None if camera is None else projections(camera)
+        projection = None if camera is None else tuple(four_copies(P, self.cfg.dim) for P in projections(camera))
         segments = None  # every frame sees every frame, and the cache
         if clean is not None:  # [clean | noisy] along the frames; both stand at the same places and times
             past = slice(0, (f - 1) // chunk * chunk)  # nothing comes after the last clean chunk to see it
@@ -1791,7 +1802,7 @@ class HYDiT(nn.Module):
         start = 0 if kv_cache is None else kv_cache.frames
         frames = torch.arange(start, start + f, device=x_t.device)
         rope = rope_table(frames, h // p, w // p, self.cfg.rope_bands, theta=256)
-        projection = None if camera is None else projections(camera)
+        projection = None if camera is None else tuple(four_copies(P, self.cfg.dim) for P in projections(camera))
         last_pose = None if kv_cache is None else kv_cache.last_pose
         action = None
         if self.action_in is not None and camera is not None:
