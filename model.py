@@ -958,9 +958,11 @@ MAKERS = {  # stage: the command that makes its checkpoint
 }
 
 
-def load_checkpoint(path: Path, *stages: str, preset: str | None = None) -> tuple[dict[str, Tensor], Meta]:
+def load_checkpoint(path: Path, *stages: str, preset: str | None = None,
+                    any_size: bool = False) -> tuple[dict[str, Tensor], Meta]:
     """weights, meta of our own checkpoint (memory-mapped) or a released one, file or folder.
 
+    preset: of the network that is wanted; with any_size, larger and smaller ones that read the same will do.
     Raises ValueError for a missing, broken or foreign file, or the wrong stage's. Weights are returned only if they
     are, name for name and shape for shape, those of the network that meta describes.
     """
@@ -980,10 +982,10 @@ def load_checkpoint(path: Path, *stages: str, preset: str | None = None) -> tupl
     if stages and "base" not in stages and not meta.get("camera", True):
         raise ValueError(f"{path}: expected a network with a camera, found one of stage {stage} without; "
                          "stream.py can show it, train_camera.py teaches a base its camera")
-    if preset and meta["preset"] != preset:
-        raise ValueError(f"{path}: a {meta['preset']} network, but --preset is {preset}")
     if meta["preset"] not in PRESETS:
         raise ValueError(f"{path}: a network of preset {meta['preset']!r}, known are {', '.join(PRESETS)}")
+    if preset and meta["preset"] != preset and not (any_size and read_the_same(meta["preset"], preset)):
+        raise ValueError(f"{path}: a {meta['preset']} network, but --preset is {preset}")
     with torch.device("meta"):
         net = build_vae(meta["preset"]) if stage == "vae" else build(meta["preset"], meta["camera"])
     expected = net.state_dict()
@@ -1455,6 +1457,12 @@ PRESETS = {
 def build(preset: str, camera: bool = True) -> nn.Module:
     """A preset's network, weights not yet set; under torch.device("meta") it takes no memory."""
     return PRESETS[preset].net(PRESETS[preset].dit, camera)
+
+
+def read_the_same(preset: str, other: str) -> bool:
+    """Do the networks of two presets, whatever their size, read the same latents and prompts?"""
+    kinds = [(p.net, p.vae_net, p.vae, p.dit.channels, p.dit.text_dim) for p in (PRESETS[preset], PRESETS[other])]
+    return kinds[0] == kinds[1]
 
 
 def build_vae(preset: str) -> nn.Module:

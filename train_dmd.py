@@ -168,7 +168,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--max-grad-norm", type=float, help="gradients longer than this are scaled down to it")
     p.add_argument("--ema-decay", type=float, help="of the averaged weights, which are what --out holds")
     # -- end ---------------------------------------------------------------------------------------------------------
-    p.add_argument("--scores", type=Path, default=Path("ckpt/camera.pt"), help="bidirectional, starts both scores")
+    p.add_argument("--scores", type=Path, default=Path("ckpt/camera.pt"), help="bidirectional, starts both; any size")
     p.add_argument("--fake-score-lr", type=float, help="learning rate of fake_score's AdamW")
     p.add_argument("--fake-score-updates", type=positive, help="of fake_score, per generator update")
     p.add_argument("--guidance", type=float, help="of real_score: w in null + w (cond - null); 1 is off")
@@ -192,14 +192,16 @@ def load_nets(args: argparse.Namespace, data: Latents, device: torch.device) -> 
     Raises ValueError when student, scores and data do not belong together.
     """
     weights, source = load_checkpoint(args.init, "ode", "cd", "dmd", preset=args.preset)
-    score_weights, scores = load_checkpoint(args.scores, "camera", preset=args.preset)
+    # scores may be larger than the student, as in Causal Forcing: a 14B points a 1.3B the way
+    score_weights, scores = load_checkpoint(args.scores, "camera", preset=args.preset, any_size=True)
     source = check_data(data, source, args.init)  # with the size and length of these videos, if it knew none of ours
     check_data(data, scores, args.scores)
     if scores["shift"] != source["shift"]:
         raise ValueError(f"{args.init} and {args.scores} differ in noise schedule: shift {source['shift']} and "
                          f"{scores['shift']}")
     with torch.device("meta"):
-        nets = {name: build(args.preset) for name in ("generator", "ema", "real_score", "fake_score")}
+        nets = {name: build(args.preset) for name in ("generator", "ema")}
+        nets |= {name: build(scores["preset"]) for name in ("real_score", "fake_score")}
     # HY's released scores were told the noise level with the text, too; what we train is not, see HYDiT
     nets["real_score"].timed_text = scores.get("timed_text", False)
     shard(nets["generator"], weights, device, train=True)

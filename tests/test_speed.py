@@ -1,11 +1,65 @@
 """
 What is there for speed or size alone changes no number: to the bit where the same sums are made, else to rounding.
 """
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from einops import rearrange
+from torch import nn
 
-from model import apply_projection, four_copies
+from conftest import call, refusal
+from data import K_SQUARE, intrinsics, parse_trajectory, save_prompts, save_shard
+from model import PRESETS, apply_projection, four_copies, fresh_weights, load_checkpoint, save_checkpoint
+
+KIND = {"K": list(K_SQUARE), "size": [32, 32], "fps": 16.0, "frames": 4, "vae_fingerprint": "0"}
+DMD = "--batch-size 1 --fake-score-updates 1 --lr 1e-3 --fake-score-lr 1e-3 --ema-decay 0.5 --log-every 1".split()
+
+
+def make_world(folder, preset="tiny"):
+    """A latents folder of four random videos of four frames, data/toy."""
+    torch.manual_seed(0)
+    dit = PRESETS[preset].dit
+    camera = {"viewmats": parse_trajectory("w,w+l,l").expand(4, 4, 4, 4), "Ks": intrinsics(K_SQUARE).expand(4, 4, 3, 3)}
+    tensors = camera | {"latents": torch.randn(4, 4, dit.channels, 8, 8).half(), "prompt_ids": torch.arange(4) % 2}
+    widths = {"embeds": dit.text_dim}
+    if preset == "tiny-hy":
+        widths = {"text": dit.text_dim, "byt5": dit.byt5[0]}
+        tensors["vision"] = torch.randn(4, 3, dit.vision_dim).half()
+    prompts = [{name: torch.randn(length, width) for name, width in widths.items()} for length in (5, 7, 2)]
+    meta = KIND | {"preset": preset, "vae": "nowhere.pt", "prompt_length": 8}
+    (folder / "data/toy").mkdir(parents=True)
+    save_shard(folder / "data/toy/latents-000000.safetensors", tensors, {"meta": json.dumps(meta)})
+    save_prompts(folder / "data/toy/prompts.safetensors", prompts, {"prompts": '["a", "b"]'})
+    return folder
+
+
+def make_checkpoint(path, stage, preset="tiny", **changes):
+    """A network of random weights, of a useful size everywhere."""
+    weights = fresh_weights(preset, camera=True, seed=0)
+    torch.manual_seed(1)
+    for w in weights.values():
+        nn.init.normal_(w, std=0.3 if w.ndim == 1 else w[0].numel() ** -0.5)
+    meta = KIND | {"preset": preset, "stage": stage, "step": 1, "from": "nothing", "camera": True, "given_prob": 0.25,
+                   "chunk": 2, "shift": 3.0, "sampler": "few_step", "sampling_steps": 4, "guidance": 1.0}
+    save_checkpoint(path, weights, meta | changes)
+    return path
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Latents, a student and scores: all that train_dmd.py reads."""
+    make_world(tmp_path)
+    make_checkpoint(tmp_path / "ckpt/ode.pt", "ode")
+    make_checkpoint(tmp_path / "ckpt/camera.pt", "camera")
+    return tmp_path
+
+
+def same_weights(*paths):
+    a, b = (load_checkpoint(path)[0] for path in paths)
+    return all(torch.equal(w, b[name]) for name, w in a.items())
+
 
 # ------------------------------------------------------------------------------------------------------------- Cameras
 
@@ -24,3 +78,36 @@ def test_four_copies_of_a_projection_do_as_one(frames, d, dtype, atol):
         leaf = x.clone().requires_grad_()
         grads += torch.autograd.grad(apply_projection(leaf, matrix).float().square().sum(), leaf)
     torch.testing.assert_close(*grads, atol=10 * atol, rtol=1e-2)
+
+
+# -------------------------------------------------------------------------------------------------------- Larger scores
+
+
+@pytest.mark.slow
+def test_scores_may_be_larger_than_the_student(world, monkeypatch):
+    tiny = PRESETS["tiny"]
+    monkeypatch.setitem(PRESETS, "wide", tiny._replace(dit=replace(tiny.dit, dim=96, ffn_dim=128, heads=2, layers=5)))
+    scores = make_checkpoint(world / "ckpt/wide.pt", "camera", "wide")
+    flags = *DMD, "--scores", scores, "--state-every", 1
+    call("train_dmd.py", *flags, "--steps", 2, "--out", "ckpt/two.pt", cwd=world)
+    _, meta = load_checkpoint(world / "ckpt/two.pt")
+    mark = load_checkpoint(scores)[1]["fingerprint"]
+    assert meta["preset"] == "tiny" and meta["from"].endswith(f"scores wide.pt at step 1, {mark}")
+    call("train_dmd.py", *flags, "--steps", 1, "--out", "ckpt/one.pt", cwd=world)
+    call("train_dmd.py", *flags, "--steps", 2, "--out", "ckpt/one.pt", "--resume", cwd=world)
+    assert same_weights(world / "ckpt/one.pt", world / "ckpt/two.pt")
+    # who points is heard: other scores, another student
+    call("train_dmd.py", *DMD, "--steps", 2, "--out", "ckpt/other.pt", cwd=world)
+    assert not same_weights(world / "ckpt/other.pt", world / "ckpt/two.pt")
+    message = refusal("train_dmd.py", *DMD, "--steps", 3, "--out", "ckpt/one.pt", "--resume", cwd=world)
+    assert "was made from other weights than --scores ckpt/camera.pt holds" in message
+
+
+@pytest.mark.parametrize("change", [{"channels": 4}, {"text_dim": 64}, "tiny-hy"])
+def test_scores_that_read_other_latents_or_prompts_are_refused(world, monkeypatch, change):
+    tiny = PRESETS["tiny"]
+    other = PRESETS[change] if isinstance(change, str) else tiny._replace(dit=replace(tiny.dit, **change))
+    monkeypatch.setitem(PRESETS, "foreign", other)
+    scores = make_checkpoint(world / "ckpt/foreign.pt", "camera", "foreign")
+    message = refusal("train_dmd.py", *DMD, "--scores", scores, cwd=world)
+    assert message == f"error: {scores}: a foreign network, but --preset is tiny"
