@@ -62,7 +62,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -851,6 +851,25 @@ def shard(net: nn.Module, weights: dict[str, Tensor], device: torch.device, trai
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
     set_model_state_dict(net, weights, options=options)
     return net.train(train).requires_grad_(train)
+
+
+@contextmanager
+def gathered(net: nn.Module, on: bool = True):
+    """In a with-block, a sharded network's weights stay whole after the first pass, so that others gather nothing.
+
+    For passes between which no weight changes. After it, parameters are shards again. on=False changes nothing.
+    """
+    if not on:
+        yield
+        return
+    net.set_reshard_after_forward(False)
+    net.set_reshard_after_backward(False)
+    yield
+    for module in net.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    net.set_reshard_after_forward(True)
+    net.set_reshard_after_backward(True)
 
 
 @torch.no_grad()

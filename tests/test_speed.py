@@ -2,6 +2,7 @@
 What is there for speed or size alone changes no number: to the bit where the same sums are made, else to rounding.
 """
 import json
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from conftest import call, refusal
+from conftest import ENVIRONMENT, ROOT, call, command, refusal, run
 from data import K_SQUARE, intrinsics, parse_trajectory, save_prompts, save_shard
 from model import PRESETS, apply_projection, four_copies, fresh_weights, load_checkpoint, save_checkpoint
 
@@ -54,6 +55,15 @@ def world(tmp_path):
     make_checkpoint(tmp_path / "ckpt/ode.pt", "ode")
     make_checkpoint(tmp_path / "ckpt/camera.pt", "camera")
     return tmp_path
+
+
+def run_ranks(code, folder):
+    """The code on two ranks, within `folder`; what they print."""
+    (folder / "worker.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}")
+    done = subprocess.run(command(folder / "worker.py", nproc=2), cwd=folder, env=ENVIRONMENT, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def same_weights(*paths):
@@ -111,3 +121,82 @@ def test_scores_that_read_other_latents_or_prompts_are_refused(world, monkeypatc
     scores = make_checkpoint(world / "ckpt/foreign.pt", "camera", "foreign")
     message = refusal("train_dmd.py", *DMD, "--scores", scores, cwd=world)
     assert message == f"error: {scores}: a foreign network, but --preset is tiny"
+
+
+# ------------------------------------------------------------------------------------------------------- Whole rollouts
+
+
+@pytest.mark.slow
+def test_gathered_rollouts_are_the_same(world):
+    flags = *DMD, "--steps", 2, "--accum", 2
+    for name, more in ("plain", []), ("gathered", ["--gather"]):
+        done = run("train_dmd.py", *flags, *more, "--out", f"ckpt/{name}.pt", cwd=world, nproc=2)
+        assert done.returncode == 0, done.stderr
+    assert same_weights(world / "ckpt/plain.pt", world / "ckpt/gathered.pt")
+
+
+@pytest.mark.slow
+def test_pairs_of_a_gathered_teacher_are_the_same(world):
+    make_checkpoint(world / "ckpt/ar.pt", "ar", sampler="euler")
+    for pairs, more in ("plain", []), ("gathered", ["--gather"]):
+        done = run("distill_ode.py", "--generate", "--pairs", pairs, "--pairs-count", 4, "--batch-size", 1,
+                   "--teacher-steps", 4, *more, cwd=world, nproc=2)
+        assert done.returncode == 0, done.stderr
+    plain, gathered = (sorted((world / name).glob("latents-*")) for name in ("plain", "gathered"))
+    assert len(plain) == 4 and [path.read_bytes() for path in plain] == [path.read_bytes() for path in gathered]
+
+
+GATHERS = """
+import gc
+from collections import Counter
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from data import get_batch, open_latents
+from model import build, load_checkpoint, shard, start_process_group
+from train_dmd import replay, self_rollout
+
+class Count(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.made = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.made[function._schema.name] += 1
+        return function(*args, **kwargs or {})
+
+def check():
+    assert all(isinstance(p, DTensor) for p in net.parameters())
+    if rank == 0:
+        print(counted.made["c10d::_allgather_base_"], counted.made["c10d::_reduce_scatter_base_"])
+
+rank, _, device = start_process_group()
+data = open_latents("data/toy")
+weights, meta = load_checkpoint(Path("ckpt/ode.pt"))
+with torch.device("meta"):
+    net = build("tiny")
+shard(net, weights, device, train=True)
+batch = get_batch(data, 0, 0, (rank, 2), 1, device, 0.25)
+for gather in (False, True):
+    with Count() as counted:
+        x, passes = self_rollout(net, batch, meta, 3, gather)
+    check()
+    with Count() as counted:
+        replay(net, batch, passes, x, gather)
+    check()
+del net
+gc.collect()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_gathered_rollout_gathers_once(world):
+    groups = 1 + PRESETS["tiny"].dit.layers  # one for each block and one for the rest
+    passes = 1 + 2 * 4 + 1  # the prompt's, four for each of two chunks, and the first chunk joins the cache
+    plain, plain_replay, gathered, gathered_replay = run_ranks(GATHERS, world).splitlines()
+    assert plain == f"{passes * groups} 0" and gathered == f"{groups} 0"
+    # two passes, there and back, and the reduction of their gradients
+    assert plain_replay == f"{4 * groups} {2 * groups}" and gathered_replay == f"{groups} {2 * groups}"
