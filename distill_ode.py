@@ -37,9 +37,9 @@ from data import (
     set_recipe, write_log, write_samples,
 )
 from model import (
-    Meta, add_noise, batch_part, build, check_finite, describe_run, euler, load_checkpoint, load_state, lock_folder,
-    masked_mse, noise_levels, origin, prefill, save_average, save_state, sequence_rank, shard, start_process_group,
-    stopping, update_cache, update_ema, velocity_to_x0,
+    Meta, add_noise, batch_part, build, check_finite, describe_run, euler, gathered, load_checkpoint, load_state,
+    lock_folder, masked_mse, noise_levels, origin, prefill, save_average, save_state, sequence_rank, shard,
+    start_process_group, stopping, update_cache, update_ema, velocity_to_x0,
 )
 
 
@@ -117,6 +117,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--betas", type=float, nargs=2, help="of AdamW: decay of the gradient's mean and square")
     p.add_argument("--warmup", type=int, help="steps until lr is reached")
     p.add_argument("--sampling-steps", type=positive, help="denoising steps of the student")
+    p.add_argument("--gather", action="store_true", help="keep the teacher whole on every GPU during a rollout: "
+                   "fewer gathers, more memory")
     # -- last flags (same in every stage) ----------------------------------------------------------------------------
     p.add_argument("--seed", type=int, default=0, help="of the order of videos and of all noise")
     p.add_argument("--log-every", type=positive, default=10, help="steps from one line of metrics.jsonl to the next")
@@ -158,7 +160,8 @@ def generate(args: argparse.Namespace, teacher: nn.Module, data: Latents, meta: 
         if done:
             continue
         batch = get_batch(data, args.seed, i, (part, parts), args.batch_size, device, meta["given_prob"])
-        states = integrate(teacher, batch, sigmas, meta, keep=args.sampling_steps)
+        with gathered(teacher, args.gather):
+            states = integrate(teacher, batch, sigmas, meta, keep=args.sampling_steps)
         if not states.isfinite().all():
             raise ValueError(f"{path}: the teacher's states of rows {batch.ids} are not finite; not written")
         rows = [read_row(data, row) for row in batch.ids]  # as they are, and beside them what was made here

@@ -46,8 +46,8 @@ from data import (
     write_samples,
 )
 from model import (
-    KVCache, Meta, Nets, add_noise, batch_part, build, check_finite, describe_run, guide, load_checkpoint, load_state,
-    lock_folder, masked_mse, noise_levels, origin, prefill, save_average, save_state, shard, shift_sigma,
+    KVCache, Meta, Nets, add_noise, batch_part, build, check_finite, describe_run, gathered, guide, load_checkpoint,
+    load_state, lock_folder, masked_mse, noise_levels, origin, prefill, save_average, save_state, shard, shift_sigma,
     start_process_group, stopping, update_cache, update_ema, velocity_to_x0,
 )
 
@@ -68,32 +68,42 @@ def predict(generator: nn.Module, batch: Batch, last: LastPass) -> Tensor:
 
 
 @torch.no_grad()
-def self_rollout(generator: nn.Module, batch: Batch, meta: Meta, exit_step: int) -> tuple[Tensor, list[LastPass]]:
+def self_rollout(generator: nn.Module, batch: Batch, meta: Meta, exit_step: int,
+                 gather: bool = False) -> tuple[Tensor, list[LastPass]]:
     """A video made chunk by chunk after its own past [b f c h w], without gradient, and the last pass of each chunk.
 
     As model.py's rollout with few_step, but each chunk stops at exit_step (0: after one pass), and the video is what is
     predicted there. Early ones are rough: the scores must see them, too, since few_step noises them again and goes on.
     All chunks share it, and all ranks, whose collectives must match. Given frames are the batch's own.
+    gather: keep the generator's weights whole until the video is made.
     """
     f, chunk = batch.x0.shape[1], meta["chunk"]
     sigmas = noise_levels(meta["sampling_steps"], meta["shift"])
     noise = [batch.noise() for _ in range(exit_step + 1)]  # one for each denoising step
     start_from = add_noise(batch.x0, noise[0], batch.generated)  # noise at level 1, given frames at level 0
-    kv_cache = prefill(generator, batch.x0, batch.prompt, batch.camera)  # no frames yet: the prompt alone
     video, passes = [], []
-    for start in range(0, f, chunk):
-        frames = slice(start, start + chunk)
-        generated, x_t = batch.generated[:, frames], start_from[:, frames]
-        for i in range(exit_step + 1):
-            last = LastPass(frames, x_t, sigmas[i] * generated, kv_cache)
-            x0 = predict(generator, batch, last)
-            if i < exit_step:
-                x_t = add_noise(x0, noise[i + 1][:, frames], sigmas[i + 1] * generated)
-        video.append(x0)
-        passes.append(last)
-        if frames.stop < f:
-            kv_cache = update_cache(generator, x0, batch.prompt, batch.camera.frames(frames), kv_cache)
+    with gathered(generator, gather):
+        kv_cache = prefill(generator, batch.x0, batch.prompt, batch.camera)  # no frames yet: the prompt alone
+        for start in range(0, f, chunk):
+            frames = slice(start, start + chunk)
+            generated, x_t = batch.generated[:, frames], start_from[:, frames]
+            for i in range(exit_step + 1):
+                last = LastPass(frames, x_t, sigmas[i] * generated, kv_cache)
+                x0 = predict(generator, batch, last)
+                if i < exit_step:
+                    x_t = add_noise(x0, noise[i + 1][:, frames], sigmas[i + 1] * generated)
+            video.append(x0)
+            passes.append(last)
+            if frames.stop < f:
+                kv_cache = update_cache(generator, x0, batch.prompt, batch.camera.frames(frames), kv_cache)
     return torch.cat(video, dim=1), passes
+
+
+def replay(generator: nn.Module, batch: Batch, passes: list[LastPass], grad: Tensor, gather: bool = False) -> None:
+    """Make the last passes of a rollout again, with gradient, and hand each its part of the video's [b f c h w]."""
+    with gathered(generator, gather):
+        for last in passes:
+            predict(generator, batch, last).backward(grad[:, last.frames])
 
 
 def noised(x: Tensor, batch: Batch, meta: Meta) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,10 +178,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--max-grad-norm", type=float, help="gradients longer than this are scaled down to it")
     p.add_argument("--ema-decay", type=float, help="of the averaged weights, which are what --out holds")
     # -- end ---------------------------------------------------------------------------------------------------------
-    p.add_argument("--scores", type=Path, default=Path("ckpt/camera.pt"), help="real_score, and fake_score's start")
+    p.add_argument("--scores", type=Path, default=Path("ckpt/camera.pt"), help="camera model of any size: both scores")
     p.add_argument("--fake-score-lr", type=float, help="learning rate of fake_score's AdamW")
     p.add_argument("--fake-score-updates", type=positive, help="of fake_score, per generator update")
     p.add_argument("--guidance", type=float, help="of real_score: w in null + w (cond - null); 1 is off")
+    p.add_argument("--gather", action="store_true", help="keep the generator whole on every GPU during a rollout: "
+                   "fewer gathers, more memory")
     # -- last flags (same in every stage) ----------------------------------------------------------------------------
     p.add_argument("--seed", type=int, default=0, help="of the order of videos and of all noise")
     p.add_argument("--log-every", type=positive, default=10, help="steps from one line of metrics.jsonl to the next")
@@ -192,14 +204,16 @@ def load_nets(args: argparse.Namespace, data: Latents, device: torch.device) -> 
     Raises ValueError when student, scores and data do not belong together.
     """
     weights, source = load_checkpoint(args.init, "ode", "cd", "dmd", preset=args.preset)
-    score_weights, score_meta = load_checkpoint(args.scores, "camera", preset=args.preset)
+    # scores may be larger than the student, as in Causal Forcing: a 14B points a 1.3B the way
+    score_weights, score_meta = load_checkpoint(args.scores, "camera", preset=args.preset, any_size=True)
     source = check_data(data, source, args.init)  # with the size and length of these videos, if it knew none of ours
     check_data(data, score_meta, args.scores)
     if score_meta["shift"] != source["shift"]:
         raise ValueError(f"{args.init} and {args.scores} differ in noise schedule: shift {source['shift']} and "
                          f"{score_meta['shift']}")
     with torch.device("meta"):
-        nets = {name: build(args.preset) for name in ("generator", "ema", "real_score", "fake_score")}
+        nets = {name: build(args.preset) for name in ("generator", "ema")}
+        nets |= {name: build(score_meta["preset"]) for name in ("real_score", "fake_score")}
     # HY's released scores were told the noise level with the text, too; what we train is not, see HYDiT
     nets["real_score"].timed_text = score_meta.get("timed_text", False)
     shard(nets["generator"], weights, device, train=True)
@@ -245,11 +259,10 @@ def main(args: argparse.Namespace) -> None:
         for micro in range(args.accum):
             part = batch_part(micro, args.accum)
             batch = get_batch(data, args.seed, update, part, args.batch_size, device, meta["given_prob"])
-            x, passes = self_rollout(generator, batch, meta, exit_step)  # part 1
+            x, passes = self_rollout(generator, batch, meta, exit_step, args.gather)  # part 1
             loss = generator_loss(x.requires_grad_(), real_score, fake_score, batch, meta, args.guidance) / args.accum
             loss.backward()  # as far as x
-            for last in passes:  # part 4
-                predict(generator, batch, last).backward(x.grad[:, last.frames])
+            replay(generator, batch, passes, x.grad, args.gather)  # part 4
             loss_sum, ids = loss_sum + loss.detach(), ids + batch.ids
         grad_norm = nn.utils.clip_grad_norm_(generator.parameters(), args.max_grad_norm).full_tensor()
         metrics = check_finite(step, {"loss": loss_sum, "grad_norm": grad_norm}, ids)
@@ -263,7 +276,7 @@ def main(args: argparse.Namespace) -> None:
             for micro in range(args.accum):
                 part = batch_part(micro, args.accum)
                 batch = get_batch(data, args.seed, update, part, args.batch_size, device, meta["given_prob"])
-                x, _ = self_rollout(generator, batch, meta, exit_step)
+                x, _ = self_rollout(generator, batch, meta, exit_step, args.gather)
                 loss = fake_score_loss(x, fake_score, batch, meta) / args.accum
                 loss.backward()
                 loss_sum, ids = loss_sum + loss.detach(), ids + batch.ids
