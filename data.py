@@ -485,8 +485,7 @@ def open_latents(folder: str | Path, preset: str | None = None) -> Latents:
         if missing or "meta" not in (shard.metadata() or {}):
             raise ValueError(f"{file}: not a shard of latents, it holds {sorted(shard.keys())[:5]}")
         if json.loads(shard.metadata()["meta"]).get("prompts", mark) != mark:
-            raise ValueError(f"{file}: a shard of another folder, its prompts are not those of {folder}; data.py makes "
-                             "one folder of several videos, and of toy worlds by --count")
+            raise ValueError(f"{file}: a shard of another folder, made for other prompts than {folder} has")
         starts.append(starts[-1] + shard.get_slice("prompt_ids").get_shape()[0])
     if preset:
         net, dit = PRESETS[preset].net, PRESETS[preset].dit
