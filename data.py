@@ -667,8 +667,11 @@ def open_log(out: Path, step: int, steps: int) -> None:
 
 def write_log(path: Path, row: dict) -> None:
     """Append one line of metrics."""
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:  # of a full disk, which names no file
+        raise ValueError(f"{path}: could not be written ({error})") from error
 
 
 def to_bytes(video: Tensor) -> Tensor:
