@@ -701,7 +701,11 @@ def write_sheet(path: Path, videos: list[Tensor], every: int = 4, most: int = 16
     sheet = to_bytes(rearrange(strips, "b s h w c -> (b s h) w c")).cpu().numpy()
     zoom = max(1, 96 // height)
     path.parent.mkdir(parents=True, exist_ok=True)
-    imageio.imwrite(path, sheet.repeat(zoom, 0).repeat(zoom, 1))
+    picture = imageio.imwrite("<bytes>", sheet.repeat(zoom, 0).repeat(zoom, 1), extension=".png")
+    try:
+        path.write_bytes(picture)
+    except OSError as error:
+        raise ValueError(f"{path}: could not be written ({error})") from error
 
 
 def find_vae(data: Latents, vae: Path | None = None) -> Path:
