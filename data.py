@@ -661,7 +661,9 @@ def open_log(out: Path, step: int, steps: int) -> None:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # a killed run or a full disk may have cut the last one
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        temporary = path.with_name(path.name + ".tmp")  # a full disk leaves the log as it was
+        temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        temporary.replace(path)
     print(f"{out}: step {step} of {steps}" + (", nothing left to do" if step >= steps else ""))
 
 
