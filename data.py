@@ -476,13 +476,16 @@ def open_latents(folder: str | Path, preset: str | None = None) -> Latents:
         prompts = safe_open(folder / "prompts.safetensors", "pt")
     except SafetensorError as error:
         raise ValueError(f"{folder}: a file is truncated or not safetensors ({error})") from None
-    mark = prompts_mark(json.loads((prompts.metadata() or {}).get("prompts", "[]")))
+    table = json.loads((prompts.metadata() or {}).get("prompts", "[]"))
+    mark, by_id = prompts_mark(table), dict(enumerate(table))
     starts = [0]
     for file, shard in zip(files, shards, strict=True):
         missing = {"latents", "viewmats", "Ks", "prompt_ids"} - set(shard.keys())
         if missing or "meta" not in (shard.metadata() or {}):
             raise ValueError(f"{file}: not a shard of latents, it holds {sorted(shard.keys())[:5]}")
-        if json.loads(shard.metadata()["meta"]).get("prompts", mark) != mark:
+        captions = [clip[2] for clip in json.loads(shard.metadata().get("clips", "[]"))]  # of videos, row by row
+        rows = [by_id.get(i) for i in shard.get_tensor("prompt_ids").tolist()] if captions else []
+        if captions != rows or json.loads(shard.metadata()["meta"]).get("prompts", mark) != mark:
             raise ValueError(f"{file}: a shard of another folder, its prompts are not those of {folder}; data.py makes "
                              "one folder of several videos, and of toy worlds by --count")
         starts.append(starts[-1] + shard.get_slice("prompt_ids").get_shape()[0])
