@@ -478,13 +478,16 @@ def open_latents(folder: str | Path, preset: str | None = None) -> Latents:
         prompts = safe_open(folder / "prompts.safetensors", "pt")
     except SafetensorError as error:
         raise ValueError(f"{folder}: a file is truncated or not safetensors ({error})") from None
-    mark = prompts_mark(json.loads((prompts.metadata() or {}).get("prompts", "[]")))
+    table = json.loads((prompts.metadata() or {}).get("prompts", "[]"))
+    mark, by_id = prompts_mark(table), dict(enumerate(table))
     starts = [0]
     for file, shard in zip(files, shards, strict=True):
         missing = {"latents", "viewmats", "Ks", "prompt_ids"} - set(shard.keys())
         if missing or "meta" not in (shard.metadata() or {}):
             raise ValueError(f"{file}: not a shard of latents, it holds {sorted(shard.keys())[:5]}")
-        if json.loads(shard.metadata()["meta"]).get("prompts", mark) != mark:
+        captions = [clip[2] for clip in json.loads(shard.metadata().get("clips", "[]"))]  # of videos, row by row
+        rows = [by_id.get(i) for i in shard.get_tensor("prompt_ids").tolist()] if captions else []
+        if captions != rows or json.loads(shard.metadata()["meta"]).get("prompts", mark) != mark:
             raise ValueError(f"{file}: a shard of another folder, made for other prompts than {folder} has")
         starts.append(starts[-1] + shard.get_slice("prompt_ids").get_shape()[0])
     if preset:
@@ -662,14 +665,19 @@ def open_log(out: Path, step: int, steps: int) -> None:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # a killed run or a full disk may have cut the last one
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        temporary = path.with_name(path.name + ".tmp")  # a full disk leaves the log as it was
+        temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        temporary.replace(path)
     print(f"{out}: step {step} of {steps}" + (", nothing left to do" if step >= steps else ""))
 
 
 def write_log(path: Path, row: dict) -> None:
     """Append one line of metrics."""
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:  # of a full disk, which names no file
+        raise ValueError(f"{path}: could not be written ({error})") from error
 
 
 def to_bytes(video: Tensor) -> Tensor:
@@ -699,7 +707,11 @@ def write_sheet(path: Path, videos: list[Tensor], every: int = 4, most: int = 16
     sheet = to_bytes(rearrange(strips, "b s h w c -> (b s h) w c")).cpu().numpy()
     zoom = max(1, 96 // height)
     path.parent.mkdir(parents=True, exist_ok=True)
-    imageio.imwrite(path, sheet.repeat(zoom, 0).repeat(zoom, 1))
+    picture = imageio.imwrite("<bytes>", sheet.repeat(zoom, 0).repeat(zoom, 1), extension=".png")
+    try:
+        path.write_bytes(picture)
+    except OSError as error:
+        raise ValueError(f"{path}: could not be written ({error})") from error
 
 
 def find_vae(data: Latents, vae: Path | None = None) -> Path:

@@ -351,6 +351,8 @@ def to_heads(z: Tensor, heads: int) -> Tensor:
     n = sequence_rank()[1]
     if n == 1:
         return rearrange(z, "b f s (nh hd) -> b nh (f s) hd", nh=heads)
+    if heads % n:  # 12 heads for 8 ranks would become 8 wider ones, without a word
+        raise ValueError(f"--sp {n}: {heads} heads cannot be shared evenly by {n} ranks")
     z = AllToAll.apply(rearrange(z, "b f s (n nh hd) -> n b f s nh hd", n=n, nh=heads // n))
     return rearrange(z, "n b f s nh hd -> b nh (f n s) hd")
 
