@@ -55,6 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--other-intrinsics", action="store_true", help="let the path's K differ from the one trained with")
     p.add_argument("--released-cache", action="store_true", help="for minWM's released DMD of HunyuanVideo-1.5: let "
                    "PRoPE's queries read RoPE's old keys, as in the rollouts that it was distilled on")
+    p.add_argument("--compile", action="store_true", help="torch.compile blocks: slow to start, then faster")
     p.add_argument("--bench", action="store_true", help="print frames/s and time to the first frame, after a warm-up")
     p.add_argument("--score", action="store_true", help="measure on held-out rooms and paths of the toy world")
     p.add_argument("--scenes", type=int, default=64, help="with --score: how many")
@@ -398,7 +399,7 @@ def open_player(args: argparse.Namespace) -> tuple[Path, Player, Path | None]:
     """The checkpoint that is played, its network with VAE and encoder, and the files of the encoder, None for words."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ckpt = args.ckpt or (Path("ckpt/dmd.pt") if Path("ckpt/dmd.pt").exists() else SHIPPED / "dmd.pt")
-    net, meta = load_net(ckpt, device, *STAGES)
+    net, meta = load_net(ckpt, device, *STAGES, compile=args.compile)
     if args.released_cache:
         use_released_cache(net, meta, ckpt)
     vae = args.vae or beside(ckpt, "vae.pt", "Wan2.1_VAE.pth", "vae") or SHIPPED.with_name(meta["preset"]) / "vae.pt"

@@ -1,18 +1,28 @@
 """
 What is there for speed or size alone changes no number: to the bit where the same sums are made, else to rounding.
 """
+import gc
 import json
+import os
+import shutil
 import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from einops import rearrange
 from torch import nn
+from torch._dynamo.utils import counters
 
 from conftest import ENVIRONMENT, ROOT, call, command, refusal, run
-from data import K_SQUARE, intrinsics, parse_trajectory, save_prompts, save_shard
-from model import PRESETS, apply_projection, four_copies, fresh_weights, load_checkpoint, save_checkpoint
+from data import K_SQUARE, get_batch, intrinsics, open_latents, parse_trajectory, save_prompts, save_shard
+from helpers import CPU
+from model import (
+    PRESETS, Camera, apply_projection, build, four_copies, fresh_weights, load_checkpoint, load_net, prefill,
+    save_checkpoint, shard, start_process_group, update_cache,
+)
+from train_ar import teacher_forcing_loss
 
 KIND = {"K": list(K_SQUARE), "size": [32, 32], "fps": 16.0, "frames": 4, "vae_fingerprint": "0"}
 DMD = "--batch-size 1 --fake-score-updates 1 --lr 1e-3 --fake-score-lr 1e-3 --ema-decay 0.5 --log-every 1".split()
@@ -200,3 +210,67 @@ def test_a_gathered_rollout_gathers_once(world):
     assert plain == f"{passes * groups} 0" and gathered == f"{groups} 0"
     # two passes, there and back, and the reduction of their gradients
     assert plain_replay == f"{4 * groups} {2 * groups}" and gathered_replay == f"{groups} {2 * groups}"
+
+
+# ------------------------------------------------------------------------------------------------------ Compiled blocks
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),
+    reason="on a CPU torch.compile needs a C++ compiler: apt install g++")
+
+
+@pytest.fixture
+def one_rank():
+    yield start_process_group()[2]
+    gc.collect()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_compiled_training_is_the_same(world, one_rank, monkeypatch):
+    tiny = PRESETS["tiny"]  # as the large presets: sharded, and every block run again for backward
+    monkeypatch.setitem(PRESETS, "tiny", tiny._replace(dit=replace(tiny.dit, recompute=True)))
+    data, (weights, meta) = open_latents(world / "data/toy"), load_checkpoint(world / "ckpt/ode.pt")
+    torch._dynamo.reset()
+    counters.clear()
+    rows = []
+    for compile in (False, True):
+        with torch.device("meta"):
+            net = build("tiny")
+        shard(net, weights, one_rank, train=True, compile=compile)
+        optimizer, losses = torch.optim.SGD(net.parameters(), lr=1e-2), []
+        for step in range(3):
+            batch = get_batch(data, 0, step, (0, 1), 2, one_rank)
+            losses.append(teacher_forcing_loss(net, batch, meta, null_prob=0.0))
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            made = counters["stats"]["unique_graphs"]
+            assert made == compile  # by the first block of the first step, for all blocks and steps
+        rows.append(torch.stack([*losses, *(p.full_tensor().norm() for p in net.parameters())]))
+    assert not counters["graph_break"]
+    torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_compiled_stream_is_the_same(world):
+    torch.manual_seed(0)
+    x, prompt = torch.randn(1, 10, 8, 8, 8), torch.randn(1, 8, PRESETS["tiny"].dit.text_dim)
+    camera = Camera(parse_trajectory("w,w+l,l*7")[None], intrinsics(K_SQUARE).expand(1, 10, 3, 3))
+    torch._dynamo.reset()
+    counters.clear()
+    rows, made = [], []
+    for compile in (False, True):
+        net, _ = load_net(world / "ckpt/ode.pt", CPU, compile=compile)
+        kv_cache, vs = prefill(net, x, prompt, camera), []
+        for frames in (slice(start, start + 2) for start in range(0, 10, 2)):
+            here = x[:, frames], prompt, camera.frames(frames)
+            vs.append(net(here[0], torch.full((1, 2), 0.5), *here[1:], kv_cache=kv_cache))
+            kv_cache = update_cache(net, *here, kv_cache)
+            made.append(counters["stats"]["unique_graphs"])
+        rows.append(torch.cat(vs))
+    # the prompt; a pass without a past and its update; a pass with one, of whatever length, and its update
+    assert made == [0] * 5 + [3, 5, 5, 5, 5] and not counters["graph_break"]
+    torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-5)
