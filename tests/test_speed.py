@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 
+import imageio.v3 as imageio
 import pytest
 import torch
 import torch.distributed as dist
@@ -274,3 +275,24 @@ def test_a_compiled_stream_is_the_same(world):
     # the prompt; a pass without a past and its update; a pass with one, of whatever length, and its update
     assert made == [0] * 5 + [3, 5, 5, 5, 5] and not counters["graph_break"]
     torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ A stream on two ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ("tiny", "tiny-hy"))
+def test_a_video_that_ranks_share_is_the_same(tmp_path, preset):
+    flags = "--camera", "w*3,w+l*2", "--ckpt", ROOT / "ckpt" / preset / "dmd.pt", "--seed", 3
+    one = run("stream.py", *flags, "--out", "one.mp4", cwd=tmp_path)
+    two = run("stream.py", *flags, "--out", "two.mp4", "--sp", 2, cwd=tmp_path, nproc=2)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    assert two.stdout == one.stdout.replace("one", "two") and two.stderr.count("trained for") == 1
+    a, b = (imageio.imread(tmp_path / f"{name}.png").astype(int) for name in ("one", "two"))
+    assert a.shape == b.shape and abs(a - b).max() <= 1  # of 255: a sum in another order may round another way
+    assert len(imageio.imread(tmp_path / "two.mp4")) == len(imageio.imread(tmp_path / "one.mp4")) == 21
+
+
+def test_ranks_that_share_no_video_are_refused(tmp_path):
+    found = refusal("stream.py", "--sp", 2, cwd=tmp_path)
+    assert found.startswith("error: --sp 2: found 1 processes; torchrun --nproc_per_node 2 ")
