@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import weakref
 from dataclasses import replace
 
 import imageio.v3 as imageio
@@ -13,11 +14,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from einops import rearrange
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.utils import counters
 
 from conftest import ENVIRONMENT, ROOT, call, command, refusal, run
-from data import K_SQUARE, get_batch, intrinsics, open_latents, parse_trajectory, save_prompts, save_shard
+from data import (
+    K_SQUARE, Clip, Encoder, Run, ShardPlan, encode, get_batch, intrinsics, log_prompt, look, open_latents, parse_args,
+    parse_trajectory, read_prompts, save_prompts, save_shard,
+)
 from helpers import CPU
 from model import (
     PRESETS, Camera, apply_projection, build, four_copies, fresh_weights, load_checkpoint, load_net, prefill,
@@ -296,3 +302,82 @@ def test_a_video_that_ranks_share_is_the_same(tmp_path, preset):
 def test_ranks_that_share_no_video_are_refused(tmp_path):
     found = refusal("stream.py", "--sp", 2, cwd=tmp_path)
     assert found.startswith("error: --sp 2: found 1 processes; torchrun --nproc_per_node 2 ")
+
+
+# --------------------------------------------------------------------------------------------- Prompts, one at a time
+
+
+class Killed(BaseException):
+    pass
+
+
+def make_encoder(kill_at=None):
+    """An encoder of two columns, as HY's, the prompts that it was asked for, and references to what it made of them."""
+    asked, made = [], []
+
+    def encode_text(prompt):
+        if len(asked) == kill_at:
+            raise Killed
+        asked.append(prompt)
+        # of what was made before, the last row may still be in the caller's hands
+        assert sum(z() is not None for z in made) <= 2
+        generator = torch.Generator().manual_seed(len(prompt))
+        row = {name: torch.randn(len(prompt) % limit, width, generator=generator).half()
+               for name, limit, width in (("text", 99, 6), ("byt5", 3, 4))}
+        made.extend(weakref.ref(z) for z in row.values())
+        return row
+
+    return Encoder("fake", encode_text, None, None, ""), asked
+
+
+def make_run(folder, captions, encoder, device):
+    args = parse_args(["--videos", str(folder), "--out", str(folder)])
+    clips = [Clip(f"{n}.mp4", 0, caption, "w", None) for n, caption in enumerate(captions)]
+    return Run(args, clips, None, {}, encoder, "negative", 0, 1, device, None)
+
+
+def test_a_killed_run_loses_no_prompt(tmp_path, one_rank):
+    captions = ["a" * n for n in (5, 1, 12, 5, 7, 30, 2)]
+    encoder, asked = make_encoder(kill_at=4)
+    with pytest.raises(Killed):
+        look(make_run(tmp_path, captions, encoder, one_rank))
+    assert asked == ["negative", *captions[:3]]
+    # killed within a row: half of its numbers, half of its line
+    with open(tmp_path / "prompts-0.f16", "ab") as numbers, open(tmp_path / "prompts-0.jsonl", "a") as lines:
+        numbers.write(b"123")
+        lines.write('\n{"encoder": "fake", "prom')
+    shutil.move(tmp_path / "prompts-0.jsonl", tmp_path / "prompts-3.jsonl")  # there were more processes then
+    shutil.move(tmp_path / "prompts-0.f16", tmp_path / "prompts-3.f16")
+
+    encoder, asked = make_encoder()
+    run = make_run(tmp_path, captions, encoder, one_rank)
+    surveys, errors = look(run)
+    assert asked == captions[4:] and len(surveys) == len(captions) and not errors
+    shard = tmp_path / "latents-000000.safetensors"
+    shard.touch()  # not missing: the table alone is
+    encode(run, {shard: ShardPlan(run.clips, [], *[None] * 3)}, {})
+    assert not list(tmp_path.glob("prompts-*")) and not (tmp_path / "prompts.safetensors.unfinished").exists()
+    order = [*dict.fromkeys(captions), "negative"]
+    rows = [make_encoder()[0].encode_text(prompt) for prompt in order]
+    columns = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    ends = {f"{name}_ends": torch.tensor([len(row[name]) for row in rows]).cumsum(0) for name in rows[0]}
+    found, expected = load_file(tmp_path / "prompts.safetensors"), columns | ends
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], z) for name, z in expected.items())
+    with safe_open(tmp_path / "prompts.safetensors", "pt") as table:
+        assert table.metadata() == {"prompts": json.dumps(order[:-1]), "null": "negative", "encoder": "fake"}
+
+    encoder, asked = make_encoder()
+    look(make_run(tmp_path, captions, encoder, one_rank))
+    assert not asked
+
+
+def test_a_log_that_is_being_written_can_be_read(tmp_path):
+    log, row = tmp_path / "prompts-0.jsonl", {"embeds": torch.arange(6.0).half().view(3, 2)}
+    log_prompt(log, "fake", "a\nb", row)
+    log_prompt(log, "another", "c", row)
+    with open(log, "a") as file:
+        file.write('\n{"encoder": "fake"')
+    found = read_prompts([log, tmp_path / "nowhere"], "fake")
+    assert set(found) == {"a\nb"} and torch.equal(found["a\nb"]["embeds"], row["embeds"])
+    log_prompt(log, "fake", "d", row)
+    assert set(read_prompts([log], "fake")) == {"a\nb", "d"}
