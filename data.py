@@ -28,10 +28,10 @@ import sys
 import zlib
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -598,15 +598,23 @@ def get_batch(data: Latents, seed: int, step: int, part: tuple[int, int], size: 
     return Batch(x0, prompt, null, camera, generated, rng, ids, column("states"))
 
 
-def save_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write safetensors so that a crash or a full disk never leaves half a file under the final name."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """What is written in a with-block under the name that it gets becomes `path` at its end: a crash or a full disk
+    never leaves half a file there."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file({name: z.cpu().contiguous() for name, z in tensors.items()}, temporary, metadata)
+        yield temporary
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise ValueError(f"{path}: could not be written ({error})") from error
+
+
+def save_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write safetensors."""
+    with replacing(path) as temporary:
+        save_file({name: z.cpu().contiguous() for name, z in tensors.items()}, temporary, metadata)
 
 
 def prompts_mark(prompts: list[str]) -> str:
@@ -614,11 +622,34 @@ def prompts_mark(prompts: list[str]) -> str:
     return f"{zlib.crc32(json.dumps(prompts).encode()):08x}"
 
 
+def stored(z: Tensor) -> bytes:
+    """Numbers as they stand in a file."""
+    return z.cpu().contiguous().numpy().tobytes()
+
+
 def save_prompts(path: Path, rows: list[dict[str, Tensor]], about: dict[str, str]) -> None:
-    """The table of encoded prompts, the null prompt's row last."""
-    columns = {name: torch.cat([row[name] for row in rows]).half() for name in rows[0]}
-    ends = {f"{name}_ends": torch.tensor([len(row[name]) for row in rows]).cumsum(0) for name in rows[0]}
-    save_shard(path, columns | ends, about)
+    """The table of encoded prompts, the null prompt's row last.
+
+    All together may be larger than memory, so this writes safetensors by hand, row after row: the header's length in
+    eight bytes, the header, the numbers.
+    """
+    ends = {name: torch.tensor([len(row[name]) for row in rows]).cumsum(0) for name in rows[0]}
+    columns = [(f"{name}_ends", "I64", [len(rows)], 8) for name in ends]
+    columns += [(name, "F16", [int(ends[name][-1]), rows[0][name].shape[1]], 2) for name in ends]
+    header, start = {"__metadata__": about}, 0
+    for name, dtype, shape, size in columns:
+        end = start + size * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for column in ends.values():
+            file.write(stored(column))
+        for name in ends:
+            for row in rows:
+                file.write(stored(row[name].half()))
 
 
 # What the stages' command lines, logs and pictures share.
@@ -1753,8 +1784,16 @@ def survey_clips(clips: list[Clip], folder: Path, out: Path, rank: int, world_si
     return surveys
 
 
-def read_prompts(path: Path, encoder_name: str) -> dict[str, dict[str, Tensor]]:
-    """A table of encoded prompts by prompt, empty if another encoder made it. Raises ValueError if it is damaged."""
+def read_prompts(tables: list[Path], encoder_name: str) -> dict[str, dict[str, Tensor]]:
+    """The rows of all tables and logs of prompts that this encoder made, by prompt. They are memory-mapped."""
+    embeds: dict[str, dict[str, Tensor]] = {}
+    for path in filter(Path.exists, tables):
+        embeds |= (read_prompt_log if path.suffix == ".jsonl" else read_prompt_table)(path, encoder_name)
+    return embeds
+
+
+def read_prompt_table(path: Path, encoder_name: str) -> dict[str, dict[str, Tensor]]:
+    """Of what save_prompts wrote, nothing if another encoder made it. Raises ValueError if it is damaged."""
     embeds: dict[str, dict[str, Tensor]] = {}
     try:
         with safe_open(path, "pt") as table:
@@ -1773,23 +1812,55 @@ def read_prompts(path: Path, encoder_name: str) -> dict[str, dict[str, Tensor]]:
     return embeds
 
 
-def encode_captions(captions: list[str], encoder: Encoder, tables: list[Path]) -> tuple[dict, dict[str, str]]:
+def read_prompt_log(path: Path, encoder_name: str) -> dict[str, dict[str, Tensor]]:
+    """Of what log_prompt wrote, and may be writing."""
+    lines, file = path.read_text().splitlines(), path.with_suffix(".f16")
+    numbers = torch.from_file(str(file), size=file.stat().st_size // 2, dtype=torch.float16)
+    embeds: dict[str, dict[str, Tensor]] = {}
+    for line in lines:
+        with suppress(json.JSONDecodeError):  # the last line of a run that was killed
+            about = json.loads(line)
+            start, row = about["start"], {}
+            for name, (length, width) in about["shapes"].items():
+                row[name] = numbers[start : start + length * width].view(length, width)
+                start += length * width
+            if about["encoder"] == encoder_name:
+                embeds[about["prompt"]] = row
+    return embeds
+
+
+def log_prompt(path: Path, encoder_name: str, prompt: str, row: dict[str, Tensor]) -> None:
+    """Append a prompt's row of fp16 to a log: its numbers to a file of their own, and then a line to path, a .jsonl."""
+    with open(path.with_suffix(".f16"), "ab") as file:
+        file.write(b" " * (file.tell() % 2))  # a killed run may have left half a number
+        start = file.tell() // 2
+        for z in row.values():
+            file.write(stored(z))
+    shapes = {name: list(z.shape) for name, z in row.items()}
+    with open(path, "a") as file:
+        # the line break first: what stands there may be half a line
+        file.write("\n" + json.dumps({"encoder": encoder_name, "prompt": prompt, "start": start, "shapes": shapes}))
+
+
+def encode_captions(captions: Iterable[str], encoder: Encoder, tables: list[Path],
+                    keep: Callable[[str, dict[str, Tensor]], None] | None = None) -> tuple[dict, dict[str, str]]:
     """Each distinct caption's row of the table of prompts, on the CPU in fp16, and the errors of those without.
 
-    What `tables` of earlier runs hold is not encoded again.
+    What `tables` of earlier runs hold is not encoded again. keep: what is done with a new caption and its row, instead
+    of holding it in memory until all are made.
     """
-    embeds: dict[str, dict[str, Tensor]] = {}
-    for path in filter(Path.exists, tables):
-        embeds |= read_prompts(path, encoder.name)
-    new = [caption for caption in dict.fromkeys(captions) if caption not in embeds]
-    errors = {}
-    for caption in tqdm(new, "prompts"):
+    embeds = read_prompts(tables, encoder.name)
+    errors, known, keep = {}, set(embeds), keep or embeds.__setitem__
+    for caption in captions:
+        if caption in known:
+            continue
+        known.add(caption)
         try:
             row = encoder.encode_text(caption)
         except ValueError as error:
             errors[caption] = str(error)
         else:
-            embeds[caption] = {name: z.half().cpu() for name, z in row.items()}
+            keep(caption, {name: z.half().cpu() for name, z in row.items()})
     return embeds, errors
 
 
@@ -2178,30 +2249,28 @@ def open_run(args: argparse.Namespace) -> Run:
     return Run(args, clips, vae, vae_meta, encoder, negative, rank, world_size, device, group)
 
 
-def prompt_tables(out: Path) -> tuple[Path, Path]:
-    """The table of encoded prompts, and what it is called until all shards are written: without it the folder does not
-    open."""
-    return out / "prompts.safetensors", out / "prompts.safetensors.unfinished"
+def prompt_tables(out: Path) -> list[Path]:
+    """All that may hold encoded prompts: the table; what it is called until all shards are written, for without it the
+    folder does not open; and every process's log."""
+    return [out / "prompts.safetensors", out / "prompts.safetensors.unfinished", *sorted(out.glob("prompts-*.jsonl"))]
 
 
-def look(run: Run) -> tuple[list[dict], dict, dict[str, str]]:
-    """Pass 1, shared by all ranks -> a survey of every clip; on rank 0, which alone encodes text, the encoded captions;
-    the errors of those that could not be."""
-    embeds: dict[str, dict[str, Tensor]] = {}
-    errors: dict[str, str] = {}
-    if run.rank == 0:
-        captions = [run.negative] + [clip.caption for clip in run.clips if clip.caption]
-        embeds, errors = encode_captions(captions, run.encoder, list(prompt_tables(run.args.out)))
-        if run.negative in errors:
-            raise ValueError(f"--negative: {errors[run.negative]}")
-    mine = survey_clips(run.clips, run.args.videos, run.args.out, run.rank, run.world_size, clip_format(run.args))
-    everyones = run.gather((mine, errors))
+def look(run: Run) -> tuple[list[dict], dict[str, str]]:
+    """Pass 1, shared by all ranks: encode every caption -> a survey of every clip, and the errors of captions."""
+    out, rank, world_size = run.args.out, run.rank, run.world_size
+    captions = list(dict.fromkeys([run.negative] + [clip.caption for clip in run.clips if clip.caption]))
+    keep = partial(log_prompt, out / f"prompts-{rank}.jsonl", run.encoder.name)
+    mine = tqdm(captions[rank::world_size], "prompts", disable=rank > 0)
+    _, errors = encode_captions(mine, run.encoder, prompt_tables(out), keep)
+    if run.negative in errors:
+        raise ValueError(f"--negative: {errors[run.negative]}")
+    surveys_of_mine = survey_clips(run.clips, run.args.videos, out, rank, world_size, clip_format(run.args))
+    everyones = run.gather((surveys_of_mine, errors))
     surveys = []
     for n in range(len(run.clips)):
-        theirs, _ = everyones[n % run.world_size]  # clip n was the turn of this rank
-        surveys.append(theirs[n // run.world_size])
-    _, errors = everyones[0]
-    return surveys, embeds, errors
+        theirs, _ = everyones[n % world_size]  # clip n was the turn of this rank
+        surveys.append(theirs[n // world_size])
+    return surveys, {caption: error for _, theirs in everyones for caption, error in theirs.items()}
 
 
 def describe_folder(run: Run, cameras: list[ClipCamera]) -> dict[str, Any]:
@@ -2245,16 +2314,17 @@ def encode_shard(run: Run, plan: ShardPlan, prompt_ids: dict[str, int], bar: tqd
     return tensors
 
 
-def encode(run: Run, plans: dict[Path, ShardPlan], meta: dict, embeds: dict[str, dict[str, Tensor]]) -> None:
+def encode(run: Run, plans: dict[Path, ShardPlan], meta: dict) -> None:
     """Pass 3, shared by all ranks: write the shards that are missing, and the table of prompts."""
     out, rank = run.args.out, run.rank
-    final, unfinished = prompt_tables(out)
+    final, unfinished, *_ = prompt_tables(out)
     missing = [file for file in plans if not file.exists()]
     captions = list(dict.fromkeys(clip.caption for plan in plans.values() for clip in plan.clips))
     prompt_ids = {caption: i for i, caption in enumerate(captions)}
     run.gather(None)  # no process writes before all have agreed
     if rank == 0 and (missing or not final.exists()):
         about = {"prompts": json.dumps(captions), "null": run.negative, "encoder": run.encoder.name}
+        embeds = read_prompts(prompt_tables(out), run.encoder.name)
         save_prompts(unfinished, [embeds[prompt] for prompt in [*captions, run.negative]], about)
         final.unlink(missing_ok=True)
     mine = missing[rank :: run.world_size]
@@ -2266,6 +2336,8 @@ def encode(run: Run, plans: dict[Path, ShardPlan], meta: dict, embeds: dict[str,
     if rank == 0:
         if unfinished.exists():
             unfinished.replace(final)
+        for log in out.glob("prompts-*"):
+            log.unlink()
         print(f"{out}: {sum(len(plan.clips) for plan in plans.values())} clips in {len(plans)} files, {len(missing)} "
               f"of them new; python data.py --inspect {out}")
 
@@ -2275,7 +2347,7 @@ def make_from_videos(args: argparse.Namespace) -> None:
     run = open_run(args)
 
     # 1. look
-    surveys, embeds, bad_captions = look(run)
+    surveys, bad_captions = look(run)
 
     # 2. judge, which every rank does alike
     report, cameras = judge(run.clips, surveys, bad_captions, args)
@@ -2296,7 +2368,7 @@ def make_from_videos(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.out}: none of {len(report)} clips can be kept; report.jsonl says why")
 
     # 3. encode
-    encode(run, plans, meta, embeds)
+    encode(run, plans, meta)
 
 
 # Pictures of a folder of latents.

@@ -102,6 +102,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--keep", type=positive, default=5, help="checkpoints of earlier saves that stay beside --out")
     p.add_argument("--vae", type=Path, help="for the sheets; default: what made the latents")
     p.add_argument("--sp", type=positive, default=1, help="processes that share a video, each some of its tokens")
+    p.add_argument("--compile", action="store_true", help="torch.compile blocks: slow to start, then faster steps")
     set_recipe(p, RECIPES, argv)
     # -- end ---------------------------------------------------------------------------------------------------------
     args = p.parse_args(argv)
@@ -122,8 +123,8 @@ def main(args: argparse.Namespace) -> None:
     source = check_data(data, source, args.init)
     with torch.device("meta"):
         net, ema, teacher = (build(args.preset) for _ in range(3))
-    net, ema = shard(net, weights, device, train=True), shard(ema, weights, device)
-    teacher = shard(teacher, weights, device)
+    net = shard(net, weights, device, train=True, compiled=args.compile)
+    ema, teacher = (shard(frozen, weights, device, compiled=args.compile) for frozen in (ema, teacher))
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=args.betas, weight_decay=0.01, fused=True)
     nets, optimizers = {"net": net, "ema": ema}, {"net": optimizer}
     meta: Meta = source | {"stage": "cd", "sampler": "few_step", "sampling_steps": args.sampling_steps,

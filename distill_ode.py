@@ -127,6 +127,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--keep", type=positive, default=5, help="checkpoints of earlier saves that stay beside --out")
     p.add_argument("--vae", type=Path, help="for the sheets; default: what made the latents")
     p.add_argument("--sp", type=positive, default=1, help="processes that share a video, each some of its tokens")
+    p.add_argument("--compile", action="store_true", help="torch.compile blocks: slow to start, then faster steps")
     set_recipe(p, RECIPES, argv)
     # -- end ---------------------------------------------------------------------------------------------------------
     args = p.parse_args(argv)
@@ -185,7 +186,7 @@ def main(args: argparse.Namespace) -> None:
     if args.generate:
         with torch.device("meta"):
             teacher = build(args.preset)
-        return generate(args, shard(teacher, weights, device), data, source, device)
+        return generate(args, shard(teacher, weights, device, compiled=args.compile), data, source, device)
     data, terms = open_latents(args.pairs, args.preset), pair_terms(args, source)  # from here on the data are pairs
     if "generated" not in data.shards[0].keys():
         raise ValueError(f"{args.pairs}: pairs of an older version of this code; remove them, --generate makes others")
@@ -194,7 +195,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.pairs}: expected pairs with {terms}, found {found}; --generate makes them")
     with torch.device("meta"):
         net, ema = (build(args.preset) for _ in range(2))
-    net, ema = shard(net, weights, device, train=True), shard(ema, weights, device)
+    net, ema = shard(net, weights, device, train=True, compiled=args.compile), shard(ema, weights, device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=args.betas, weight_decay=0.01, fused=True)
     nets, optimizers = {"net": net, "ema": ema}, {"net": optimizer}
     meta: Meta = source | {"stage": "ode", "sampler": "few_step", "sampling_steps": args.sampling_steps,

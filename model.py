@@ -212,11 +212,13 @@ def rolling_cache(kv_cache: KVCache, tokens: int, sink: int, window: int) -> KVC
             return z
         return torch.cat([z[:, :, : sink * tokens], z[:, :, n - window * tokens :]], dim=2)
 
-    layers = []
-    for pieces in kv_cache.layers:
-        whole = [torch.cat(z, dim=2) for z in zip(*pieces, strict=True)]
-        layers.append([tuple(cut(z) for z in whole)])
+    layers = [[tuple(cut(z) for z in piece) for piece in one_piece(pieces)] for pieces in kv_cache.layers]
     return kv_cache._replace(layers=layers)
+
+
+def one_piece(pieces: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """A block's cached pieces, joined to a single one; none stay none."""
+    return [tuple(torch.cat(z, dim=2) for z in zip(*pieces, strict=True))] if pieces else []
 
 
 def sinusoid(position: Tensor, width: int) -> Tensor:
@@ -828,7 +830,27 @@ def with_camera(weights: dict[str, Tensor], preset: str) -> tuple[dict[str, Tens
     return {**weights, **added}, len(added)
 
 
-def shard(net: nn.Module, weights: dict[str, Tensor], device: torch.device, train: bool = False) -> nn.Module:
+def compile_block(block: nn.Module) -> None:
+    """torch.compile its forward, in place: no parameter changes its name. All blocks of a network share what is made,
+    once for every kind of pass; only the length of a cache may vary.
+    """
+    import torch._dynamo
+    torch._dynamo.config.recompile_limit = 64  # DMD has seven: a chunk or a video, with gradient or without, ...
+    forward = torch.compile(block.forward)
+
+    def run(x: Tensor, *others):
+        x = x.clone() if x._is_view() else x  # the first block's is a view, the others' are not: two kinds for nothing
+        args = [one_piece(z) if isinstance(z, list) else z for z in others]  # the one list among them is the cache
+        for piece in next(z for z in args if isinstance(z, list)):
+            for z in piece:
+                torch._dynamo.maybe_mark_dynamic(z, 2)
+        return forward(x, *args)
+
+    block.forward = run
+
+
+def shard(net: nn.Module, weights: dict[str, Tensor], device: torch.device, train: bool = False,
+          compiled: bool = False) -> nn.Module:
     """A network built on the meta device -> the same, sharded over all ranks (FSDP2) and filled with rank 0's weights.
 
     One fully_shard per block and one for the rest. fp32 master weights; on a GPU, bf16 compute and fp32 reduction.
@@ -844,6 +866,8 @@ def shard(net: nn.Module, weights: dict[str, Tensor], device: torch.device, trai
     # the networks cast their inputs themselves: sigma and the camera must reach them in fp32
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in net.blocks:
+        if compiled:
+            compile_block(block)
         if train and net.cfg.recompute:  # within FSDP's hooks, and without a wrapper: no parameter changes its name
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         fully_shard(block, mesh=mesh, mp_policy=precision)
@@ -1043,7 +1067,7 @@ def is_state_dict(weights: object) -> bool:
     return isinstance(weights, dict) and all(isinstance(w, Tensor) for w in weights.values())
 
 
-def load_net(path: Path, device: torch.device, *stages: str) -> tuple[nn.Module, Meta]:
+def load_net(path: Path, device: torch.device, *stages: str, compiled: bool = False) -> tuple[nn.Module, Meta]:
     """A checkpoint's network for inference, unsharded, and its meta; bf16 on a GPU."""
     weights, meta = load_checkpoint(path, *stages)
     with torch.device("meta"):
@@ -1051,6 +1075,8 @@ def load_net(path: Path, device: torch.device, *stages: str) -> tuple[nn.Module,
     net.timed_text = meta.get("timed_text", False)  # HYDiT's: some released networks were trained that way
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     net.load_state_dict({name: w.to(device, dtype) for name, w in weights.items()}, assign=True)
+    for block in net.blocks if compiled else ():
+        compile_block(block)
     return net.eval().requires_grad_(False), meta
 
 

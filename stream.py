@@ -7,10 +7,13 @@ out: an mp4 (or gif) and a contact sheet; on the toy world, with --score, how we
 $ python stream.py --camera 'w*3,w+l*4'
 $ python stream.py --camera path.json --ckpt ckpt/ar.pt --sampling-steps 48 --out walk.mp4 --keys
 $ python stream.py --score --scenes 64 --ckpt ckpt/tiny/dmd.pt
+$ torchrun --nproc_per_node 2 stream.py --sp 2
 """
 import argparse
 import json
 import math
+import os
+import signal
 import sys
 import textwrap
 import time
@@ -21,16 +24,20 @@ from typing import NamedTuple
 import imageio.v3 as imageio
 import numpy as np
 import torch
+import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
     GRAMMAR, LOOKS, N_PANELS, NAMED, PALETTE, SURFACE_OF_PANEL, VIDEOS, CameraPath, Encoder, HelpFormatter, Scene, cast,
-    collate_prompts, explain, from_bytes, intrinsics, load_encoder, look_errors, mix, paint, parse_trajectory, pressed,
-    psnr, read_camera, read_prompt, render, resize_and_crop, rotation, sample_toy, to_bytes, write_sheet,
+    collate_prompts, explain, from_bytes, intrinsics, load_encoder, look_errors, mix, paint, parse_trajectory, positive,
+    pressed, psnr, read_camera, read_prompt, render, resize_and_crop, rotation, sample_toy, to_bytes, write_sheet,
 )
-from model import Camera, Meta, Prompt, invert_se3, load_net, load_vae, rollout, timed, use_released_cache
+from model import (
+    Camera, Meta, Prompt, invert_se3, load_net, load_vae, rollout, sequence_rank, start_process_group, timed,
+    use_released_cache,
+)
 
 SHIPPED = Path(__file__).parent / "ckpt/tiny"
 STAGES = ("base", "camera", "ar", "ode", "cd", "dmd")
@@ -56,6 +63,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--other-intrinsics", action="store_true", help="let the path's K differ from the one trained with")
     p.add_argument("--released-cache", action="store_true", help="for minWM's released DMD of HunyuanVideo-1.5: let "
                    "PRoPE's queries read RoPE's old keys, as in the rollouts that it was distilled on")
+    p.add_argument("--sp", type=positive, default=1, help="processes that share a video, each some of its tokens")
+    p.add_argument("--compile", action="store_true", help="torch.compile blocks: slow to start, then faster")
     p.add_argument("--bench", action="store_true", help="print frames/s and time to the first frame, after a warm-up")
     p.add_argument("--score", action="store_true", help="measure on held-out rooms and paths of the toy world")
     p.add_argument("--scenes", type=int, default=64, help="with --score: how many")
@@ -349,7 +358,7 @@ def score(player: Player, args: argparse.Namespace) -> tuple[dict[str, float], l
     viewmats = torch.stack([parse_trajectory(path) for path in paths])
     K = intrinsics(meta["K"])
     rows, ceilings, videos, best = [], [], [], []
-    for i in tqdm(range(0, args.scenes, group), "score"):
+    for i in tqdm(range(0, args.scenes, group), "score", disable=sequence_rank()[0] > 0):
         rooms = Scene(*(z[i : i + group] for z in scene))
         camera = Camera(viewmats[i : i + group], K.expand(group, len(viewmats[0]), 3, 3))
         truth = render(rooms, camera.viewmats, K, meta["size"][0])
@@ -402,6 +411,24 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--prompt is empty: expected a description of the world")
 
 
+def open_device(sp: int) -> torch.device:
+    """This process's. Raises ValueError unless it is one of sp processes, which share every video."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size != sp:
+        raise ValueError(f"--sp {sp}: found {world_size} processes; torchrun --nproc_per_node {sp} stream.py --sp {sp}")
+    if sp == 1:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = start_process_group(sp)[2]
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # unlike a training run, this one has nothing to save
+    return device
+
+
+def say(text: str, **where) -> None:
+    """print, of the processes that share a video on the first alone."""
+    if sequence_rank()[0] == 0:
+        print(text, **where)
+
+
 def beside(ckpt: Path, *names: str) -> Path | None:
     """The first of these that lies in the checkpoint, if it is a folder, or next to it."""
     for folder in (ckpt, ckpt.parent):
@@ -413,9 +440,9 @@ def beside(ckpt: Path, *names: str) -> Path | None:
 
 def open_player(args: argparse.Namespace) -> tuple[Path, Player, Path | None]:
     """The checkpoint that is played, its network with VAE and encoder, and the files of the encoder, None for words."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = open_device(args.sp)
     ckpt = args.ckpt or (Path("ckpt/dmd.pt") if Path("ckpt/dmd.pt").exists() else SHIPPED / "dmd.pt")
-    net, meta = load_net(ckpt, device, *STAGES)
+    net, meta = load_net(ckpt, device, *STAGES, compiled=args.compile)
     if args.released_cache:
         use_released_cache(net, meta, ckpt)
     vae = args.vae or beside(ckpt, "vae.pt", "Wan2.1_VAE.pth", "vae") or SHIPPED.with_name(meta["preset"]) / "vae.pt"
@@ -427,8 +454,8 @@ def open_player(args: argparse.Namespace) -> tuple[Path, Player, Path | None]:
         meta["sampling_steps"] = args.sampling_steps
     if args.guidance is not None:
         meta["guidance"] = args.guidance
-    print(f"{ckpt}: stage {meta['stage']}, trained for {meta['step']} steps; {meta['sampling_steps']} sampling steps, "
-          f"guidance {meta['guidance']:g}", file=sys.stderr)
+    say(f"{ckpt}: stage {meta['stage']}, trained for {meta['step']} steps; {meta['sampling_steps']} sampling steps, "
+        f"guidance {meta['guidance']:g}", file=sys.stderr)
     return ckpt, Player(net, load_vae(vae, device, meta["vae_fingerprint"]), encoder, meta), text_encoder
 
 
@@ -439,7 +466,7 @@ def open_paths(args: argparse.Namespace, ckpt: Path, player: Player, text_encode
     if text_encoder and not args.prompt and not all(path.prompt for path in paths):
         raise ValueError(f"--prompt: expected a description of the world, which {ckpt} reads through {text_encoder}")
     if text_encoder and encoder.encode_image and not args.image:
-        print("warning: this network was trained almost only with a first image; --image gives it one", file=sys.stderr)
+        say("warning: this network was trained almost only with a first image; --image gives it one", file=sys.stderr)
     for path in paths:
         if (intrinsics(path.K or meta["K"]) - intrinsics(meta["K"])).abs().max() > 1e-3 and not args.other_intrinsics:
             raise ValueError(f"{args.camera}: K {path.K}, but {ckpt} was trained with {meta['K']}; "
@@ -459,11 +486,13 @@ def walk(args: argparse.Namespace, player: Player, path: CameraPath, prompt: str
     meta, f = player.meta, len(path.viewmats)
     K = intrinsics(path.K or meta["K"])
     if f > meta["frames"]:
-        print(f"the path has {f} latent frames, trained were {meta['frames']}", file=sys.stderr)
+        say(f"the path has {f} latent frames, trained were {meta['frames']}", file=sys.stderr)
     given = read_given(args.image, player, f) if args.image else None
     camera = Camera(path.viewmats[None], K.expand(1, f, 3, 3))
     pieces = stream(player, [prompt], camera, [args.seed], given)
-    video = torch.cat(list(tqdm(pieces, "chunks")), dim=2).cpu()
+    video = torch.cat(list(tqdm(pieces, "chunks", disable=sequence_rank()[0] > 0)), dim=2).cpu()
+    if sequence_rank()[0] > 0:
+        return
     write_video(out, video[0], meta["fps"], pressed(path.viewmats) if args.keys else None)
 
     sheet = [video]
@@ -475,8 +504,8 @@ def walk(args: argparse.Namespace, player: Player, path: CameraPath, prompt: str
         scene = Scene(colours[None], pillars[None], torch.zeros(1, N_PANELS, dtype=torch.long))
         sheet.insert(0, explain(video, scene, path.viewmats[None], K)[0])
     write_sheet(out.with_suffix(".png"), sheet)
-    print(f"{out}: {video.shape[2]} frames. {out.with_suffix('.png')}: every fourth of them"
-          + (", below the same path through the room that explains them best" if len(sheet) > 1 else ""))
+    say(f"{out}: {video.shape[2]} frames. {out.with_suffix('.png')}: every fourth of them"
+        + (", below the same path through the room that explains them best" if len(sheet) > 1 else ""))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -492,14 +521,15 @@ def main(args: argparse.Namespace) -> None:
         camera = Camera(views[None], intrinsics(meta["K"]).expand(1, len(views), 3, 3))
         timing = bench(player, prompts[0], camera)
         if args.bench:
-            print(json.dumps(timing))
+            say(json.dumps(timing))
         if args.score:
             row, sheet = score(player, args)
             row |= {name: timing[name] for name in ("fps", "first_frame_s")}
             row |= {"stage": meta["stage"], "steps": meta["sampling_steps"], "guidance": meta["guidance"],
                     "scenes": args.scenes, "given": args.given, "seed": args.seed, "score_seed": args.score_seed}
-            print(json.dumps(row))
-            write_sheet(args.out.with_suffix(".png"), sheet)
+            say(json.dumps(row))
+            if sequence_rank()[0] == 0:
+                write_sheet(args.out.with_suffix(".png"), sheet)
         return
 
     for path, prompt in zip(paths, prompts, strict=True):
@@ -512,3 +542,5 @@ if __name__ == "__main__":
         main(parse_args())
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    if dist.is_initialized():
+        dist.destroy_process_group()

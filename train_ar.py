@@ -89,6 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--keep", type=positive, default=5, help="checkpoints of earlier saves that stay beside --out")
     p.add_argument("--vae", type=Path, help="for the sheets; default: what made the latents")
     p.add_argument("--sp", type=positive, default=1, help="processes that share a video, each some of its tokens")
+    p.add_argument("--compile", action="store_true", help="torch.compile blocks: slow to start, then faster steps")
     set_recipe(p, RECIPES, argv)
     # -- end ---------------------------------------------------------------------------------------------------------
     return p.parse_args(argv)
@@ -105,7 +106,7 @@ def main(args: argparse.Namespace) -> None:
     source = check_data(data, source, args.init)
     with torch.device("meta"):
         net, ema = (build(args.preset) for _ in range(2))
-    net, ema = shard(net, weights, device, train=True), shard(ema, weights, device)
+    net, ema = shard(net, weights, device, train=True, compiled=args.compile), shard(ema, weights, device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=args.betas, weight_decay=0.01, fused=True)
     nets, optimizers = {"net": net, "ema": ema}, {"net": optimizer}
     meta: Meta = source | {"stage": "ar", "chunk": args.chunk, "sampling_steps": args.sampling_steps,  # part 3

@@ -94,6 +94,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--keep", type=positive, default=5, help="checkpoints of earlier saves that stay beside --out")
     p.add_argument("--vae", type=Path, help="for the sheets; default: what made the latents")
     p.add_argument("--sp", type=positive, default=1, help="processes that share a video, each some of its tokens")
+    p.add_argument("--compile", action="store_true", help="torch.compile blocks: slow to start, then faster steps")
     set_recipe(p, RECIPES, argv)
     # -- end ---------------------------------------------------------------------------------------------------------
     args = p.parse_args(argv)
@@ -117,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
             print(f"{args.init} has no camera: {added} tensors of it are added, at zero output")
     with torch.device("meta"):
         net, ema = (build(args.preset, camera=not args.no_camera) for _ in range(2))
-    net, ema = shard(net, weights, device, train=True), shard(ema, weights, device)
+    net, ema = shard(net, weights, device, train=True, compiled=args.compile), shard(ema, weights, device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=args.betas, weight_decay=0.01, fused=True)
     nets, optimizers = {"net": net, "ema": ema}, {"net": optimizer}
     meta: Meta = {name: data.meta[name] for name in ("K", "size", "fps", "frames", "vae_fingerprint")}

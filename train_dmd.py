@@ -192,6 +192,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--keep", type=positive, default=5, help="checkpoints of earlier saves that stay beside --out")
     p.add_argument("--vae", type=Path, help="for the sheets; default: what made the latents")
     p.add_argument("--sp", type=positive, default=1, help="processes that share a video, each some of its tokens")
+    p.add_argument("--compile", action="store_true", help="torch.compile blocks: slow to start, then faster steps")
     set_recipe(p, RECIPES, argv)
     # -- end ---------------------------------------------------------------------------------------------------------
     return p.parse_args(argv)
@@ -216,10 +217,10 @@ def load_nets(args: argparse.Namespace, data: Latents, device: torch.device) -> 
         nets |= {name: build(score_meta["preset"]) for name in ("real_score", "fake_score")}
     # HY's released scores were told the noise level with the text, too; what we train is not, see HYDiT
     nets["real_score"].timed_text = score_meta.get("timed_text", False)
-    shard(nets["generator"], weights, device, train=True)
+    shard(nets["generator"], weights, device, train=True, compiled=args.compile)
     shard(nets["ema"], weights, device)
-    shard(nets["real_score"], score_weights, device)
-    shard(nets["fake_score"], score_weights, device, train=True)
+    shard(nets["real_score"], score_weights, device, compiled=args.compile)
+    shard(nets["fake_score"], score_weights, device, train=True, compiled=args.compile)
     return nets, source, score_meta
 
 

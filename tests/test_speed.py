@@ -1,18 +1,35 @@
 """
 What is there for speed or size alone changes no number: to the bit where the same sums are made, else to rounding.
 """
+import gc
 import json
+import os
+import shutil
 import subprocess
+import weakref
 from dataclasses import replace
 
+import imageio.v3 as imageio
 import pytest
 import torch
+import torch.distributed as dist
 from einops import rearrange
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
+from torch._dynamo.utils import counters
 
 from conftest import ENVIRONMENT, ROOT, call, command, refusal, run
-from data import K_SQUARE, intrinsics, parse_trajectory, save_prompts, save_shard
-from model import PRESETS, apply_projection, four_copies, fresh_weights, load_checkpoint, save_checkpoint
+from data import (
+    K_SQUARE, Clip, Encoder, Run, ShardPlan, encode, get_batch, intrinsics, log_prompt, look, open_latents, parse_args,
+    parse_trajectory, read_prompts, save_prompts, save_shard,
+)
+from helpers import CPU
+from model import (
+    PRESETS, Camera, apply_projection, build, four_copies, fresh_weights, load_checkpoint, load_net, prefill,
+    save_checkpoint, shard, start_process_group, update_cache,
+)
+from train_ar import teacher_forcing_loss
 
 KIND = {"K": list(K_SQUARE), "size": [32, 32], "fps": 16.0, "frames": 4, "vae_fingerprint": "0"}
 DMD = "--batch-size 1 --fake-score-updates 1 --lr 1e-3 --fake-score-lr 1e-3 --ema-decay 0.5 --log-every 1".split()
@@ -200,3 +217,167 @@ def test_a_gathered_rollout_gathers_once(world):
     assert plain == f"{passes * groups} 0" and gathered == f"{groups} 0"
     # two passes, there and back, and the reduction of their gradients
     assert plain_replay == f"{4 * groups} {2 * groups}" and gathered_replay == f"{groups} {2 * groups}"
+
+
+# ------------------------------------------------------------------------------------------------------ Compiled blocks
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),
+    reason="on a CPU torch.compile needs a C++ compiler: apt install g++")
+
+
+@pytest.fixture
+def one_rank():
+    yield start_process_group()[2]
+    gc.collect()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_compiled_training_is_the_same(world, one_rank, monkeypatch):
+    tiny = PRESETS["tiny"]  # as the large presets: sharded, and every block run again for backward
+    monkeypatch.setitem(PRESETS, "tiny", tiny._replace(dit=replace(tiny.dit, recompute=True)))
+    data, (weights, meta) = open_latents(world / "data/toy"), load_checkpoint(world / "ckpt/ode.pt")
+    torch._dynamo.reset()
+    counters.clear()
+    rows = []
+    for compiled in (False, True):
+        with torch.device("meta"):
+            net = build("tiny")
+        shard(net, weights, one_rank, train=True, compiled=compiled)
+        optimizer, losses = torch.optim.SGD(net.parameters(), lr=1e-2), []
+        for step in range(3):
+            batch = get_batch(data, 0, step, (0, 1), 2, one_rank)
+            losses.append(teacher_forcing_loss(net, batch, meta, null_prob=0.0))
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            made = counters["stats"]["unique_graphs"]
+            assert made == compiled  # by the first block of the first step, for all blocks and steps
+        rows.append(torch.stack([*losses, *(p.full_tensor().norm() for p in net.parameters())]))
+    assert not counters["graph_break"]
+    torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_compiled_stream_is_the_same(world):
+    torch.manual_seed(0)
+    x, prompt = torch.randn(1, 10, 8, 8, 8), torch.randn(1, 8, PRESETS["tiny"].dit.text_dim)
+    camera = Camera(parse_trajectory("w,w+l,l*7")[None], intrinsics(K_SQUARE).expand(1, 10, 3, 3))
+    torch._dynamo.reset()
+    counters.clear()
+    rows, made = [], []
+    for compiled in (False, True):
+        net, _ = load_net(world / "ckpt/ode.pt", CPU, compiled=compiled)
+        kv_cache, vs = prefill(net, x, prompt, camera), []
+        for frames in (slice(start, start + 2) for start in range(0, 10, 2)):
+            here = x[:, frames], prompt, camera.frames(frames)
+            vs.append(net(here[0], torch.full((1, 2), 0.5), *here[1:], kv_cache=kv_cache))
+            kv_cache = update_cache(net, *here, kv_cache)
+            made.append(counters["stats"]["unique_graphs"])
+        rows.append(torch.cat(vs))
+    # the prompt; a pass without a past and its update; a pass with one, of whatever length, and its update
+    assert made == [0] * 5 + [3, 5, 5, 5, 5] and not counters["graph_break"]
+    torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ A stream on two ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ("tiny", "tiny-hy"))
+def test_a_video_that_ranks_share_is_the_same(tmp_path, preset):
+    flags = "--camera", "w*3,w+l*2", "--ckpt", ROOT / "ckpt" / preset / "dmd.pt", "--seed", 3
+    one = run("stream.py", *flags, "--out", "one.mp4", cwd=tmp_path)
+    two = run("stream.py", *flags, "--out", "two.mp4", "--sp", 2, cwd=tmp_path, nproc=2)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    assert two.stdout == one.stdout.replace("one", "two") and two.stderr.count("trained for") == 1
+    a, b = (imageio.imread(tmp_path / f"{name}.png").astype(int) for name in ("one", "two"))
+    assert a.shape == b.shape and abs(a - b).max() <= 1  # of 255: a sum in another order may round another way
+    assert len(imageio.imread(tmp_path / "two.mp4")) == len(imageio.imread(tmp_path / "one.mp4")) == 21
+
+
+def test_ranks_that_share_no_video_are_refused(tmp_path):
+    found = refusal("stream.py", "--sp", 2, cwd=tmp_path)
+    assert found.startswith("error: --sp 2: found 1 processes; torchrun --nproc_per_node 2 ")
+
+
+# --------------------------------------------------------------------------------------------- Prompts, one at a time
+
+
+class Killed(BaseException):
+    pass
+
+
+def make_encoder(kill_at=None):
+    """An encoder of two columns, as HY's, the prompts that it was asked for, and references to what it made of them."""
+    asked, made = [], []
+
+    def encode_text(prompt):
+        if len(asked) == kill_at:
+            raise Killed
+        asked.append(prompt)
+        # of what was made before, the last row may still be in the caller's hands
+        assert sum(z() is not None for z in made) <= 2
+        generator = torch.Generator().manual_seed(len(prompt))
+        row = {name: torch.randn(len(prompt) % limit, width, generator=generator).half()
+               for name, limit, width in (("text", 99, 6), ("byt5", 3, 4))}
+        made.extend(weakref.ref(z) for z in row.values())
+        return row
+
+    return Encoder("fake", encode_text, None, None, ""), asked
+
+
+def make_run(folder, captions, encoder, device):
+    args = parse_args(["--videos", str(folder), "--out", str(folder)])
+    clips = [Clip(f"{n}.mp4", 0, caption, "w", None) for n, caption in enumerate(captions)]
+    return Run(args, clips, None, {}, encoder, "negative", 0, 1, device, None)
+
+
+def test_a_killed_run_loses_no_prompt(tmp_path, one_rank):
+    captions = ["a" * n for n in (5, 1, 12, 5, 7, 30, 2)]
+    encoder, asked = make_encoder(kill_at=4)
+    with pytest.raises(Killed):
+        look(make_run(tmp_path, captions, encoder, one_rank))
+    assert asked == ["negative", *captions[:3]]
+    # killed within a row: half of its numbers, half of its line
+    with open(tmp_path / "prompts-0.f16", "ab") as numbers, open(tmp_path / "prompts-0.jsonl", "a") as lines:
+        numbers.write(b"123")
+        lines.write('\n{"encoder": "fake", "prom')
+    shutil.move(tmp_path / "prompts-0.jsonl", tmp_path / "prompts-3.jsonl")  # there were more processes then
+    shutil.move(tmp_path / "prompts-0.f16", tmp_path / "prompts-3.f16")
+
+    encoder, asked = make_encoder()
+    run = make_run(tmp_path, captions, encoder, one_rank)
+    surveys, errors = look(run)
+    assert asked == captions[4:] and len(surveys) == len(captions) and not errors
+    shard = tmp_path / "latents-000000.safetensors"
+    shard.touch()  # not missing: the table alone is
+    encode(run, {shard: ShardPlan(run.clips, [], *[None] * 3)}, {})
+    assert not list(tmp_path.glob("prompts-*")) and not (tmp_path / "prompts.safetensors.unfinished").exists()
+    order = [*dict.fromkeys(captions), "negative"]
+    rows = [make_encoder()[0].encode_text(prompt) for prompt in order]
+    columns = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    ends = {f"{name}_ends": torch.tensor([len(row[name]) for row in rows]).cumsum(0) for name in rows[0]}
+    found, expected = load_file(tmp_path / "prompts.safetensors"), columns | ends
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], z) for name, z in expected.items())
+    with safe_open(tmp_path / "prompts.safetensors", "pt") as table:
+        assert table.metadata() == {"prompts": json.dumps(order[:-1]), "null": "negative", "encoder": "fake"}
+
+    encoder, asked = make_encoder()
+    look(make_run(tmp_path, captions, encoder, one_rank))
+    assert not asked
+
+
+def test_a_log_that_is_being_written_can_be_read(tmp_path):
+    log, row = tmp_path / "prompts-0.jsonl", {"embeds": torch.arange(6.0).half().view(3, 2)}
+    log_prompt(log, "fake", "a\nb", row)
+    log_prompt(log, "another", "c", row)
+    with open(log, "a") as file:
+        file.write('\n{"encoder": "fake"')
+    found = read_prompts([log, tmp_path / "nowhere"], "fake")
+    assert set(found) == {"a\nb"} and torch.equal(found["a\nb"]["embeds"], row["embeds"])
+    log_prompt(log, "fake", "d", row)
+    assert set(read_prompts([log], "fake")) == {"a\nb", "d"}

@@ -29,7 +29,7 @@ from train_dmd import dmd_loss, fake_score_loss, generator_loss, predict, self_r
 
 TRAINERS = sorted({script for script, *_ in SCRIPTS.values()})
 SHARED = ("--init --data --out --preset --resume --steps --batch-size --accum --lr --max-grad-norm --ema-decay".split(),
-          "--seed --log-every --save-every --state-every --keep --vae --sp".split())  # a stage's own stand between
+          "--seed --log-every --save-every --state-every --keep --vae --sp --compile".split())  # its own between
 SOURCES = {"base": "base", "camera": "base", "ar": "camera", "ode": "ar", "cd": "ar", "dmd": "ode"}  # stage: its --init
 B, F, CHUNK, SHIFT = 2, 5, 2, 3.0  # five frames: the last chunk is a short one
 LEVELS, GRID = noise_levels(4, SHIFT), noise_levels(48, SHIFT)  # of a student; of its teacher
