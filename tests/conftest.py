@@ -6,8 +6,10 @@ must move the weights that the next stage reads, or nothing would depend on them
 """
 import contextlib
 import gc
+import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +62,39 @@ def call(script, *flags, cwd):
             dist.destroy_process_group()
 
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["conftest", "data", "distill_cd", "distill_ode", "train_ar", "train_camera", "train_dmd"])
+
+
+def start(log, script, *flags, cwd, **environment):
+    """The script in a process of its own, forked from one that has imported everything: it starts at once, and may be
+    killed. What it prints goes to the file `log`."""
+    process = FORKS.Process(target=_forked, args=(log, environment, cwd, script, flags))
+    process.start()
+    return process
+
+
+def _forked(log, environment, cwd, script, flags):
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)
+    os.environ.update(environment)
+    call(script, *flags, cwd=cwd)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def start_ranks(count, log, script, *flags, cwd):
+    """As `start`, `count` ranks of one run, each with a log of its own."""
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(count)}
+    return [start(f"{log}.{rank}", script, *flags, cwd=cwd, **group, RANK=str(rank), LOCAL_RANK=str(rank))
+            for rank in range(count)]
+
+
 def refusal(script, *flags, cwd):
     """The one line with which a script refuses to run: Python prints a SystemExit's text to stderr and exits with 1."""
     try:
@@ -92,6 +127,7 @@ def chain(tmp_path_factory):
             commands.append((script, "--generate", "--pairs-count", "4", "--batch-size", "2"))
         commands.append((script, *MINIATURE, *flags, "--steps", "2"))
     for line in commands:
-        done = run(*line, cwd=folder)
-        assert done.returncode == 0, f"{' '.join(line)}\n{done.stderr}"
+        process = start(folder / "log", *line, cwd=folder)
+        process.join()
+        assert process.exitcode == 0, f"{' '.join(line)}\n{(folder / 'log').read_text()}"
     return folder
