@@ -22,7 +22,7 @@ from model import (
     HY_VAE, HYVAE, PRESETS, Camera, ChannelNorm, HYConfig, HYDiT, HYPrompt, HYVAEConfig, KVCache, Preset, RMSNorm,
     action_labels, build, build_vae, euler, invert_se3, noise_levels, prefill, projections, rollout, rope_table, shard,
     sinusoid, start_process_group, teacher_forcing_segments, tree_map, update_cache, use_released_cache, where_prompt,
-    with_camera, with_null,
+    with_camera,
 )
 
 NO_ORACLE = f"no reference tensors of this kind in {ORACLE}; ORACLE_DIR names their folder"
@@ -92,7 +92,9 @@ def theirs(z):
 
 def recorded_prompt(i, given_latents, negative=""):
     text, byt5 = ([i[f"{negative}{name}_states"], i[f"{negative}{name}_mask"]] for name in ("text", "byt5"))
-    return HYPrompt(*text, *byt5, i["vision_states"], given_latents)
+    vision = i["vision_states"]
+    return HYPrompt(*text, *byt5, vision, (vision != 0).flatten(1).any(1, keepdim=True).expand(vision.shape[:2]),
+                    given_latents)
 
 
 @cases("case5a_hv15")
@@ -103,7 +105,7 @@ def test_hunyuanvideo_15(path):
     x_t = ours(i["latents"])
     b, f, _, h, w = x_t.shape
     sigma = repeat(i["t"] / 1000, "b -> b f", f=f)
-    unseen = {"vision": 0 * prompt.vision, "given_latents": 0 * prompt.given_latents}
+    unseen = {name: 0 * getattr(prompt, name) for name in ("vision", "vision_mask", "given_latents")}
     rope = rope_table(torch.arange(f), h // net.cfg.patch, w // net.cfg.patch, net.cfg.rope_bands, theta=256)
     cos, sin = repeat(torch.view_as_real(rope), "n 1 e part -> part n (e two)", two=2)
     check(cfg, out, {"i2v": theirs(net(x_t, sigma, prompt)), "t2v": theirs(net(x_t, sigma, prompt._replace(**unseen))),
@@ -166,19 +168,21 @@ def minwm_outputs(cfg, weights, i, camera, action):
     outputs |= {f"FIXEDrollout_chunk{n}": v for n, v in enumerate(good)}
     outputs |= {f"rollout_chunk{n}": v for n, v in enumerate(mixed)}
     outputs = {name: theirs(v) for name, v in outputs.items()}
-    for n, (text, video) in enumerate(zip(kv_cache.text[0], kv_cache.layers, strict=True)):
-        outputs |= {f"rollout_k_txt_layer{n}": text[0], f"rollout_k_vision_layer{n}": video[0]}
+    for n, (text, pieces) in enumerate(zip(kv_cache.text[0], kv_cache.layers, strict=True)):
+        k = torch.cat([piece[0] for piece in pieces], dim=2)
+        outputs |= {f"rollout_k_txt_layer{n}": text[0], f"rollout_k_vision_layer{n}": k}
     return outputs
 
 
 def teacher_forcing_mask(f, chunk, tokens, l):
     """The segments as one dense mask over [text | clean | noisy]: text sees text only, and all see the text."""
-    mask = torch.zeros(l + 2 * f * tokens, l + 2 * f * tokens, dtype=torch.uint8)
+    lengths, seen = teacher_forcing_segments(f, chunk)
+    ends = l + tokens * torch.tensor([0, *lengths]).cumsum(0)
+    mask = torch.zeros(ends[-1], ends[-1], dtype=torch.uint8)
     mask[:, :l] = 1
-    for queries, seen in teacher_forcing_segments(f, chunk):
-        rows = slice(l + queries.start * tokens, l + queries.stop * tokens)
-        for keys in seen:
-            mask[rows, l + keys.start * tokens : l + keys.stop * tokens] = 1
+    for queries, keys in enumerate(seen):
+        for piece in keys:
+            mask[ends[queries] : ends[queries + 1], ends[piece] : ends[piece + 1]] = 1
     return mask
 
 
@@ -194,7 +198,11 @@ def test_minwm(path, monkeypatch):
     f, h, w = i["latents"].shape[2:]
     l = i["vision_states"].shape[1] + int(i["byt5_mask"].sum() + i["text_mask"].sum())
     patch, chunk = cfg["ctor"]["patch_size"][1], cfg["chunk_frames"]
-    mine["tf_token_mask"] = teacher_forcing_mask(f, chunk, h * w // patch**2, l)
+    tokens, past = h * w // patch**2, (f - 1) // chunk * chunk  # the last clean chunk, which ours leaves out, ends at f
+    mine["tf_token_mask"] = teacher_forcing_mask(f, chunk, tokens, l)
+    if "tf_token_mask" in out:
+        kept = torch.cat([torch.arange(l + past * tokens), torch.arange(l + f * tokens, l + 2 * f * tokens)])
+        out["tf_token_mask"] = out["tf_token_mask"][kept][:, kept]
     for name in [name for name in out if name.endswith("chunkcausal")]:  # there, frames past the last full chunk
         out[name], mine[name] = (z[:, :, : f // chunk * chunk] for z in (out[name], mine[name]))  # see the text alone
     check(cfg, out, mine)
@@ -279,7 +287,8 @@ def test_cached_rollout_is_the_teacher_forced_pass(f, chunk, given, camera_on, a
     camera = camera if camera_on else None
     whole = net(x_t, sigma, prompt, camera, clean=x0, chunk=chunk)
     pieces, kv_cache = stream(net, x_t, sigma, x0, torch.zeros_like(sigma), prompt, camera, chunk)
-    assert kv_cache.frames == f and all(z.shape[2] == f * 6 for layer in kv_cache.layers for z in layer)
+    lengths = [min(chunk, f - start) * 6 for start in range(0, f, chunk)]
+    assert kv_cache.frames == f and all([k.shape[2] for k, *_ in pieces] == lengths for pieces in kv_cache.layers)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
 
 
@@ -311,7 +320,7 @@ def test_modulation_per_frame_is_modulation_per_token():
     text, e_text = torch.randn(2, 1, 5, 48), torch.randn(2, 1, 48)
     rope = rope_table(torch.arange(f), 2, 3, SMALL_HY.rope_bands, theta=256)
     P = projections(Camera(rigid(2, f), torch.eye(3).expand(2, f, 3, 3)))
-    rest = None, None, True, False
+    rest = None, [], True, False
     frames = block(x, e, text, e_text, None, None, rope, P, *rest)
     x, e, P = rearrange(x, "b f s d -> b (f s) 1 d"), e.repeat_interleave(s, 1), [z.repeat_interleave(s, 1) for z in P]
     tokens = block(x, e, text, e_text, None, None, rope, P, *rest)
@@ -478,14 +487,15 @@ def test_rollout_is_euler_and_update_cache_by_hand(guidance):
     meta = {"sampling_steps": 2, "shift": 5.0, "guidance": guidance, "sampler": "euler", "chunk": 2, "camera": True}
     chunks = list(rollout(net, meta, rng(), (4, 4, 2, 3), prompt, null, camera))
     noise = torch.stack([torch.randn(4, 4, 2, 3, generator=g) for g in rng()])
-    prompt = with_null(prompt, null, guidance)
-    kv_cache = update_cache(net, noise[:, :0], prompt, camera.frames(slice(0)), guidance)
+    prompts = [prompt] if guidance == 1 else [prompt, null]
+    kv_caches = [update_cache(net, noise[:, :0], text, camera.frames(slice(0))) for text in prompts]
     for x0, frames in zip(chunks, (slice(0, 2), slice(2, 4)), strict=True):
         here = camera.frames(frames)
-        expected = euler(net, [noise[:, frames]], noise_levels(2, 5.0), prompt, here, guidance, kv_cache,
+        expected = euler(net, [noise[:, frames]], noise_levels(2, 5.0), prompts, here, guidance, kv_caches,
                          torch.ones(3, 2))
         torch.testing.assert_close(x0, expected, atol=1e-5, rtol=1e-5)
-        kv_cache = update_cache(net, x0, prompt, here, guidance, kv_cache)
+        kv_caches = [update_cache(net, x0, text, here, kv_cache)
+                     for text, kv_cache in zip(prompts, kv_caches, strict=True)]
 
 
 def test_a_prompt_is_chosen_leaf_by_leaf():
