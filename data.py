@@ -10,7 +10,8 @@ Everything frozen, and everything that becomes a batch.
     6. Pose files   JSON in several dialects, COLMAP, RealEstate10K, HY-WorldPlay
     7. Encoders     umT5, Qwen2.5-VL, byT5, SigLIP, and HY's stand-ins
     8. Videos       real ones with captions and cameras: look, judge, encode, report; pictures of what came out
-    9. main         $ python data.py                        render the toy world, train its VAE, write its latents
+    9. Noise        in the place of all data, to plan and to time training
+    10. main        $ python data.py                        render the toy world, train its VAE, write its latents
                     $ python data.py --videos clips         the latents of your own videos instead
                     $ python data.py --inspect data/videos  draw frames and camera paths of a latents folder
 
@@ -49,7 +50,7 @@ from tqdm import tqdm
 
 from model import (
     PRESETS, Camera, HYDiT, HYPrompt, Meta, build_vae, check_same_tensors, fingerprint, invert_se3, load_checkpoint,
-    load_vae, point_to, rollout, save_checkpoint, start_process_group,
+    load_vae, point_to, rollout, save_checkpoint, start_process_group, tree_map,
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -445,6 +446,10 @@ class Batch(NamedTuple):
     def rand(self, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1), [b *shape]."""
         return torch.stack([torch.rand(shape, generator=g) for g in self.rng]).to(self.x0.device)
+
+    def chance(self, prob: float) -> Tensor:
+        """True with this probability [b]. On the CPU, where a prompt's masks are (HYPrompt)."""
+        return torch.cat([torch.rand(1, generator=g) for g in self.rng]) < prob
 
     def rand_per_chunk(self, chunk: int) -> Tensor:
         """Uniform numbers in [0, 1), one per chunk of frames, the last of which may be short: [b f]."""
@@ -1172,13 +1177,13 @@ def encode_places(image: Tensor) -> Tensor:
 
 
 def pad_prompts(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Prompts [l d] of several lengths -> [b l d], zero past their ends, and the mask [b l] of what is no padding. l is
-    the longest of them and at least 1, as attention needs."""
+    """Prompts [l d] of several lengths -> [b l d], zero past their ends, and on the CPU the mask [b l] of what is no
+    padding. l is the longest of them and at least 1, as attention needs."""
     padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     if padded.shape[1] == 0:
         padded = F.pad(padded, (0, 0, 0, 1))
-    lengths = torch.tensor([len(row) for row in rows], device=padded.device)
-    return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+    lengths = torch.tensor([len(row) for row in rows])
+    return padded, torch.arange(padded.shape[1]) < lengths[:, None]
 
 
 def collate_hy_prompts(rows: list[dict[str, Tensor]], null: dict[str, Tensor], vision: Tensor,
@@ -1190,12 +1195,13 @@ def collate_hy_prompts(rows: list[dict[str, Tensor]], null: dict[str, Tensor], v
     """
     text, text_mask = pad_prompts([row["text"] for row in rows] + [null["text"]])
     byt5, byt5_mask = pad_prompts([row["byt5"] for row in rows] + [null["byt5"]])
-    has_image = vision.flatten(1).any(1).view(-1, 1, 1, 1, 1)
-    given_latents = F.pad(first, (0, 0, 0, 0, 0, 1), value=1.0) * has_image  # a channel more, 1 where they are given
-    prompt = HYPrompt(text[:-1], text_mask[:-1], byt5[:-1], byt5_mask[:-1], vision, given_latents)
+    has_image = vision.flatten(1).any(1)  # [b]
+    given_latents = F.pad(first, (0, 0, 0, 0, 0, 1), value=1.0)  # a channel more, 1 where they are given
+    image = (vision, has_image.cpu()[:, None].expand(vision.shape[:2]), given_latents * has_image.view(-1, 1, 1, 1, 1))
+    prompt = HYPrompt(text[:-1], text_mask[:-1], byt5[:-1], byt5_mask[:-1], *image)
     null_prompt = HYPrompt(
         text[-1:].expand_as(prompt.text), text_mask[-1:].expand_as(prompt.text_mask),
-        byt5[-1:].expand_as(prompt.byt5), byt5_mask[-1:].expand_as(prompt.byt5_mask), vision, given_latents)
+        byt5[-1:].expand_as(prompt.byt5), byt5_mask[-1:].expand_as(prompt.byt5_mask), *image)
     return prompt, null_prompt
 
 
@@ -2433,7 +2439,38 @@ def inspect(folder: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 9. main: the toy world, or videos, as a latents folder.
+# 9. Noise in the place of all data, for a bill without any (model.py, 12).
+
+
+def random_encoder(preset: str) -> Encoder:
+    """Any prompt and image as noise, of the shapes that the preset's encoders make."""
+    dit = PRESETS[preset].dit
+    toy = dit.text_dim == TEXT_DIM
+    if PRESETS[preset].net is not HYDiT:
+        length = TEXT_LEN if toy else UMT5_LEN
+        return Encoder("noise", lambda _: {"embeds": torch.randn(length, dit.text_dim)}, length, None, "")
+    words, places = (26, 16) if toy else (300, 729)  # a prompt may have up to HY_TEXT_LEN words
+    return Encoder("noise", lambda _: {"text": torch.randn(words, dit.text_dim), "byt5": torch.zeros(0, dit.byt5[0])},
+                   None, lambda images: torch.randn(len(images), places, dit.vision_dim), "")
+
+
+def random_batch(preset: str, meta: Meta, size: int, device: torch.device) -> Batch:
+    """A batch of noise, of videos as meta has them. On the meta device, all but masks are shapes alone."""
+    dit, encoder, f = PRESETS[preset].dit, random_encoder(preset), meta["frames"]
+    h, w = (pixels // PRESETS[preset].vae.stride for pixels in meta["size"])
+    x0, text = torch.randn(size, f, dit.channels, h, w), encoder.encode_text("")
+    vision = encoder.encode_image(x0) if encoder.encode_image else None
+    prompt, null = collate_prompts([text] * size, text, encoder.length, vision, x0[:, :1])
+    camera = Camera(torch.eye(4).expand(size, f, 4, 4), intrinsics(meta["K"]).expand(size, f, 3, 3))
+    x0, prompt, null, camera, generated = (
+        tree_map(lambda z: z if z.dtype == torch.bool else z.to(device), tree)
+        for tree in (x0, prompt, null, camera, torch.ones(size, f)))
+    rng = [torch.Generator().manual_seed(i) for i in range(size)]
+    return Batch(x0, prompt, null, camera, generated, rng, [*range(size)], None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. main: the toy world, or videos, as a latents folder.
 
 
 def pixels(text: str) -> list[int]:

@@ -40,8 +40,11 @@ from model import load_checkpoint, point_to, save_checkpoint, start_process_grou
 
 LAUNCHES = {  # nodes, processes on each, and what they compute
     "2 ranks": (1, 2, ("--sp", "1", "2", "--recompute")), "4 ranks": (1, 4, ("--sp", "1", "2", "4")),
-    "2 nodes of 2": (2, 2, ("--sp", "1", "2")),
+    "2 nodes of 2": (2, 2, ("--sp", "1", "2")), "4 ranks, weights over 2": (1, 4, ("--sp", "2", "--shard-over", "2")),
+    "2 nodes, weights over 4": (2, 2, ("--sp", "1", "--shard-over", "4")),
 }
+MESHES = {"2 ranks": {"shard": 2}, "4 ranks": {"shard": 4}, "2 nodes of 2": {"replicate": 2, "shard": 2},
+          "4 ranks, weights over 2": {"replicate": 2, "shard": 2}, "2 nodes, weights over 4": {"shard": 4}}
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +77,12 @@ def far(found, expected, bound=1e-5):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launch, sp", [(name, sp) for name, sps in (
-    ("2 ranks", (1, 2)), ("4 ranks", (1, 2, 4)), ("2 nodes of 2", (1, 2))) for sp in sps])
+    ("2 ranks", (1, 2)), ("4 ranks", (1, 2, 4)), ("2 nodes of 2", (1, 2)), ("4 ranks, weights over 2", (2,)),
+    ("2 nodes, weights over 4", (1,))) for sp in sps])
 def test_ranks_compute_what_one_process_computes(alone, results, launch, sp):
     """Loss and gradient of every stage's step, weights after three steps, a guided rollout with its caches."""
     found = results(launch)
-    assert found["mesh"] == (("replicate", "shard") if "nodes" in launch else ("shard",))
+    assert found["mesh"] == MESHES[launch]
     assert not far(found[sp], alone) and all(z.abs().max() > 0 for z in alone.values())
     for kind in KINDS:  # ranks that share a video have made the same one
         for rank in range(1, sp):
@@ -142,9 +146,10 @@ def test_heads_or_tokens_that_ranks_cannot_share_are_refused(monkeypatch, kind, 
     assert str(error.value).startswith(f"--sp {ranks}: {found}") and "\n" not in str(error.value)
 
 
-def test_ranks_that_sp_does_not_divide_are_refused(tmp_path):
-    assert refusal("train_ar.py", "--sp", "2", cwd=tmp_path) == (
-        "error: --sp 2: 1 processes cannot be cut into groups of 2")
+@pytest.mark.parametrize("flag", ["--sp", "--shard-over"])
+def test_ranks_that_a_flag_does_not_divide_are_refused(tmp_path, flag):
+    assert refusal("train_ar.py", flag, "2", cwd=tmp_path) == (
+        f"error: {flag} 2: 1 processes cannot be cut into groups of 2")
 
 
 @pytest.mark.parametrize("sp, found", [("2", "3 processes cannot be cut"), ("3", "16 heads or tokens of a frame")])

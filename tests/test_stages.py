@@ -28,8 +28,9 @@ from train_camera import flow_matching_loss
 from train_dmd import dmd_loss, fake_score_loss, generator_loss, predict, self_rollout
 
 TRAINERS = sorted({script for script, *_ in SCRIPTS.values()})
-SHARED = ("--init --data --out --preset --resume --steps --batch-size --accum --lr --max-grad-norm --ema-decay".split(),
-          "--seed --log-every --save-every --state-every --keep --vae --sp --compile".split())  # its own between
+SHARED = (  # a stage's own flags stand between these
+    "--init --data --out --preset --resume --steps --batch-size --accum --lr --max-grad-norm --ema-decay".split(),
+    "--seed --log-every --save-every --state-every --keep --vae --sp --shard-over --compile --plan --bench".split())
 SOURCES = {"base": "base", "camera": "base", "ar": "camera", "ode": "ar", "cd": "ar", "dmd": "ode"}  # stage: its --init
 B, F, CHUNK, SHIFT = 2, 5, 2, 3.0  # five frames: the last chunk is a short one
 LEVELS, GRID = noise_levels(4, SHIFT), noise_levels(48, SHIFT)  # of a student; of its teacher
