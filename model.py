@@ -790,8 +790,6 @@ def start_process_group(sp: int = 1) -> tuple[int, int, torch.device]:
         raise ValueError(f"--sp {sp}: {world_size} processes cannot be cut into groups of {sp}")
     SEQUENCE_GROUP = dist.new_subgroups(sp)[0] if sp > 1 else None
     STOP.clear()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: STOP.add("asked"))
     return rank, world_size, device
 
 
@@ -799,7 +797,12 @@ STOP: set[str] = set()  # "asked": this rank got SIGTERM, as before a preemption
 
 
 def stopping() -> bool:
-    """Has any rank been asked to end? The same answer on all of them, renewed by check_finite."""
+    """Has any rank been asked to end? The same answer on all of them, renewed by check_finite.
+
+    From the first call on, SIGTERM only asks; whatever never calls this, it ends at once, as it does any program.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: STOP.add("asked"))
     return "agreed" in STOP
 
 

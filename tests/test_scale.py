@@ -311,6 +311,30 @@ def test_ranks_end_together_when_one_of_them_is_terminated(chain, tmp_path):
     assert meta["step"] == reached + 1 and all(torch.equal(resumed[name], w) for name, w in uninterrupted.items())
 
 
+def test_a_terminated_run_that_has_nothing_to_save_ends_at_once(chain, tmp_path):
+    flags = ("--generate", "--pairs-count", "100", "--batch-size", "1", "--teacher-steps", "4", "--pairs")
+    goal = (tmp_path / "ode", "--out", tmp_path / "ode.pt")
+    process = start(tmp_path / "log", "distill_ode.py", *flags, *goal, cwd=chain)
+    wait_for(lambda: any((tmp_path / "ode").glob("latents-*.safetensors")), process)
+    process.terminate()
+    finish(process, code=-signal.SIGTERM)
+
+
+def test_only_a_run_that_asks_whether_to_stop_takes_the_signal():
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        start_process_group()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert not model.stopping()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not model.stopping() and model.STOP == {"asked"}  # until all ranks know
+        model.check_finite(1, {"loss": torch.ones(())}, [])
+        assert model.stopping()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        dist.destroy_process_group()
+
+
 def test_a_second_run_of_one_out_is_refused_while_the_first_lives(chain, tmp_path):
     script, *short = SCRIPTS["ar"]
     flags = (*MINIATURE, *short, "--out", tmp_path / "ar.pt", "--steps")
