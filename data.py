@@ -701,10 +701,13 @@ def open_log(out: Path, step: int, steps: int) -> None:
         path = out.with_suffix("") / name
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # a killed run or a full disk may have cut the last one
+        try:
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{path}: a line is none of a run's ({error}); move the file away") from None
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")  # a full disk leaves the log as it was
-        temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(kept))
     print(f"{out}: step {step} of {steps}" + (", nothing left to do" if step >= steps else ""))
 
 

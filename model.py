@@ -1135,17 +1135,20 @@ def lock_folder(out: Path) -> Path:
         return folder
     import fcntl  # of Unix
     LOCK = None
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "a+")
+    path = folder / "lock"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "a+")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+    except BlockingIOError:
         lock.seek(0)
         raise ValueError(f"{folder}: another run is writing here (process {lock.read().strip()}); wait for it, or "
                          "choose another --out") from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
+    except OSError as error:  # of a full disk, which names no file, or of one that cannot lock
+        raise ValueError(f"{path}: could not be written ({error})") from error
     LOCK = lock
     return folder
 

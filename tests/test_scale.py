@@ -33,7 +33,7 @@ from data import (
     save_prompts, write_log, write_sheet,
 )
 from helpers import made_from
-from model import load_checkpoint, point_to, save_checkpoint, start_process_group
+from model import load_checkpoint, lock_folder, point_to, save_checkpoint, start_process_group
 
 # ---------------------------------------------------------------------------------------------------------------- Ranks
 
@@ -452,9 +452,33 @@ def test_a_full_disk_leaves_the_log_as_it_was(group, tmp_path, monkeypatch):
     (tmp_path / "ar").mkdir()
     (tmp_path / "ar/metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     monkeypatch.setattr(Path, "write_text", no_space)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ValueError) as error:
         open_log(tmp_path / "ar.pt", 1, 9)
+    assert says(error, tmp_path / "ar/metrics.jsonl")
     assert [row["step"] for row in rows(tmp_path / "ar/metrics.jsonl")] == [1, 2]
+
+
+def test_a_full_disk_on_which_a_folder_cannot_be_locked_is_named(group, tmp_path):
+    with disk_left(0), pytest.raises(ValueError) as error:
+        lock_folder(tmp_path / "ar.pt")
+    assert says(error, tmp_path / "ar/lock")
+
+
+def test_a_disk_that_has_no_locks_is_not_taken_for_another_run(group, tmp_path, monkeypatch):
+    monkeypatch.setattr("fcntl.flock", no_space)
+    with pytest.raises(ValueError) as error:
+        lock_folder(tmp_path / "ar.pt")
+    assert says(error, tmp_path / "ar/lock")
+
+
+@pytest.mark.parametrize("line", ['{"step": 1', '{"loss": 1.0}', "1", "[1]", '{"step": null}', "\0\0\0"])
+def test_a_log_that_is_none_is_named_and_left(group, tmp_path, line):
+    (tmp_path / "ar").mkdir()
+    (tmp_path / "ar/scores.jsonl").write_text(f"{line}\n")
+    with pytest.raises(ValueError) as error:
+        open_log(tmp_path / "ar.pt", 1, 9)
+    assert str(error.value).startswith(f"{tmp_path / 'ar/scores.jsonl'}: ") and "\n" not in str(error.value)
+    assert (tmp_path / "ar/scores.jsonl").read_text() == f"{line}\n"
 
 
 def test_a_full_disk_leaves_the_old_prompts(tmp_path):
