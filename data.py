@@ -34,7 +34,7 @@ from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import imageio.v3 as imageio
 import imageio_ffmpeg
@@ -711,13 +711,20 @@ def open_log(out: Path, step: int, steps: int) -> None:
     print(f"{out}: step {step} of {steps}" + (", nothing left to do" if step >= steps else ""))
 
 
-def write_log(path: Path, row: dict) -> None:
-    """Append one line of metrics."""
+@contextmanager
+def appending(path: Path, mode: str = "a") -> Iterator[IO]:
+    """The open file, at whose end a with-block writes."""
     try:
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        with open(path, mode) as file:
+            yield file
     except OSError as error:  # of a full disk, which names no file
         raise ValueError(f"{path}: could not be written ({error})") from error
+
+
+def write_log(path: Path, row: dict) -> None:
+    """Append one line of metrics."""
+    with appending(path) as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def to_bytes(video: Tensor) -> Tensor:
@@ -1776,20 +1783,19 @@ def survey_clips(clips: list[Clip], folder: Path, out: Path, rank: int, world_si
     """
     known = read_surveys(out)
     surveys = []
-    with open(out / f"survey-{rank}.jsonl", "a") as log:
-        for clip in tqdm(clips[rank::world_size], "look", disable=rank > 0):
-            path = folder / clip.file
-            stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
-            key = [clip.file, clip.start, stamp, *wanted]
-            survey = known.get(json.dumps(key))
-            if survey is None:
-                try:
-                    survey = {"of": key} | survey_clip(path, clip.start, wanted)
-                except ValueError as error:
-                    survey = {"of": key, "error": str(error)}
+    for clip in tqdm(clips[rank::world_size], "look", disable=rank > 0):
+        path = folder / clip.file
+        stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
+        key = [clip.file, clip.start, stamp, *wanted]
+        survey = known.get(json.dumps(key))
+        if survey is None:
+            try:
+                survey = {"of": key} | survey_clip(path, clip.start, wanted)
+            except ValueError as error:
+                survey = {"of": key, "error": str(error)}
+            with appending(out / f"survey-{rank}.jsonl") as log:
                 log.write("\n" + json.dumps(survey))  # the line break first: what stands there may be half a line
-                log.flush()
-            surveys.append(survey)
+        surveys.append(survey)
     return surveys
 
 
@@ -1840,13 +1846,13 @@ def read_prompt_log(path: Path, encoder_name: str) -> dict[str, dict[str, Tensor
 
 def log_prompt(path: Path, encoder_name: str, prompt: str, row: dict[str, Tensor]) -> None:
     """Append a prompt's row of fp16 to a log: its numbers to a file of their own, and then a line to path, a .jsonl."""
-    with open(path.with_suffix(".f16"), "ab") as file:
+    with appending(path.with_suffix(".f16"), "ab") as file:
         file.write(b" " * (file.tell() % 2))  # a killed run may have left half a number
         start = file.tell() // 2
         for z in row.values():
             file.write(stored(z))
     shapes = {name: list(z.shape) for name, z in row.items()}
-    with open(path, "a") as file:
+    with appending(path) as file:
         # the line break first: what stands there may be half a line
         file.write("\n" + json.dumps({"encoder": encoder_name, "prompt": prompt, "start": start, "shapes": shapes}))
 
@@ -2372,7 +2378,8 @@ def make_from_videos(args: argparse.Namespace) -> None:
     for file in existing:
         check_shard(file, meta, plans[file])
     if run.rank == 0:  # only now: the report of another run is not overwritten either
-        (args.out / "report.jsonl").write_text("".join(json.dumps(row) + "\n" for row in report))
+        with replacing(args.out / "report.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in report))
     if not plans:
         raise ValueError(f"{args.out}: none of {len(report)} clips can be kept; report.jsonl says why")
 

@@ -29,8 +29,8 @@ import data
 import model
 from conftest import ENVIRONMENT, MINIATURE, SCRIPTS, STAGES, call, command, free_port, refusal, start, start_ranks
 from data import (
-    K_SQUARE, control_margin, find_vae, intrinsics, open_latents, open_log, parse_trajectory, render, sample_toy,
-    save_prompts, write_log, write_sheet,
+    K_SQUARE, Clip, ClipFormat, control_margin, find_vae, intrinsics, log_prompt, open_latents, open_log,
+    parse_trajectory, render, sample_toy, save_prompts, survey_clips, write_log, write_sheet,
 )
 from helpers import made_from
 from model import load_checkpoint, lock_folder, point_to, save_checkpoint, start_process_group
@@ -440,12 +440,21 @@ def test_where_there_are_no_links_a_checkpoint_is_copied(tmp_path, monkeypatch):
     ("metrics.jsonl", lambda path: write_log(path, {"step": 1})),
     ("scores.jsonl", lambda path: write_log(path, {"step": 1, "control_margin": 0.0})),
     ("sheet-000001.png", lambda path: write_sheet(path, [torch.zeros(1, 3, 1, 32, 32)])),
+    ("prompts-0.jsonl", lambda path: log_prompt(path, "words", "a room", {"embeds": torch.ones(3, 6)})),
+    ("prompts-0.f16", lambda path: log_prompt(path.with_suffix(".jsonl"), "words", "", {"embeds": torch.ones(3, 6)})),
 ])
 def test_what_does_not_fit_on_a_full_disk_is_named(tmp_path, name, write):
     (tmp_path / name).symlink_to("/dev/full")
     with pytest.raises(ValueError) as error:
         write(tmp_path / name)
     assert says(error, tmp_path / name)
+
+
+def test_a_survey_that_does_not_fit_on_a_full_disk_is_named(tmp_path):
+    clips = 2 * [Clip("none.mp4", 0, "a room", "w", None)]
+    with disk_left(0), pytest.raises(ValueError) as error:
+        survey_clips(clips, tmp_path, tmp_path, 1, 2, ClipFormat(4, 16, [32, 32]))  # rank 1 draws no bar
+    assert says(error, tmp_path / "survey-1.jsonl")
 
 
 def test_a_full_disk_leaves_the_log_as_it_was(group, tmp_path, monkeypatch):
