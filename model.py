@@ -1160,7 +1160,8 @@ LASTING = ("preset", "no_camera", "seed", "shift", "chunk", "given_prob", "teach
 
 def describe_run(args: argparse.Namespace, **made_of: Meta | None) -> dict:
     """What a state says of the run it belongs to. made_of: the checkpoints that it started from, by their flag."""
-    flags = {name: str(value) for name, value in vars(args).items() if name != "resume"}
+    flags = {name: str(tuple(value) if isinstance(value, list) else value)  # a list if given, a tuple if by default
+             for name, value in vars(args).items() if name != "resume"}
     videos = args.batch_size * args.accum * dist.get_world_size() // sequence_rank()[1]
     weights = {name: meta["fingerprint"] for name, meta in made_of.items() if meta}
     return {"flags": flags, "videos per step": videos, "weights": weights}

@@ -539,7 +539,7 @@ def test_a_resumed_run_names_every_flag_that_differs(chain, tmp_path, capsys):
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--resume: ")]
     assert said == [f"--resume: {line}" for line in (
         f"--out is {tmp_path / 'ar.pt'} from now on, was ckpt/ar.pt", "--accum is 2 from now on, was 1",
-        "--lr is 0.0001 from now on, was 0.005", "--betas is [0.5, 0.9] from now on, was (0.9, 0.99)",
+        "--lr is 0.0001 from now on, was 0.005", "--betas is (0.5, 0.9) from now on, was (0.9, 0.99)",
         "--keep is 3 from now on, was 5", "a step has 4 videos from now on, had 2")]
 
 
