@@ -694,7 +694,7 @@ def set_recipe(parser: argparse.ArgumentParser, recipes: dict[str, dict], argv: 
 
 def open_log(out: Path, step: int, steps: int) -> None:
     """Say where the run that writes `out` stands, and keep the lines of its metrics up to `step`: none of an earlier
-    run's, none that a resumed run will write again. On rank 0."""
+    run's, none that a resumed run will write again. OUT.best.pt goes along. On rank 0."""
     if dist.get_rank() > 0:
         return
     for name in ("metrics.jsonl", "scores.jsonl"):
@@ -708,7 +708,21 @@ def open_log(out: Path, step: int, steps: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             temporary.write_text("".join(kept))
+    if step > 0:  # a new run replaces an earlier one's at its first save
+        rewind_best(out, step)
     print(f"{out}: step {step} of {steps}" + (", nothing left to do" if step >= steps else ""))
+
+
+def rewind_best(out: Path, step: int) -> None:
+    """If OUT.best.pt is of a later step, let it be the best up to `step`, or nothing where that one is not kept."""
+    best, scores = out.with_suffix(".best.pt"), read_scores(out.with_suffix("") / "scores.jsonl")
+    if not best.exists() or load_checkpoint(best)[1]["step"] <= step:
+        return
+    before = out.with_suffix("") / f"step-{max(scores, key=scores.get, default=0):06d}.pt"  # there is no step 0
+    if before.exists():
+        point_to(best, before)
+    else:
+        best.unlink()
 
 
 @contextmanager

@@ -628,6 +628,34 @@ def test_the_best_of_an_earlier_run_is_not_this_ones(chain, tmp_path, monkeypatc
     assert all(torch.equal(best[name], w) for name, w in last.items())
 
 
+@pytest.mark.parametrize("resumed, kept, best", [(4, (1, 2, 3, 4), 4), (3, (2, 3), 2), (3, (3,), None), (1, (1,), 1)])
+def test_the_best_of_steps_that_a_resume_drops_is_not_the_runs(group, chain, tmp_path, resumed, kept, best):
+    """Steps 1 to 4, ever better but the third."""
+    (tmp_path / "ar").mkdir()
+    weights, meta = load_checkpoint(chain / "ckpt/ar.pt")
+    for step, score in (1, 1.0), (2, 2.0), (3, 1.5), (4, 3.0):
+        write_log(tmp_path / "ar/scores.jsonl", {"step": step, "control_margin": score})
+        if step in kept or step == 4:
+            save_checkpoint(tmp_path / f"ar/step-{step:06d}.pt", weights, meta | {"step": step})
+    point_to(tmp_path / "ar.best.pt", tmp_path / "ar/step-000004.pt")
+    open_log(tmp_path / "ar.pt", resumed, 9)
+    found = load_checkpoint(tmp_path / "ar.best.pt")[1]["step"] if (tmp_path / "ar.best.pt").exists() else None
+    assert found == best
+    assert [row["step"] for row in rows(tmp_path / "ar/scores.jsonl")] == list(range(1, resumed + 1))
+
+
+def test_the_best_of_steps_that_a_resume_keeps_stays(group, chain, tmp_path):
+    """Also where its file beside the others is gone, and the best of an earlier run until a new one has its own."""
+    weights, meta = load_checkpoint(chain / "ckpt/ar.pt")
+    save_checkpoint(tmp_path / "ar.best.pt", weights, meta | {"step": 2})
+    before = (tmp_path / "ar.best.pt").stat().st_ino
+    (tmp_path / "ar").mkdir()
+    for step, resumed in (2, 3), (2, 2), (2, 0):
+        write_log(tmp_path / "ar/scores.jsonl", {"step": step, "control_margin": 1.0})
+        open_log(tmp_path / "ar.pt", resumed, 9)
+        assert (tmp_path / "ar.best.pt").stat().st_ino == before
+
+
 @pytest.fixture(scope="module")
 def toy_videos():
     prompts, paths, scene = sample_toy(4, 0, 3, held=False)
