@@ -35,7 +35,7 @@ from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import imageio.v3 as imageio
 import imageio_ffmpeg
@@ -358,16 +358,22 @@ def explain(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple[T
 
 def control_margin(video: Tensor, prompts: list[str], viewmats: Tensor, K: Tensor) -> float:
     """By how many dB the room that explains each video [b 3 t h w] best, seen along its path, beats the same along the
-    path of another: how well the camera is obeyed. A frozen frame, blur and noise score about 0.
+    path of another, less what the video's middle frame alone gets that way: how well the camera is obeyed. A video that
+    stands still scores 0; one of blur or noise about 0.
 
     Raises ValueError when a prompt is not of the toy world, of which alone the truth is known.
     """
     rooms = [read_prompt(prompt) for prompt in prompts]
     looks = torch.zeros(len(rooms), N_PANELS, dtype=torch.long)
     scene = Scene(torch.stack([colours for colours, _ in rooms]), torch.stack([pillars for _, pillars in rooms]), looks)
-    own = psnr(video, explain(video, scene, viewmats, K)[0])
-    other = psnr(video, explain(video, scene, viewmats.roll(1, 0), K)[0])
-    return (own - other).mean().item()
+
+    def margin(video: Tensor) -> Tensor:
+        own, other = (psnr(video, explain(video, scene, path, K)[0]) for path in (viewmats, viewmats.roll(1, 0)))
+        return own - other
+
+    middle = video.shape[2] // 2
+    held = video[:, :, middle : middle + 1].expand_as(video)  # halfway along a path, much of the rest is in view
+    return (margin(video) - margin(held)).mean().item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -693,27 +699,51 @@ def set_recipe(parser: argparse.ArgumentParser, recipes: dict[str, dict], argv: 
 
 def open_log(out: Path, step: int, steps: int) -> None:
     """Say where the run that writes `out` stands, and keep the lines of its metrics up to `step`: none of an earlier
-    run's, none that a resumed run will write again. On rank 0."""
+    run's, none that a resumed run will write again. OUT.best.pt goes along. On rank 0."""
     if dist.get_rank() > 0:
         return
     for name in ("metrics.jsonl", "scores.jsonl"):
         path = out.with_suffix("") / name
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # a killed run or a full disk may have cut the last one
+        try:
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{path}: a line is none of a run's ({error}); move the file away") from None
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")  # a full disk leaves the log as it was
-        temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(kept))
+    if step > 0:  # a new run replaces an earlier one's at its first save
+        rewind_best(out, step)
     print(f"{out}: step {step} of {steps}" + (", nothing left to do" if step >= steps else ""))
+
+
+def rewind_best(out: Path, step: int) -> None:
+    """If OUT.best.pt is of a later step, let it be the best up to `step`, or nothing where that one is not kept."""
+    best, scores = out.with_suffix(".best.pt"), read_scores(out.with_suffix("") / "scores.jsonl")
+    if not best.exists() or load_checkpoint(best)[1]["step"] <= step:
+        return
+    before = out.with_suffix("") / f"step-{max(scores, key=scores.get, default=0):06d}.pt"  # there is no step 0
+    if before.exists():
+        point_to(best, before)
+    else:
+        best.unlink()
+
+
+@contextmanager
+def appending(path: Path, mode: str = "a") -> Iterator[IO]:
+    """The open file, at whose end a with-block writes."""
+    try:
+        with open(path, mode) as file:
+            yield file
+    except OSError as error:  # of a full disk, which names no file
+        raise ValueError(f"{path}: could not be written ({error})") from error
 
 
 def write_log(path: Path, row: dict) -> None:
     """Append one line of metrics."""
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-    except OSError as error:  # of a full disk, which names no file
-        raise ValueError(f"{path}: could not be written ({error})") from error
+    with appending(path) as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def to_bytes(video: Tensor) -> Tensor:
@@ -1773,20 +1803,19 @@ def survey_clips(clips: list[Clip], folder: Path, out: Path, rank: int, world_si
     """
     known = read_surveys(out)
     surveys = []
-    with open(out / f"survey-{rank}.jsonl", "a") as log:
-        for clip in tqdm(clips[rank::world_size], "look", disable=rank > 0):
-            path = folder / clip.file
-            stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
-            key = [clip.file, clip.start, stamp, *wanted]
-            survey = known.get(json.dumps(key))
-            if survey is None:
-                try:
-                    survey = {"of": key} | survey_clip(path, clip.start, wanted)
-                except ValueError as error:
-                    survey = {"of": key, "error": str(error)}
+    for clip in tqdm(clips[rank::world_size], "look", disable=rank > 0):
+        path = folder / clip.file
+        stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
+        key = [clip.file, clip.start, stamp, *wanted]
+        survey = known.get(json.dumps(key))
+        if survey is None:
+            try:
+                survey = {"of": key} | survey_clip(path, clip.start, wanted)
+            except ValueError as error:
+                survey = {"of": key, "error": str(error)}
+            with appending(out / f"survey-{rank}.jsonl") as log:
                 log.write("\n" + json.dumps(survey))  # the line break first: what stands there may be half a line
-                log.flush()
-            surveys.append(survey)
+        surveys.append(survey)
     return surveys
 
 
@@ -1837,13 +1866,13 @@ def read_prompt_log(path: Path, encoder_name: str) -> dict[str, dict[str, Tensor
 
 def log_prompt(path: Path, encoder_name: str, prompt: str, row: dict[str, Tensor]) -> None:
     """Append a prompt's row of fp16 to a log: its numbers to a file of their own, and then a line to path, a .jsonl."""
-    with open(path.with_suffix(".f16"), "ab") as file:
+    with appending(path.with_suffix(".f16"), "ab") as file:
         file.write(b" " * (file.tell() % 2))  # a killed run may have left half a number
         start = file.tell() // 2
         for z in row.values():
             file.write(stored(z))
     shapes = {name: list(z.shape) for name, z in row.items()}
-    with open(path, "a") as file:
+    with appending(path) as file:
         # the line break first: what stands there may be half a line
         file.write("\n" + json.dumps({"encoder": encoder_name, "prompt": prompt, "start": start, "shapes": shapes}))
 
@@ -2369,7 +2398,8 @@ def make_from_videos(args: argparse.Namespace) -> None:
     for file in existing:
         check_shard(file, meta, plans[file])
     if run.rank == 0:  # only now: the report of another run is not overwritten either
-        (args.out / "report.jsonl").write_text("".join(json.dumps(row) + "\n" for row in report))
+        with replacing(args.out / "report.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in report))
     if not plans:
         raise ValueError(f"{args.out}: none of {len(report)} clips can be kept; report.jsonl says why")
 

@@ -804,8 +804,6 @@ def start_process_group(sp: int = 1, shard_over: int | None = None) -> tuple[int
     SHARD_OVER = shard_over
     SEQUENCE_GROUP = dist.new_subgroups(sp)[0] if sp > 1 else None
     STOP.clear()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: STOP.add("asked"))
     return rank, world_size, device
 
 
@@ -813,7 +811,12 @@ STOP: set[str] = set()  # "asked": this rank got SIGTERM, as before a preemption
 
 
 def stopping() -> bool:
-    """Has any rank been asked to end? The same answer on all of them, renewed by check_finite."""
+    """Has any rank been asked to end? The same answer on all of them, renewed by check_finite.
+
+    From the first call on, SIGTERM only asks; whatever never calls this, it ends at once, as it does any program.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: STOP.add("asked"))
     return "agreed" in STOP
 
 
@@ -1153,17 +1156,20 @@ def lock_folder(out: Path) -> Path:
         return folder
     import fcntl  # of Unix
     LOCK = None
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "a+")
+    path = folder / "lock"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "a+")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+    except BlockingIOError:
         lock.seek(0)
         raise ValueError(f"{folder}: another run is writing here (process {lock.read().strip()}); wait for it, or "
                          "choose another --out") from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
+    except OSError as error:  # of a full disk, which names no file, or of one that cannot lock
+        raise ValueError(f"{path}: could not be written ({error})") from error
     LOCK = lock
     return folder
 
@@ -1175,7 +1181,8 @@ LASTING = ("preset", "no_camera", "seed", "shift", "chunk", "given_prob", "teach
 
 def describe_run(args: argparse.Namespace, **made_of: Meta | None) -> dict:
     """What a state says of the run it belongs to. made_of: the checkpoints that it started from, by their flag."""
-    flags = {name: str(value) for name, value in vars(args).items() if name != "resume"}
+    flags = {name: str(tuple(value) if isinstance(value, list) else value)  # a list if given, a tuple if by default
+             for name, value in vars(args).items() if name != "resume"}
     videos = args.batch_size * args.accum * dist.get_world_size() // sequence_rank()[1]
     weights = {name: meta["fingerprint"] for name, meta in made_of.items() if meta}
     return {"flags": flags, "videos per step": videos, "weights": weights}

@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import signal
 import sys
 import textwrap
 import time
@@ -505,9 +504,7 @@ def open_device(sp: int) -> torch.device:
         raise ValueError(f"--sp {sp}: found {world_size} processes; torchrun --nproc_per_node {sp} stream.py --sp {sp}")
     if sp == 1:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = start_process_group(sp)[2]
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # unlike a training run, this one has nothing to save
-    return device
+    return start_process_group(sp)[2]
 
 
 def say(text: str, **where) -> None:
