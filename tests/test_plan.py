@@ -69,6 +69,7 @@ def meta_costs(args, work, layers, recompute, flops=False):
 # ---------------------------------------------------------------------------------------------------------- The counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, flags", STAGES)
 @pytest.mark.parametrize("preset", ["tiny", "tiny-hy"])
 @pytest.mark.parametrize("recompute", [False, True])
@@ -79,6 +80,7 @@ def test_a_fourth_block_takes_what_the_third_takes(script, flags, preset, recomp
         assert name == same and found == Counter(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["tiny", "tiny-hy"])
 @pytest.mark.parametrize("script", ["train_ar", "train_dmd"])
 def test_flops_are_those_of_real_tensors(script, preset):
@@ -111,6 +113,7 @@ def test_attention_is_counted_as_flash_attention():
     assert cost["flop"] == 4 * 2 * 64 * 64 * 16 * 7 / 2 and cost["activations"] < 2 * 64 * 64 * 4  # not the scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, flags", STAGES)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_memory_is_that_of_real_tensors(script, flags, recompute, monkeypatch):
@@ -159,7 +162,9 @@ def allocator_peak(args, work, layers, recompute, path):
 def test_the_plan_is_the_allocators_peak_within_5_percent(script, preset, recompute, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.nn.Module, "bfloat16", lambda net: net)
     args, work = work_of(script, preset, "--batch-size 8")
-    planned = max(held(cost) for _, cost in meta_costs(args, work, 2, recompute))
+    with torch.device("meta"):
+        on_its_way = 4 * max(p.numel() for p in build(preset).parameters())  # a gradient, in a plan among "gathered"
+    planned = max(held(cost) for _, cost in meta_costs(args, work, 2, recompute)) + on_its_way
     assert allocator_peak(args, work, 2, recompute, tmp_path / "trace.json") == pytest.approx(planned, rel=0.05)
 
 
@@ -182,6 +187,7 @@ def test_so_it_is_of_a_sharded_run_at_full_width(script, preset, monkeypatch, tm
     assert found == pytest.approx(1e9 * planned - ahead, rel=0.05)
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_counted_out_are_like_those_that_are():
     args, work = work_of("distill_ode", "tiny", "--generate --teacher-steps 8")
     found = model.count_all_blocks(args, work, [32, 32], False, True)
