@@ -2840,11 +2840,11 @@ def bench(args: argparse.Namespace, work: Work) -> None:
         if optimizers:
             update_ema(nets["ema"], nets[next(iter(optimizers))], 0.99)
     seconds = (clock(device) - start) / args.bench
-    card, rate = matmul_rate(device)
+    rate = matmul_rate(device)
     flops = 1e12 * planned["tflop"] / seconds
     if rank == 0:
         print(json.dumps({
-            "preset": args.preset, "stage": planned["stage"], "gpus": world_size, "sp": args.sp, "card": card,
+            "preset": args.preset, "stage": planned["stage"], "gpus": world_size, "sp": args.sp, "card": card_name(),
             "seconds": seconds, "peak_gb": peak_memory(device) / 1e9, "planned_gb": planned["gb"]["total"],
             "flops": flops, "matmul_flops": rate, "share": flops / rate}))
 
@@ -2872,8 +2872,12 @@ def peak_memory(device: torch.device) -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def matmul_rate(device: torch.device) -> tuple[str, float]:
-    """The card's name, and the FLOP/s of a large matmul on it: bf16 on a GPU, fp32 on a CPU."""
+def card_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def matmul_rate(device: torch.device) -> float:
+    """FLOP/s of a large matmul: bf16 on a GPU, fp32 on a CPU."""
     cuda = device.type == "cuda"
     a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
     times = []
@@ -2881,7 +2885,7 @@ def matmul_rate(device: torch.device) -> tuple[str, float]:
         start = clock(device)
         a @ a
         times.append(clock(device) - start)
-    return torch.cuda.get_device_name() if cuda else "CPU", 2 * 4096**3 / min(times)
+    return 2 * 4096**3 / min(times)
 
 
 def print_peak(args: argparse.Namespace, work: Work) -> None:

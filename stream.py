@@ -38,8 +38,8 @@ from data import (
     sample_toy, to_bytes, write_sheet,
 )
 from model import (
-    CARDS, PRESETS, Camera, Meta, Meter, Prompt, build, build_vae, extrapolate, fill_with_noise, invert_se3, load_net,
-    load_vae, rollout, sequence_rank, start_process_group, timed, use_released_cache, usual_meta,
+    CARDS, PRESETS, Camera, Meta, Meter, Prompt, build, build_vae, card_name, extrapolate, fill_with_noise, invert_se3,
+    load_net, load_vae, peak_memory, rollout, sequence_rank, start_process_group, timed, use_released_cache, usual_meta,
 )
 
 SHIPPED = Path(__file__).parent / "ckpt/tiny"
@@ -598,7 +598,9 @@ def main(args: argparse.Namespace) -> None:
         return print_plan(plan(args.preset or "tiny"))
     if args.preset:
         player, camera, image = random_player(args.preset)
-        return print(json.dumps({"preset": args.preset} | bench(player, "", camera, image)))
+        found = bench(player, "", camera, image)
+        card, peak = card_name(), peak_memory(next(player.net.parameters()).device) / 1e9
+        return print(json.dumps({"preset": args.preset, "card": card, "peak_gb": peak} | found))
     ckpt, player, text_encoder = open_player(args)
     if args.score and text_encoder:
         raise ValueError(f"--score measures the toy world, but {ckpt} reads its prompts through {text_encoder}")
