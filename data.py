@@ -10,7 +10,8 @@ Everything frozen, and everything that becomes a batch.
     6. Pose files   JSON in several dialects, COLMAP, RealEstate10K, HY-WorldPlay
     7. Encoders     umT5, Qwen2.5-VL, byT5, SigLIP, and HY's stand-ins
     8. Videos       real ones with captions and cameras: look, judge, encode, report; pictures of what came out
-    9. main         $ python data.py                        render the toy world, train its VAE, write its latents
+    9. Noise        in the place of all data, to plan and to time training
+    10. main        $ python data.py                        render the toy world, train its VAE, write its latents
                     $ python data.py --videos clips         the latents of your own videos instead
                     $ python data.py --inspect data/videos  draw frames and camera paths of a latents folder
 
@@ -34,7 +35,7 @@ from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import imageio.v3 as imageio
 import imageio_ffmpeg
@@ -49,7 +50,7 @@ from tqdm import tqdm
 
 from model import (
     PRESETS, Camera, HYDiT, HYPrompt, Meta, build_vae, check_same_tensors, fingerprint, invert_se3, load_checkpoint,
-    load_vae, point_to, rollout, save_checkpoint, start_process_group,
+    load_vae, point_to, rollout, save_checkpoint, start_process_group, tree_map,
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -357,16 +358,22 @@ def explain(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple[T
 
 def control_margin(video: Tensor, prompts: list[str], viewmats: Tensor, K: Tensor) -> float:
     """By how many dB the room that explains each video [b 3 t h w] best, seen along its path, beats the same along the
-    path of another: how well the camera is obeyed. A frozen frame, blur and noise score about 0.
+    path of another, less what the video's middle frame alone gets that way: how well the camera is obeyed. A video that
+    stands still scores 0; one of blur or noise about 0.
 
     Raises ValueError when a prompt is not of the toy world, of which alone the truth is known.
     """
     rooms = [read_prompt(prompt) for prompt in prompts]
     looks = torch.zeros(len(rooms), N_PANELS, dtype=torch.long)
     scene = Scene(torch.stack([colours for colours, _ in rooms]), torch.stack([pillars for _, pillars in rooms]), looks)
-    own = psnr(video, explain(video, scene, viewmats, K)[0])
-    other = psnr(video, explain(video, scene, viewmats.roll(1, 0), K)[0])
-    return (own - other).mean().item()
+
+    def margin(video: Tensor) -> Tensor:
+        own, other = (psnr(video, explain(video, scene, path, K)[0]) for path in (viewmats, viewmats.roll(1, 0)))
+        return own - other
+
+    middle = video.shape[2] // 2
+    held = video[:, :, middle : middle + 1].expand_as(video)  # halfway along a path, much of the rest is in view
+    return (margin(video) - margin(held)).mean().item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -445,6 +452,10 @@ class Batch(NamedTuple):
     def rand(self, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1), [b *shape]."""
         return torch.stack([torch.rand(shape, generator=g) for g in self.rng]).to(self.x0.device)
+
+    def chance(self, prob: float) -> Tensor:
+        """True with this probability [b]. On the CPU, where a prompt's masks are (HYPrompt)."""
+        return torch.cat([torch.rand(1, generator=g) for g in self.rng]) < prob
 
     def rand_per_chunk(self, chunk: int) -> Tensor:
         """Uniform numbers in [0, 1), one per chunk of frames, the last of which may be short: [b f]."""
@@ -688,27 +699,51 @@ def set_recipe(parser: argparse.ArgumentParser, recipes: dict[str, dict], argv: 
 
 def open_log(out: Path, step: int, steps: int) -> None:
     """Say where the run that writes `out` stands, and keep the lines of its metrics up to `step`: none of an earlier
-    run's, none that a resumed run will write again. On rank 0."""
+    run's, none that a resumed run will write again. OUT.best.pt goes along. On rank 0."""
     if dist.get_rank() > 0:
         return
     for name in ("metrics.jsonl", "scores.jsonl"):
         path = out.with_suffix("") / name
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # a killed run or a full disk may have cut the last one
+        try:
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{path}: a line is none of a run's ({error}); move the file away") from None
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")  # a full disk leaves the log as it was
-        temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(kept))
+    if step > 0:  # a new run replaces an earlier one's at its first save
+        rewind_best(out, step)
     print(f"{out}: step {step} of {steps}" + (", nothing left to do" if step >= steps else ""))
+
+
+def rewind_best(out: Path, step: int) -> None:
+    """If OUT.best.pt is of a later step, let it be the best up to `step`, or nothing where that one is not kept."""
+    best, scores = out.with_suffix(".best.pt"), read_scores(out.with_suffix("") / "scores.jsonl")
+    if not best.exists() or load_checkpoint(best)[1]["step"] <= step:
+        return
+    before = out.with_suffix("") / f"step-{max(scores, key=scores.get, default=0):06d}.pt"  # there is no step 0
+    if before.exists():
+        point_to(best, before)
+    else:
+        best.unlink()
+
+
+@contextmanager
+def appending(path: Path, mode: str = "a") -> Iterator[IO]:
+    """The open file, at whose end a with-block writes."""
+    try:
+        with open(path, mode) as file:
+            yield file
+    except OSError as error:  # of a full disk, which names no file
+        raise ValueError(f"{path}: could not be written ({error})") from error
 
 
 def write_log(path: Path, row: dict) -> None:
     """Append one line of metrics."""
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-    except OSError as error:  # of a full disk, which names no file
-        raise ValueError(f"{path}: could not be written ({error})") from error
+    with appending(path) as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def to_bytes(video: Tensor) -> Tensor:
@@ -1172,13 +1207,13 @@ def encode_places(image: Tensor) -> Tensor:
 
 
 def pad_prompts(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Prompts [l d] of several lengths -> [b l d], zero past their ends, and the mask [b l] of what is no padding. l is
-    the longest of them and at least 1, as attention needs."""
+    """Prompts [l d] of several lengths -> [b l d], zero past their ends, and on the CPU the mask [b l] of what is no
+    padding. l is the longest of them and at least 1, as attention needs."""
     padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     if padded.shape[1] == 0:
         padded = F.pad(padded, (0, 0, 0, 1))
-    lengths = torch.tensor([len(row) for row in rows], device=padded.device)
-    return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+    lengths = torch.tensor([len(row) for row in rows])
+    return padded, torch.arange(padded.shape[1]) < lengths[:, None]
 
 
 def collate_hy_prompts(rows: list[dict[str, Tensor]], null: dict[str, Tensor], vision: Tensor,
@@ -1190,12 +1225,13 @@ def collate_hy_prompts(rows: list[dict[str, Tensor]], null: dict[str, Tensor], v
     """
     text, text_mask = pad_prompts([row["text"] for row in rows] + [null["text"]])
     byt5, byt5_mask = pad_prompts([row["byt5"] for row in rows] + [null["byt5"]])
-    has_image = vision.flatten(1).any(1).view(-1, 1, 1, 1, 1)
-    given_latents = F.pad(first, (0, 0, 0, 0, 0, 1), value=1.0) * has_image  # a channel more, 1 where they are given
-    prompt = HYPrompt(text[:-1], text_mask[:-1], byt5[:-1], byt5_mask[:-1], vision, given_latents)
+    has_image = vision.flatten(1).any(1)  # [b]
+    given_latents = F.pad(first, (0, 0, 0, 0, 0, 1), value=1.0)  # a channel more, 1 where they are given
+    image = (vision, has_image.cpu()[:, None].expand(vision.shape[:2]), given_latents * has_image.view(-1, 1, 1, 1, 1))
+    prompt = HYPrompt(text[:-1], text_mask[:-1], byt5[:-1], byt5_mask[:-1], *image)
     null_prompt = HYPrompt(
         text[-1:].expand_as(prompt.text), text_mask[-1:].expand_as(prompt.text_mask),
-        byt5[-1:].expand_as(prompt.byt5), byt5_mask[-1:].expand_as(prompt.byt5_mask), vision, given_latents)
+        byt5[-1:].expand_as(prompt.byt5), byt5_mask[-1:].expand_as(prompt.byt5_mask), *image)
     return prompt, null_prompt
 
 
@@ -1767,20 +1803,19 @@ def survey_clips(clips: list[Clip], folder: Path, out: Path, rank: int, world_si
     """
     known = read_surveys(out)
     surveys = []
-    with open(out / f"survey-{rank}.jsonl", "a") as log:
-        for clip in tqdm(clips[rank::world_size], "look", disable=rank > 0):
-            path = folder / clip.file
-            stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
-            key = [clip.file, clip.start, stamp, *wanted]
-            survey = known.get(json.dumps(key))
-            if survey is None:
-                try:
-                    survey = {"of": key} | survey_clip(path, clip.start, wanted)
-                except ValueError as error:
-                    survey = {"of": key, "error": str(error)}
+    for clip in tqdm(clips[rank::world_size], "look", disable=rank > 0):
+        path = folder / clip.file
+        stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
+        key = [clip.file, clip.start, stamp, *wanted]
+        survey = known.get(json.dumps(key))
+        if survey is None:
+            try:
+                survey = {"of": key} | survey_clip(path, clip.start, wanted)
+            except ValueError as error:
+                survey = {"of": key, "error": str(error)}
+            with appending(out / f"survey-{rank}.jsonl") as log:
                 log.write("\n" + json.dumps(survey))  # the line break first: what stands there may be half a line
-                log.flush()
-            surveys.append(survey)
+        surveys.append(survey)
     return surveys
 
 
@@ -1831,13 +1866,13 @@ def read_prompt_log(path: Path, encoder_name: str) -> dict[str, dict[str, Tensor
 
 def log_prompt(path: Path, encoder_name: str, prompt: str, row: dict[str, Tensor]) -> None:
     """Append a prompt's row of fp16 to a log: its numbers to a file of their own, and then a line to path, a .jsonl."""
-    with open(path.with_suffix(".f16"), "ab") as file:
+    with appending(path.with_suffix(".f16"), "ab") as file:
         file.write(b" " * (file.tell() % 2))  # a killed run may have left half a number
         start = file.tell() // 2
         for z in row.values():
             file.write(stored(z))
     shapes = {name: list(z.shape) for name, z in row.items()}
-    with open(path, "a") as file:
+    with appending(path) as file:
         # the line break first: what stands there may be half a line
         file.write("\n" + json.dumps({"encoder": encoder_name, "prompt": prompt, "start": start, "shapes": shapes}))
 
@@ -2363,7 +2398,8 @@ def make_from_videos(args: argparse.Namespace) -> None:
     for file in existing:
         check_shard(file, meta, plans[file])
     if run.rank == 0:  # only now: the report of another run is not overwritten either
-        (args.out / "report.jsonl").write_text("".join(json.dumps(row) + "\n" for row in report))
+        with replacing(args.out / "report.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in report))
     if not plans:
         raise ValueError(f"{args.out}: none of {len(report)} clips can be kept; report.jsonl says why")
 
@@ -2433,7 +2469,38 @@ def inspect(folder: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 9. main: the toy world, or videos, as a latents folder.
+# 9. Noise in the place of all data, for a bill without any (model.py, 12).
+
+
+def random_encoder(preset: str) -> Encoder:
+    """Any prompt and image as noise, of the shapes that the preset's encoders make."""
+    dit = PRESETS[preset].dit
+    toy = dit.text_dim == TEXT_DIM
+    if PRESETS[preset].net is not HYDiT:
+        length = TEXT_LEN if toy else UMT5_LEN
+        return Encoder("noise", lambda _: {"embeds": torch.randn(length, dit.text_dim)}, length, None, "")
+    words, places = (26, 16) if toy else (300, 729)  # a prompt may have up to HY_TEXT_LEN words
+    return Encoder("noise", lambda _: {"text": torch.randn(words, dit.text_dim), "byt5": torch.zeros(0, dit.byt5[0])},
+                   None, lambda images: torch.randn(len(images), places, dit.vision_dim), "")
+
+
+def random_batch(preset: str, meta: Meta, size: int, device: torch.device) -> Batch:
+    """A batch of noise, of videos as meta has them. On the meta device, all but masks are shapes alone."""
+    dit, encoder, f = PRESETS[preset].dit, random_encoder(preset), meta["frames"]
+    h, w = (pixels // PRESETS[preset].vae.stride for pixels in meta["size"])
+    x0, text = torch.randn(size, f, dit.channels, h, w), encoder.encode_text("")
+    vision = encoder.encode_image(x0) if encoder.encode_image else None
+    prompt, null = collate_prompts([text] * size, text, encoder.length, vision, x0[:, :1])
+    camera = Camera(torch.eye(4).expand(size, f, 4, 4), intrinsics(meta["K"]).expand(size, f, 3, 3))
+    x0, prompt, null, camera, generated = (
+        tree_map(lambda z: z if z.dtype == torch.bool else z.to(device), tree)
+        for tree in (x0, prompt, null, camera, torch.ones(size, f)))
+    rng = [torch.Generator().manual_seed(i) for i in range(size)]
+    return Batch(x0, prompt, null, camera, generated, rng, [*range(size)], None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. main: the toy world, or videos, as a latents folder.
 
 
 def pixels(text: str) -> list[int]:

@@ -20,6 +20,7 @@ import argparse
 import gc
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -28,12 +29,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    Batch, HelpFormatter, check_data, get_batch, open_latents, open_log, positive, set_recipe, write_log, write_samples,
+    Batch, HelpFormatter, check_data, get_batch, open_latents, open_log, positive, random_batch, set_recipe, write_log,
+    write_samples,
 )
 from model import (
-    Meta, add_noise, batch_part, build, check_finite, describe_run, guide, load_checkpoint, load_state, lock_folder,
-    masked_mse, noise_levels, origin, save_average, save_state, shard, start_process_group, stopping, update_ema,
-    velocity_to_x0,
+    Meta, Nets, Work, add_noise, batch_part, bill, build, check_finite, describe_run, guide, load_checkpoint,
+    load_state, lock_folder, masked_mse, noise_levels, origin, print_peak, save_average, save_state, shard,
+    start_process_group, stopping, update_ema, velocity_to_x0,
 )
 
 
@@ -102,7 +104,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--keep", type=positive, default=5, help="checkpoints of earlier saves that stay beside --out")
     p.add_argument("--vae", type=Path, help="for the sheets; default: what made the latents")
     p.add_argument("--sp", type=positive, default=1, help="processes that share a video, each some of its tokens")
+    p.add_argument("--shard-over", type=positive, help="processes that share a copy of weights and moments; default: "
+                   "those of a node")
     p.add_argument("--compile", action="store_true", help="torch.compile blocks: slow to start, then faster steps")
+    p.add_argument("--plan", type=positive, metavar="GPUS", help="only say what a step would take on so many; no files")
+    p.add_argument("--bench", type=positive, metavar="STEPS", help="only time so many steps, on noise; no files")
     set_recipe(p, RECIPES, argv)
     # -- end ---------------------------------------------------------------------------------------------------------
     args = p.parse_args(argv)
@@ -114,7 +120,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     # -- setup (same in every stage) ---------------------------------------------------------------------------------
-    rank, _, device = start_process_group(args.sp)
+    rank, _, device = start_process_group(args.sp, args.shard_over)
     data = open_latents(args.data, args.preset)
     folder = lock_folder(args.out)  # beside the checkpoint: earlier ones, states to resume from, metrics, sheets
     # -- end ---------------------------------------------------------------------------------------------------------
@@ -155,6 +161,8 @@ def main(args: argparse.Namespace) -> None:
 
         # -- log and save (same in every stage) ----------------------------------------------------------------------
         bar.update()
+        if rank == 0 and bar.n == bar.initial + 2:  # all that a step takes is there from the second on
+            print_peak(args, WORK)
         bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
         if step % args.log_every == 0 and rank == 0:
             write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
@@ -167,12 +175,30 @@ def main(args: argparse.Namespace) -> None:
         # -- end -----------------------------------------------------------------------------------------------------
 
 
+# What --plan counts and --bench times, without any files (model.py, 12).
+
+
+def rehearse(args: argparse.Namespace, nets: Nets, batch: Batch, meta: Meta) -> Iterator[str]:
+    """A micro-batch of a step."""
+    sigmas = noise_levels(args.teacher_steps, meta["shift"])
+    consistency_loss(nets["net"], nets["ema"], nets["teacher"], batch, sigmas, meta).backward()
+    yield "net"
+
+
+WORK = Work("cd", {"net": True, "ema": False, "teacher": False}, rehearse, random_batch)
+
+
 if __name__ == "__main__":
     # -- run (same in every stage) ----------------------------------------------------------------------------------
     try:
-        main(parse_args())
+        args = parse_args()
+        if args.plan or args.bench:
+            bill(args, WORK)
+        else:
+            main(args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     gc.collect()  # frees FSDP's reference cycles, which could otherwise outlive the process group
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     # -- end --------------------------------------------------------------------------------------------------------

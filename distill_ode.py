@@ -24,6 +24,7 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -33,13 +34,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    Batch, HelpFormatter, Latents, check_data, get_batch, open_latents, open_log, positive, read_row, save_shard,
-    set_recipe, write_log, write_samples,
+    Batch, HelpFormatter, Latents, check_data, get_batch, open_latents, open_log, positive, random_batch, read_row,
+    save_shard, set_recipe, write_log, write_samples,
 )
 from model import (
-    Meta, add_noise, batch_part, build, check_finite, describe_run, euler, gathered, load_checkpoint, load_state,
-    lock_folder, masked_mse, noise_levels, origin, prefill, save_average, save_state, sequence_rank, shard,
-    start_process_group, stopping, update_cache, update_ema, velocity_to_x0,
+    Meta, Nets, Work, add_noise, batch_part, bill, build, check_finite, describe_run, euler, gathered, load_checkpoint,
+    load_state, lock_folder, masked_mse, noise_levels, origin, prefill, print_peak, save_average, save_state,
+    sequence_rank, shard, start_process_group, stopping, update_cache, update_ema, velocity_to_x0,
 )
 
 
@@ -127,7 +128,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--keep", type=positive, default=5, help="checkpoints of earlier saves that stay beside --out")
     p.add_argument("--vae", type=Path, help="for the sheets; default: what made the latents")
     p.add_argument("--sp", type=positive, default=1, help="processes that share a video, each some of its tokens")
+    p.add_argument("--shard-over", type=positive, help="processes that share a copy of weights and moments; default: "
+                   "those of a node")
     p.add_argument("--compile", action="store_true", help="torch.compile blocks: slow to start, then faster steps")
+    p.add_argument("--plan", type=positive, metavar="GPUS", help="only say what a step would take on so many; no files")
+    p.add_argument("--bench", type=positive, metavar="STEPS", help="only time so many steps, on noise; no files")
     set_recipe(p, RECIPES, argv)
     # -- end ---------------------------------------------------------------------------------------------------------
     args = p.parse_args(argv)
@@ -176,7 +181,7 @@ def generate(args: argparse.Namespace, teacher: nn.Module, data: Latents, meta: 
 
 def main(args: argparse.Namespace) -> None:
     # -- setup (same in every stage) ---------------------------------------------------------------------------------
-    rank, _, device = start_process_group(args.sp)
+    rank, _, device = start_process_group(args.sp, args.shard_over)
     data = open_latents(args.data, args.preset)
     folder = lock_folder(args.out)  # beside the checkpoint: earlier ones, states to resume from, metrics, sheets
     # -- end ---------------------------------------------------------------------------------------------------------
@@ -225,6 +230,8 @@ def main(args: argparse.Namespace) -> None:
 
         # -- log and save (same in every stage) ----------------------------------------------------------------------
         bar.update()
+        if rank == 0 and bar.n == bar.initial + 2:  # all that a step takes is there from the second on
+            print_peak(args, WORK)
         bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
         if step % args.log_every == 0 and rank == 0:
             write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
@@ -237,12 +244,36 @@ def main(args: argparse.Namespace) -> None:
         # -- end -----------------------------------------------------------------------------------------------------
 
 
+# What --plan counts and --bench times, without any files (model.py, 12).
+
+
+def rehearse(args: argparse.Namespace, nets: Nets, batch: Batch, meta: Meta) -> Iterator[str]:
+    """A micro-batch of a step, or with --generate its pairs."""
+    sigmas = noise_levels(args.teacher_steps, meta["shift"])
+    if args.generate:
+        with gathered(nets["net"], args.gather):
+            integrate(nets["net"], batch, sigmas, meta | {"guidance": 2.0}, args.sampling_steps)  # any but 1
+        return
+    levels = sigmas[:: args.teacher_steps // args.sampling_steps]
+    states = batch.x0[:, None].expand(-1, len(levels), -1, -1, -1, -1)
+    ode_loss(nets["net"], batch._replace(states=states), levels, meta).backward()
+    yield "net"
+
+
+WORK = Work("ode", {"net": True, "ema": False}, rehearse, random_batch, linear="teacher_steps")
+
+
 if __name__ == "__main__":
     # -- run (same in every stage) ----------------------------------------------------------------------------------
     try:
-        main(parse_args())
+        args = parse_args()
+        if args.plan or args.bench:
+            bill(args, WORK)
+        else:
+            main(args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     gc.collect()  # frees FSDP's reference cycles, which could otherwise outlive the process group
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     # -- end --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ The networks, what their output means, and how their weights travel.
     9. HY VAE           16 times smaller in space; what was a stride is channels folded out of the grid; HY's presets
     10. UniPC           the multistep sampler that public Wan is used with
     11. Released files  Wan2.1's, HunyuanVideo-1.5's, HY-WorldPlay's and minWM's, each in their own format
+    12. The bill        what a training step takes: memory, FLOPs and bytes, planned without a GPU or measured
 
 One call for every backbone, so that a stage does not know which network it trains:
 
@@ -40,12 +41,14 @@ import signal
 import sys
 import threading
 import time
+import weakref
 import zipfile
 import zlib
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -57,13 +60,17 @@ from einops import rearrange, reduce, repeat
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Flow matching. A straight line from data to noise, x_t = (1 - sigma) x0 + sigma noise, and a network that predicts
@@ -603,8 +610,8 @@ def tree_map(f, *trees):
 
 
 def where_prompt(condition: Tensor, a: Prompt, b: Prompt) -> Prompt:
-    """Prompts a where condition [b] holds, else b."""
-    return tree_map(lambda x, y: torch.where(condition.view(-1, *[1] * (x.ndim - 1)), x, y), a, b)
+    """Prompts a where condition [b] holds, else b. condition: on any device, as HY's masks are on the CPU."""
+    return tree_map(lambda x, y: torch.where(condition.to(x.device).view(-1, *[1] * (x.ndim - 1)), x, y), a, b)
 
 
 def velocity(net: nn.Module, x_t: Tensor, sigma: Tensor, prompts: list[Prompt], camera: Camera | None, guidance: float,
@@ -772,12 +779,16 @@ def upgrade(meta: dict) -> dict:
     return meta
 
 
-def start_process_group(sp: int = 1) -> tuple[int, int, torch.device]:
+SHARD_OVER: int | None = None  # how many ranks share a copy of the weights; None: those of a node
+
+
+def start_process_group(sp: int = 1, shard_over: int | None = None) -> tuple[int, int, torch.device]:
     """rank, world size, device. Under torchrun, nccl on GPUs and gloo on CPUs; plain python is a world of one.
 
-    sp: how many neighbouring ranks share a video. Raises ValueError when the ranks are no multiple of it.
+    sp, shard_over: how many neighbouring ranks share a video, and a copy of the weights (shard). Raises ValueError when
+    the ranks are no multiple of them.
     """
-    global SEQUENCE_GROUP
+    global SEQUENCE_GROUP, SHARD_OVER
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -788,10 +799,11 @@ def start_process_group(sp: int = 1) -> tuple[int, int, torch.device]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % sp:
         raise ValueError(f"--sp {sp}: {world_size} processes cannot be cut into groups of {sp}")
+    if shard_over and world_size % shard_over:
+        raise ValueError(f"--shard-over {shard_over}: {world_size} processes cannot be cut into groups of {shard_over}")
+    SHARD_OVER = shard_over
     SEQUENCE_GROUP = dist.new_subgroups(sp)[0] if sp > 1 else None
     STOP.clear()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: STOP.add("asked"))
     return rank, world_size, device
 
 
@@ -799,7 +811,12 @@ STOP: set[str] = set()  # "asked": this rank got SIGTERM, as before a preemption
 
 
 def stopping() -> bool:
-    """Has any rank been asked to end? The same answer on all of them, renewed by check_finite."""
+    """Has any rank been asked to end? The same answer on all of them, renewed by check_finite.
+
+    From the first call on, SIGTERM only asks; whatever never calls this, it ends at once, as it does any program.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: STOP.add("asked"))
     return "agreed" in STOP
 
 
@@ -859,17 +876,18 @@ def shard(net: nn.Module, weights: dict[str, Tensor], device: torch.device, trai
     compute = torch.bfloat16 if device.type == "cuda" else None
     # across nodes (torchrun --nnodes), weights are sharded within a node and replicated from node to node: HSDP
     world_size = dist.get_world_size()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    local = SHARD_OVER or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     shape, names = ((world_size,), ("shard",)) if local == world_size else (
         (world_size // local, local), ("replicate", "shard"))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     # the networks cast their inputs themselves: sigma and the camera must reach them in fp32
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in net.blocks:
-        if compiled:
+    if compiled:
+        for block in net.blocks:
             compile_block(block)
-        if train and net.cfg.recompute:  # within FSDP's hooks, and without a wrapper: no parameter changes its name
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    if train and net.cfg.recompute:
+        recompute_blocks(net)
+    for block in net.blocks:
         fully_shard(block, mesh=mesh, mp_policy=precision)
     # resharded even at the root: between passes every parameter is a shard again, which update_ema relies on
     fully_shard(net, mesh=mesh, mp_policy=precision, reshard_after_forward=True).to_empty(device=device)
@@ -896,6 +914,12 @@ def gathered(net: nn.Module, on: bool = True):
             module.reshard()
     net.set_reshard_after_forward(True)
     net.set_reshard_after_backward(True)
+
+
+def recompute_blocks(net: nn.Module) -> None:
+    """Activation checkpointing: of a block, autograd keeps the inputs, and backward runs it again."""
+    for block in net.blocks:  # within FSDP's hooks, and without a wrapper: no parameter changes its name
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 @torch.no_grad()
@@ -1132,17 +1156,20 @@ def lock_folder(out: Path) -> Path:
         return folder
     import fcntl  # of Unix
     LOCK = None
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "a+")
+    path = folder / "lock"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "a+")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+    except BlockingIOError:
         lock.seek(0)
         raise ValueError(f"{folder}: another run is writing here (process {lock.read().strip()}); wait for it, or "
                          "choose another --out") from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
+    except OSError as error:  # of a full disk, which names no file, or of one that cannot lock
+        raise ValueError(f"{path}: could not be written ({error})") from error
     LOCK = lock
     return folder
 
@@ -1154,7 +1181,8 @@ LASTING = ("preset", "no_camera", "seed", "shift", "chunk", "given_prob", "teach
 
 def describe_run(args: argparse.Namespace, **made_of: Meta | None) -> dict:
     """What a state says of the run it belongs to. made_of: the checkpoints that it started from, by their flag."""
-    flags = {name: str(value) for name, value in vars(args).items() if name != "resume"}
+    flags = {name: str(tuple(value) if isinstance(value, list) else value)  # a list if given, a tuple if by default
+             for name, value in vars(args).items() if name != "resume"}
     videos = args.batch_size * args.accum * dist.get_world_size() // sequence_rank()[1]
     weights = {name: meta["fingerprint"] for name, meta in made_of.items() if meta}
     return {"flags": flags, "videos per step": videos, "weights": weights}
@@ -1537,12 +1565,17 @@ def build_vae(preset: str) -> nn.Module:
 
 class HYPrompt(NamedTuple):
     """What HY's encoders make of a prompt and of an image to go on from. Every leaf is batch-first, so that prompts are
-    stacked, joined and chosen leaf by leaf (tree_map)."""
+    stacked, joined and chosen leaf by leaf (tree_map).
+
+    The masks, False on padding, stay on the CPU: they decide how many tokens there are, and a GPU that is asked for
+    that must first finish all that it was given to do.
+    """
     text: Tensor  # [b l text_dim] of the language model (Qwen2.5-VL)
-    text_mask: Tensor  # [b l], 0 on padding
+    text_mask: Tensor  # [b l]
     byt5: Tensor  # [b l byt5[0]] of the glyph encoder: the words that the video is to show in quotes
     byt5_mask: Tensor  # [b l]
-    vision: Tensor  # [b l vision_dim], the image as SigLIP sees it; all zero: there is no image
+    vision: Tensor  # [b l vision_dim], the image as SigLIP sees it
+    vision_mask: Tensor  # [b l]; where there is no image, its tokens are padding
     given_latents: Tensor  # [b p c+1 h w], what is given of the first p latent frames, and a channel of ones
 
 
@@ -1834,17 +1867,15 @@ class HYDiT(nn.Module):
 
         Attention knows no order among these tokens. Those that are padding for the whole batch are dropped.
         """
-        dtype = self.time_in.mlp[0].weight.dtype
+        dtype, device = self.time_in.mlp[0].weight.dtype, sigma.device
         vision, byt5, text = prompt.vision.to(dtype), prompt.byt5.to(dtype), prompt.text.to(dtype)
         kind = self.cond_type_embedding.weight
         tokens = [self.vision_in(vision) + kind[2], self.byt5_in(byt5) + kind[1],
-                  self.txt_in(text, prompt.text_mask.bool(), sigma) + kind[0]]  # each [b l d]
-        # where there is no image, its tokens are padding
-        has_image = (vision != 0).flatten(1).any(1, keepdim=True).expand(vision.shape[:2])
-        mask = torch.cat([has_image, prompt.byt5_mask.bool(), prompt.text_mask.bool()], dim=1)
-        used = mask.any(0)
+                  self.txt_in(text, prompt.text_mask.bool().to(device), sigma) + kind[0]]  # each [b l d]
+        mask = torch.cat([prompt.vision_mask, prompt.byt5_mask, prompt.text_mask], dim=1).bool()  # on the CPU
+        used = mask.any(0).nonzero().flatten()  # as numbers: a GPU would have to count the True first
         mask = mask[:, used]
-        return torch.cat(tokens, dim=1)[:, None, used], None if mask.all() else mask
+        return torch.cat(tokens, dim=1)[:, None, used.to(device)], None if mask.all() else mask.to(device)
 
     def forward(self, x_t: Tensor, sigma: Tensor, prompt: HYPrompt, camera: Camera | None = None, *,
                 clean: Tensor | None = None, chunk: int = 0, kv_cache: KVCache | None = None,
@@ -2493,6 +2524,383 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{file}: truncated, or not safetensors ({error})") from None
     return weights
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 12. The bill. What a step of a stage takes, counted where there is no GPU (--plan) and timed where there is one
+# (--bench). Each stage lists its passes at its end; here they are made of a batch of noise.
+#
+# Little is estimated: for --plan they run on the meta device, where tensors have a shape but no numbers, through
+# networks of two blocks and of three. What the third block takes, every further one would take. (The first takes less:
+# its input is kept anyway.) With --sp n, a GPU holds what it would of a video with an n-th of the tokens.
+
+# FLOP/s of dense matmuls in bf16, and bytes/s of memory: NVIDIA's data sheets, SXM
+CARDS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
+CARD_SIZES, ROOM = (24, 80, 141), 0.93  # GB, and how much of it tensors can have: CUDA, NCCL and gaps have the rest
+NODE = 8  # GPUs of a node
+COMPUTE = 2  # bytes of a number in bf16
+NVLINK, NETWORK = 450e9, 50e9  # bytes/s that a GPU sends within a node, and to other nodes (400 Gb/s InfiniBand)
+
+
+class Meter(TorchFunctionMode):
+    """What is alive in the blocks of networks, in bytes, and what GPUs would have to send each other.
+
+    A storage counts from when a function returns it or autograd saves it until nothing holds it. What a function makes
+    and drops within itself is not seen, nor are gradients on their way through a block: of them, the widest is counted.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.storages = weakref.WeakKeyDictionary()  # of each that is alive: [kind, bytes]
+        self.live = Counter(activations=0, cache=0)
+        self.peak, self.widest = self.live.copy(), 0
+        self.sent = Counter()
+        self.whole = {}  # the networks that gathered() keeps whole: have they been gathered yet?
+        self.flops, self.flop = FlopCounterMode(display=False), 0
+
+    def attach(self, net: nn.Module, branches: int, recompute: bool) -> None:
+        """branches: attentions of a block, over the same tokens. recompute: as shard() does."""
+        for p in net.parameters():
+            self.storages[p.untyped_storage()] = ["weights", 0]  # are counted by themselves
+        for block in net.blocks:
+            block.forward = partial(self.within, block.forward)
+            block.register_forward_hook(partial(self.after_block, 4 * branches, recompute))
+        if recompute:
+            recompute_blocks(net)
+        net.register_forward_hook(self.after_net)
+        # what gathered() asks of a sharded network
+        net.set_reshard_after_forward = partial(self.reshard, net)
+        net.set_reshard_after_backward = lambda after_backward: None
+
+    def within(self, forward: Any, *args) -> Any:
+        """A block's forward, whose FLOPs are spent again if it is recomputed."""
+        before = self.flops.get_total_flops()
+        with self:
+            y = forward(*args)
+        self.sent["again"] += y[0].requires_grad * (self.flops.get_total_flops() - before)
+        return y
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is F.scaled_dot_product_attention and args[0].is_meta:  # as on a GPU: meta's own holds all scores
+            y, sums, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*args)
+            self.watch(sums)
+        else:
+            y = func(*args, **(kwargs or {}))
+        for z in y if isinstance(y, (tuple, list)) else (y,):
+            if isinstance(z, Tensor):
+                self.watch(z)
+        return y
+
+    def watch(self, z: Tensor) -> Tensor:
+        storage = z.untyped_storage()
+        if storage not in self.storages:
+            self.storages[storage] = entry = ["activations", storage.nbytes()]
+            weakref.finalize(storage, self.forget, entry)
+            self.live["activations"] += storage.nbytes()
+            self.sent["memory"] += 2 * storage.nbytes()  # is written, and read at least once
+            if self.live.total() > self.peak.total():
+                self.peak = self.live.copy()
+            if torch.is_grad_enabled():
+                self.widest = max(self.widest, storage.nbytes())
+        return z
+
+    def forget(self, entry: list) -> None:
+        self.live[entry[0]] -= entry[1]
+
+    def after_block(self, tensors: int, recompute: bool, block: nn.Module, args: tuple, output: tuple) -> None:
+        """--sp: q, k, v and y change hands, in forward and in backward, and when forward is done again."""
+        times = 1 + output[0].requires_grad * (1 + recompute)
+        self.sent["tokens"] += times * tensors * args[0].nbytes
+
+    def after_net(self, net: nn.Module, args: tuple, output: Tensor | KVCache) -> None:
+        """FSDP: weights are gathered in bf16 for forward and again for backward, which adds up gradients in fp32."""
+        count = sum(p.numel() for p in net.parameters())
+        backward = isinstance(output, Tensor) and output.requires_grad
+        if not self.whole.get(net):
+            self.sent["weights"] += 2 * count
+        if net in self.whole:
+            self.whole[net] = True
+        elif backward:
+            self.sent["weights"] += 2 * count
+        self.sent["gradients"] += 4 * count * backward
+        if isinstance(output, KVCache):
+            self.keep(output)
+
+    def reshard(self, net: nn.Module, after_forward: bool) -> None:
+        if after_forward:
+            del self.whole[net]
+        else:
+            self.whole[net] = False
+
+    def keep(self, kv_cache: KVCache) -> None:
+        """What a pass made for the cache is not an activation of that pass."""
+        text = kv_cache.text[0] if kv_cache.text else []
+        for z in chain.from_iterable([*chain.from_iterable(kv_cache.layers), *text]):
+            entry = self.storages[z.untyped_storage()]
+            if entry[0] == "activations":
+                entry[0] = "cache"
+                self.live.update(activations=-entry[1], cache=entry[1])
+
+    def settle(self) -> Counter:
+        """All of this since the last time."""
+        cost = self.peak + self.sent + Counter(activations=self.widest)
+        cost["flop"] = self.flops.get_total_flops() - self.flop
+        self.flop += cost["flop"]
+        self.sent, self.peak, self.widest = Counter(), self.live.copy(), 0
+        return cost
+
+
+def usual_meta(preset: str, stage: str) -> Meta:
+    """What a checkpoint of the stage says of itself: minWM's settings, or the toy world's."""
+    toy = {"size": [32, 32], "frames": 8, "chunk": 2, "shift": 3.0} if preset.startswith("tiny") else {}
+    return (RELEASED_HY if PRESETS[preset].net is HYDiT else RELEASED)[stage] | toy
+
+
+class Work(NamedTuple):
+    """What a stage does in a step: what train_x.py tells --plan and --bench."""
+    stage: str
+    nets: dict[str, bool]  # its networks: are they trained?
+    rehearse: Any  # (args, nets, batch, meta) -> passes; where an optimizer would step, yields its network's name
+    make_batch: Any  # data.py's random_batch
+    repeats: str = ""  # the flag that says how often the last update of a step is made
+    linear: str = ""  # a flag, some times --sampling-steps, in which all costs are linear: not counted out
+
+    def meta(self, args: argparse.Namespace) -> Meta:
+        """What the stage's checkpoint would say, flags heard."""
+        flags = {name: value for name, value in vars(args).items() if name in ("chunk", "shift")}
+        meta = usual_meta(args.preset, self.stage) | flags
+        return meta | ({"chunk": 0, "camera": not args.no_camera} if self.stage == "camera" else {})
+
+
+Costs = list[tuple[str, Counter]]  # of each update of a step: whose it is, and what it takes, by kind
+
+
+def count(args: argparse.Namespace, work: Work, size: list[int], layers: int, recompute: bool, flops: bool) -> Costs:
+    """A step of one micro-batch of videos of this size, through networks of so many blocks, on one GPU.
+
+    flops: count them, too. That keeps alive what is recomputed, so one of the two can be asked for.
+    """
+    global SEQUENCE_GROUP
+    group, SEQUENCE_GROUP = SEQUENCE_GROUP, None  # what is counted here is nobody's part
+    preset, meta, nets, costs = PRESETS[args.preset], work.meta(args) | {"size": size}, {}, []
+    meter = Meter()
+    times = vars(args).get(work.repeats, 1)
+    args = argparse.Namespace(**vars(args) | {work.repeats: 1})
+    for name, trained in work.nets.items():
+        with torch.device("meta"):
+            net = preset.net(replace(preset.dit, layers=layers), meta["camera"]).bfloat16()
+        nets[name] = net.train(trained).requires_grad_(trained)
+        meter.attach(net, 1 + meta["camera"], recompute and trained)
+    batch = work.make_batch(args.preset, meta, args.batch_size, torch.device("meta"))
+    with saved_tensors_hooks(meter.watch, lambda z: z), meter.flops if flops else nullcontext():
+        for name in chain(work.rehearse(args, nets, batch, meta), [""]):  # "": what no optimizer follows
+            cost = meter.settle()
+            if name:
+                cost["trained"] = sum(p.numel() for p in nets[name].parameters() if p.grad is not None)
+                nets[name].zero_grad()
+            if name or not costs:
+                costs.append((name, cost))
+    SEQUENCE_GROUP = group
+    return costs[:-1] + costs[-1:] * times
+
+
+def extrapolate(a: Costs, b: Costs, times: float) -> Costs:
+    """a + times (b - a)."""
+    return [(name, Counter({kind: x[kind] + times * (y[kind] - x[kind]) for kind in x | y}))
+            for (name, x), (_, y) in zip(a, b, strict=True)]
+
+
+def count_all_blocks(args: argparse.Namespace, work: Work, size: list[int], recompute: bool, flops: bool) -> Costs:
+    if work.linear:
+        once, n = args.sampling_steps, vars(args)[work.linear]
+        few, more = (argparse.Namespace(**vars(args) | {work.linear: times * once}) for times in (1, 2))
+        few, more = (count_all_blocks(fewer, work._replace(linear=""), size, recompute, flops) for fewer in (few, more))
+        return extrapolate(few, more, n / once - 1)
+    two, three = (count(args, work, size, layers, recompute, flops) for layers in (2, 3))
+    return extrapolate(two, three, PRESETS[args.preset].dit.layers - 2)
+
+
+def plan(args: argparse.Namespace, work: Work, gpus: int) -> dict[str, Any]:
+    """What one of so many GPUs holds, and what a step takes of it. Raises ValueError if they cannot share the work."""
+    sp, preset, meta = args.sp, PRESETS[args.preset], work.meta(args)
+    dit, token = preset.dit, preset.vae.stride * preset.dit.patch  # pixels, along height and width
+    tokens = math.prod(meta["size"]) // token**2
+    node = min(gpus, int(os.environ.get("LOCAL_WORLD_SIZE", NODE)))
+    shards = args.shard_over or node
+    if gpus % sp or gpus % node or gpus % shards or dit.heads % sp or tokens % sp:
+        raise ValueError(f"--plan {gpus} --sp {sp} --shard-over {shards}: expected whole nodes of {node}, whole groups "
+                         f"and, of a video, an even share of {dit.heads} heads and {tokens} tokens of a frame")
+
+    costs = count_all_blocks(args, work, meta["size"], False, flops=True)
+    if sp > 1:  # the GPUs share all that a video takes which is not of a single token a frame, too
+        costs = extrapolate(count_all_blocks(args, work, [token, token], False, flops=True), costs, 1 / sp)
+    accum = args.accum if any(name for name, _ in costs) else 1  # pairs are made batch by batch
+    flop = accum * sum(cost["flop"] + dit.recompute * cost["again"] for _, cost in costs)
+    without = max(cost["activations"] for _, cost in costs)
+    if dit.recompute and any(name for name, _ in costs):
+        costs = count_all_blocks(args, work, [token, tokens // sp * token], True, flops=False)
+    peak = max((cost for _, cost in costs), key=lambda cost: cost["activations"] + cost["cache"])
+
+    with torch.device("meta"):
+        net = build(args.preset, meta["camera"])
+    total, block = (sum(p.numel() for p in part.parameters()) for part in (net, net.blocks[0]))
+    trained = {name: cost["trained"] for name, cost in costs if name}  # what no gradient reaches has no moments either
+    kept = max(1, len(trained))  # of --generate the teacher is kept
+    held = {
+        "weights": 4 * total * kept / shards,  # fp32, as are gradients and moments
+        "gradients": 4 * max(trained.values(), default=0) / shards,  # of one network at a time
+        "optimizer": 8 * sum(trained.values()) / shards,
+        "ema": 4 * total * bool(trained) / shards,
+        "other": 4 * total * (len(work.nets) - 1 - kept) / shards,
+        # what is outside of blocks, the block at work and the next one, in bf16; its gradients, in bf16 and as summed
+        "gathered": COMPUTE * (total - dit.layers * block) + (3 * COMPUTE + 4 if trained else 2 * COMPUTE) * block,
+        "activations": peak["activations"], "cache": peak["cache"]}
+    if vars(args).get("gather"):
+        held["gathered"] += COMPUTE * total
+
+    kinds = ("weights", "gradients", "tokens", "memory")
+    moved = {kind: accum * sum(cost[kind] for _, cost in costs) for kind in kinds}
+    within = (moved["weights"] + moved["gradients"]) * (1 - 1 / shards) + moved["tokens"] * (1 - 1 / sp)
+    # what others need comes into a node once, through all its GPUs; copies of the weights add up their gradients
+    between = (moved["weights"] + moved["gradients"]) * max(0, 1 / node - 1 / shards)
+    between += 2 * moved["gradients"] / shards * (1 - max(node, shards) / gpus)
+    seconds = {card: max(flop / rate, moved["memory"] / bandwidth, within / NVLINK + between / NETWORK)
+               for card, (rate, bandwidth) in CARDS.items()}
+    stage = work.stage + " --generate" * vars(args).get("generate", False)
+    return {"preset": args.preset, "stage": stage, "gpus": gpus, "sp": sp, "shard_over": shards,
+            "batch_size": args.batch_size, "accum": accum,
+            "gb": {kind: n / 1e9 for kind, n in (held | {"total": sum(held.values())}).items()},
+            "activations_without_checkpointing_gb": without / 1e9,
+            "tflop": flop / 1e12, "bytes_between_gpus": within + between, "bytes_between_nodes": between,
+            "seconds_at_limit": seconds["H100"], "seconds_at_limit_h200": seconds["H200"]}
+
+
+def print_plan(found: dict[str, Any]) -> None:
+    """A table to read, and the same as a line of JSON."""
+    gb = found["gb"]
+    notes = {
+        "weights": "of what is trained, fp32", "gradients": "of one network at a time, fp32",
+        "optimizer": "AdamW's two moments", "ema": "averaged weights", "other": "frozen networks",
+        "gathered": "whole blocks in bf16, and gradients on their way",
+        "activations": f"without checkpointing {found['activations_without_checkpointing_gb']:.4g}",
+        "cache": "keys and values of finished chunks", "total": ""}
+    print(f"{found['stage']}, {found['preset']}, {found['gpus']} GPUs, --sp {found['sp']}, --batch-size "
+          f"{found['batch_size']}, --shard-over {found['shard_over']}: GB that one holds")
+    for kind, note in notes.items():
+        print(f"  {kind:12}{gb[kind]:9.4g}   {note}")
+    print(f"a step: {found['tflop']:.4g} TFLOP a GPU, {found['bytes_between_gpus'] / 1e9:.4g} GB between GPUs; "
+          f"at least {found['seconds_at_limit']:.3g} s on an H100, {found['seconds_at_limit_h200']:.3g} s on an H200")
+    for card in CARD_SIZES:
+        print(f"  a card of {card} GB: {remedy(found, card)}")
+    print(json.dumps(found))
+
+
+def remedy(found: dict[str, Any], card: int) -> str:
+    """Does it fit, or which flags would make it fit? The fewest, and of those the smallest."""
+    gb, own = found["gb"], {name: found[name] for name in ("gpus", "shard_over", "sp", "batch_size")}
+    states = sum(gb[kind] for kind in ("weights", "gradients", "optimizer", "ema", "other")) * own["shard_over"]
+    video = (gb["activations"] + gb["cache"]) * own["sp"] / own["batch_size"]  # a whole one
+    heads, sizes, fitting = PRESETS[found["preset"]].dit.heads, (1, 2, 4, 8, 16, 32, 64), []
+    for gpus, shards, sp, batch_size in product(sizes, sizes, sizes, {1, own["batch_size"]}):
+        flags = {"--plan": gpus, "--shard-over": shards, "--sp": sp, "--batch-size": batch_size}
+        usual = {"--shard-over": min(gpus, NODE)}  # need not be said
+        changes = {flag: n for (flag, n), old in zip(flags.items(), own.values())
+                   if n != old and n != usual.get(flag)}
+        held = states / shards + gb["gathered"] + video * batch_size / sp
+        if gpus % shards == 0 and gpus % sp == 0 and heads % sp == 0 and held < ROOM * card:
+            if gpus >= own["gpus"] and sp >= own["sp"]:
+                fitting.append((len(changes), gpus, shards, sp, changes, held))
+    if not fitting:
+        return "does not fit, whatever the flags"
+    *_, changes, held = min(fitting, key=lambda found: found[:4])
+    return f"fits with {' '.join(f'{flag} {n}' for flag, n in changes.items())}, {held:.4g} GB" if changes else "fits"
+
+
+def bench(args: argparse.Namespace, work: Work) -> None:
+    """Time --bench steps on weights and videos of noise, after one that is not timed; rank 0 prints a line of JSON."""
+    rank, world_size, device = start_process_group(args.sp, args.shard_over)
+    planned = plan(args, work, world_size)
+    meta, nets, optimizers = work.meta(args), {}, {}
+    for name, trained in work.nets.items():
+        with torch.device("meta"):
+            net = build(args.preset, meta["camera"])
+        zeros = {name: torch.zeros(()).expand(w.shape) for name, w in net.state_dict().items()}  # of no size
+        nets[name] = shard(net, zeros, device, train=trained, compiled=args.compile)
+        fill_with_noise(nets[name])
+    batch = work.make_batch(args.preset, meta, args.batch_size, device)
+    for step in range(1 + args.bench):
+        if step == 1:
+            start = clock(device)
+        for names in zip(*(work.rehearse(args, nets, batch, meta) for _ in range(args.accum)), strict=True):
+            net = nets[names[0]]
+            optimizer = optimizers.setdefault(names[0], torch.optim.AdamW(net.parameters(), lr=1e-6, fused=True))
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        if optimizers:
+            update_ema(nets["ema"], nets[next(iter(optimizers))], 0.99)
+    seconds = (clock(device) - start) / args.bench
+    rate = matmul_rate(device)
+    flops = 1e12 * planned["tflop"] / seconds
+    if rank == 0:
+        print(json.dumps({
+            "preset": args.preset, "stage": planned["stage"], "gpus": world_size, "sp": args.sp, "card": card_name(),
+            "seconds": seconds, "peak_gb": peak_memory(device) / 1e9, "planned_gb": planned["gb"]["total"],
+            "flops": flops, "matmul_flops": rate, "share": flops / rate}))
+
+
+@torch.no_grad()
+def fill_with_noise(net: nn.Module) -> None:
+    """Weights that keep the scale of what goes through them, each rank its own shards'."""
+    for p in net.parameters():
+        own = p.to_local() if isinstance(p, DTensor) else p
+        own.normal_(std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held, of the GPU or, without one, of all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # of Unix
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def card_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def matmul_rate(device: torch.device) -> float:
+    """FLOP/s of a large matmul: bf16 on a GPU, fp32 on a CPU."""
+    cuda = device.type == "cuda"
+    a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
+    times = []
+    for _ in range(20 if cuda else 2):
+        start = clock(device)
+        a @ a
+        times.append(clock(device) - start)
+    return 2 * 4096**3 / min(times)
+
+
+def print_peak(args: argparse.Namespace, work: Work) -> None:
+    """On a GPU: the most memory that it has held so far, beside what --plan says."""
+    if torch.cuda.is_available():
+        planned = plan(args, work, dist.get_world_size())["gb"]["total"]
+        print(f"GPU 0 held at most {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, planned were {planned:.1f}")
+
+
+def bill(args: argparse.Namespace, work: Work) -> None:
+    """--plan or --bench."""
+    if args.bench:
+        bench(args, work)
+    elif os.environ.get("RANK", "0") == "0":
+        print_plan(plan(args, work, args.plan))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

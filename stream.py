@@ -8,16 +8,18 @@ $ python stream.py --camera 'w*3,w+l*4'
 $ python stream.py --camera path.json --ckpt ckpt/ar.pt --sampling-steps 48 --out walk.mp4 --keys
 $ python stream.py --score --scenes 64 --ckpt ckpt/tiny/dmd.pt
 $ torchrun --nproc_per_node 2 stream.py --sp 2
+$ python stream.py --plan --preset wan-1.3b
 """
 import argparse
 import json
 import math
 import os
-import signal
 import sys
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,11 +34,12 @@ from tqdm import tqdm
 from data import (
     GRAMMAR, LOOKS, N_PANELS, NAMED, PALETTE, SURFACE_OF_PANEL, VIDEOS, CameraPath, Encoder, HelpFormatter, Scene, cast,
     collate_prompts, explain, from_bytes, intrinsics, load_encoder, look_errors, mix, paint, parse_trajectory, positive,
-    pressed, psnr, read_camera, read_prompt, render, resize_and_crop, rotation, sample_toy, to_bytes, write_sheet,
+    pressed, psnr, random_batch, random_encoder, read_camera, read_prompt, render, resize_and_crop, rotation,
+    sample_toy, to_bytes, write_sheet,
 )
 from model import (
-    Camera, Meta, Prompt, invert_se3, load_net, load_vae, rollout, sequence_rank, start_process_group, timed,
-    use_released_cache,
+    CARDS, PRESETS, Camera, Meta, Meter, Prompt, build, build_vae, card_name, extrapolate, fill_with_noise, invert_se3,
+    load_net, load_vae, peak_memory, rollout, sequence_rank, start_process_group, timed, use_released_cache, usual_meta,
 )
 
 SHIPPED = Path(__file__).parent / "ckpt/tiny"
@@ -66,6 +69,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--sp", type=positive, default=1, help="processes that share a video, each some of its tokens")
     p.add_argument("--compile", action="store_true", help="torch.compile blocks: slow to start, then faster")
     p.add_argument("--bench", action="store_true", help="print frames/s and time to the first frame, after a warm-up")
+    p.add_argument("--plan", action="store_true", help="only say what a stream takes of a GPU and how fast it could be")
+    p.add_argument("--preset", choices=PRESETS, help="with --plan and --bench: a network of noise, without any files")
     p.add_argument("--score", action="store_true", help="measure on held-out rooms and paths of the toy world")
     p.add_argument("--scenes", type=int, default=64, help="with --score: how many")
     p.add_argument("--score-seed", type=int, default=1, help="with --score: which rooms and paths")
@@ -380,19 +385,98 @@ def score(player: Player, args: argparse.Namespace) -> tuple[dict[str, float], l
     return average(rows) | {"chance": 1 / group} | errors | ceiling, sheet
 
 
-def bench(player: Player, prompt: str, camera: Camera) -> dict:
+def bench(player: Player, prompt: str, camera: Camera, given: Tensor | None = None) -> dict:
     """One warm-up, then the best of three: frames/s over the whole path, time to the first frame, and where it goes."""
     runs = []
     for _ in range(4):  # of which the first warms up
         seconds: dict[str, float] = {}
         start, first, frames = time.perf_counter(), None, 0
-        for video in stream(player, [prompt], camera, [0], seconds=seconds):
+        for video in stream(player, [prompt], camera, [0], given, seconds):
             frames += video.shape[2]
             first = first or time.perf_counter() - start
         runs.append((time.perf_counter() - start, first, frames, seconds))
     total, first, frames, seconds = min(runs[1:], key=lambda run: run[0])
     return {"fps": round(frames / total, 1), "first_frame_s": round(first, 4), "frames": frames,
             "ms_per_frame": {name: round(1000 * s / frames, 2) for name, s in seconds.items()}}
+
+
+def random_player(preset: str) -> tuple[Player, Camera, Tensor | None]:
+    """A student of noise, a camera that stands still for the length of its videos, and for HY an image."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    meta = usual_meta(preset, "dmd")
+    with torch.device("meta"):
+        net, vae = build(preset).eval(), build_vae(preset).eval()
+    net = net.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    for part in (net, vae):
+        fill_with_noise(part.to_empty(device=device).requires_grad_(False))
+    encoder, f = random_encoder(preset), meta["frames"]
+    camera = Camera(torch.eye(4).expand(1, f, 4, 4), intrinsics(meta["K"]).expand(1, f, 3, 3))
+    image = torch.zeros(1, 3, 1, *meta["size"]) if encoder.encode_image else None
+    return Player(net, vae, encoder, meta), camera, image
+
+
+@torch.no_grad()
+def count_chunks(preset: str, layers: int) -> list[tuple[str, Counter]]:
+    """What each chunk of a stream takes, but for its decoding, in a network of so many blocks (model.py, 12)."""
+    meter, meta, chunks = Meter(), usual_meta(preset, "dmd"), []
+    with torch.device("meta"):
+        net = PRESETS[preset].net(replace(PRESETS[preset].dit, layers=layers)).bfloat16()
+    meter.attach(net, 2, recompute=False)
+    batch = random_batch(preset, meta, 1, torch.device("meta"))
+    with meter.flops:
+        for _ in rollout(net, meta, batch.rng, batch.x0.shape[1:], batch.prompt, batch.null, batch.camera):
+            chunks.append(("", meter.settle()))
+    return chunks
+
+
+@torch.no_grad()
+def count_decoding(preset: str) -> list[Counter]:
+    """What the VAE's decoding of each chunk takes."""
+    meter, meta, chunks, feat_cache = Meter(), usual_meta(preset, "dmd"), [], None
+    with torch.device("meta"):
+        vae = build_vae(preset)
+    batch = random_batch(preset, meta, 1, torch.device("meta"))
+    with meter.flops:
+        for x0 in batch.x0.split(meta["chunk"], dim=1):
+            with meter:
+                _, feat_cache = vae.decode(x0, feat_cache)
+            chunks.append(meter.settle())
+    return chunks
+
+
+def plan(preset: str) -> dict:
+    """Memory of a stream of the trained length on one GPU, and the least time its chunks take, at the card's rates."""
+    meta = usual_meta(preset, "dmd")
+    chunks = extrapolate(count_chunks(preset, 2), count_chunks(preset, 3), PRESETS[preset].dit.layers - 2)
+    chunks, decoding = [cost for _, cost in chunks], count_decoding(preset)
+    with torch.device("meta"):
+        net, vae = (sum(p.numel() for p in part.parameters()) for part in (build(preset), build_vae(preset)))
+    gb = {"weights": 2 * net / 1e9, "vae": 4 * vae / 1e9, "cache": chunks[-1]["cache"] / 1e9,
+          "activations": max(cost["activations"] for cost in chunks + decoding) / 1e9}
+    rate, bandwidth = CARDS["H100"]
+    seconds = []
+    for cost, decode in zip(chunks, decoding, strict=True):
+        passes = cost["weights"] / (2 * net)
+        reading = cost["weights"] + passes * cost["cache"]
+        # the VAE is fp32, whose convolutions run at half the rate (TF32)
+        seconds.append(max(cost["flop"] / rate, reading / bandwidth) + 2 * decode["flop"] / rate)
+    return {"preset": preset, "stage": "stream", "gpus": 1, "gb": gb | {"total": sum(gb.values())},
+            "cache_gb_per_frame": chunks[-1]["cache"] / 1e9 / (meta["frames"] - meta["chunk"]),
+            "tflop": [round(cost["flop"] / 1e12, 4) for cost in chunks],
+            "tflop_decode": [round(cost["flop"] / 1e12, 4) for cost in decoding],
+            "first_frame_s": seconds[0], "fps": 4 * meta["chunk"] / seconds[-1]}
+
+
+def print_plan(found: dict) -> None:
+    """A table to read, and the same as a line of JSON."""
+    notes = {"weights": "bf16", "vae": "fp32", "activations": "of a pass, or of decoding a chunk", "total": "",
+             "cache": f"{found['cache_gb_per_frame']:.3g} for each frame of the past"}
+    print(f"a stream of {found['preset']} on one GPU: GB that it holds")
+    for kind, size in found["gb"].items():
+        print(f"  {kind:12}{size:9.4g}   {notes[kind]}")
+    print(f"on an H100 at best: first frames after {found['first_frame_s']:.3g} s, then {found['fps']:.3g} frames/s, "
+          "when there is most to see of the past")
+    print(json.dumps(found))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -407,6 +491,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--guidance {args.guidance}: expected a finite number")
     if args.out.suffix not in (".mp4", ".gif"):
         raise ValueError(f"--out {args.out}: expected a name that ends in .mp4 or .gif")
+    if args.preset and not (args.plan or args.bench):
+        raise ValueError(f"--preset {args.preset}: of use with --plan and --bench alone; a checkpoint knows its own")
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty: expected a description of the world")
 
@@ -418,9 +504,7 @@ def open_device(sp: int) -> torch.device:
         raise ValueError(f"--sp {sp}: found {world_size} processes; torchrun --nproc_per_node {sp} stream.py --sp {sp}")
     if sp == 1:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = start_process_group(sp)[2]
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # unlike a training run, this one has nothing to save
-    return device
+    return start_process_group(sp)[2]
 
 
 def say(text: str, **where) -> None:
@@ -510,6 +594,13 @@ def walk(args: argparse.Namespace, player: Player, path: CameraPath, prompt: str
 
 def main(args: argparse.Namespace) -> None:
     check_flags(args)
+    if args.plan:
+        return print_plan(plan(args.preset or "tiny"))
+    if args.preset:
+        player, camera, image = random_player(args.preset)
+        found = bench(player, "", camera, image)
+        card, peak = card_name(), peak_memory(next(player.net.parameters()).device) / 1e9
+        return print(json.dumps({"preset": args.preset, "card": card, "peak_gb": peak} | found))
     ckpt, player, text_encoder = open_player(args)
     if args.score and text_encoder:
         raise ValueError(f"--score measures the toy world, but {ckpt} reads its prompts through {text_encoder}")

@@ -18,6 +18,7 @@ import argparse
 import gc
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,12 +27,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    Batch, HelpFormatter, check_data, get_batch, open_latents, open_log, positive, set_recipe, write_log, write_samples,
+    Batch, HelpFormatter, check_data, get_batch, open_latents, open_log, positive, random_batch, set_recipe, write_log,
+    write_samples,
 )
 from model import (
-    Meta, add_noise, batch_part, build, check_finite, describe_run, load_checkpoint, load_state, lock_folder,
-    masked_mse, origin, save_average, save_state, shard, shift_sigma, start_process_group, stopping, update_ema,
-    where_prompt,
+    Meta, Nets, Work, add_noise, batch_part, bill, build, check_finite, describe_run, load_checkpoint, load_state,
+    lock_folder, masked_mse, origin, print_peak, save_average, save_state, shard, shift_sigma, start_process_group,
+    stopping, update_ema, where_prompt,
 )
 
 
@@ -40,7 +42,7 @@ def teacher_forcing_loss(net: nn.Module, batch: Batch, meta: Meta, null_prob: fl
     chunk = meta["chunk"]
     sigma = shift_sigma(batch.rand_per_chunk(chunk), meta["shift"]) * batch.generated  # part 1: [b f], one per chunk
     noise = batch.noise()  # [b f c h w]
-    dropped = batch.rand(1)[:, 0] < null_prob  # [b]: guidance needs a network that knows videos without a prompt
+    dropped = batch.chance(null_prob)  # [b]: guidance needs a network that knows videos without a prompt
     prompt = where_prompt(dropped, batch.null, batch.prompt)
     v = net(add_noise(batch.x0, noise, sigma), sigma, prompt, batch.camera, clean=batch.x0, chunk=chunk)  # part 2
     return masked_mse(v, noise - batch.x0, batch.generated)
@@ -89,7 +91,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--keep", type=positive, default=5, help="checkpoints of earlier saves that stay beside --out")
     p.add_argument("--vae", type=Path, help="for the sheets; default: what made the latents")
     p.add_argument("--sp", type=positive, default=1, help="processes that share a video, each some of its tokens")
+    p.add_argument("--shard-over", type=positive, help="processes that share a copy of weights and moments; default: "
+                   "those of a node")
     p.add_argument("--compile", action="store_true", help="torch.compile blocks: slow to start, then faster steps")
+    p.add_argument("--plan", type=positive, metavar="GPUS", help="only say what a step would take on so many; no files")
+    p.add_argument("--bench", type=positive, metavar="STEPS", help="only time so many steps, on noise; no files")
     set_recipe(p, RECIPES, argv)
     # -- end ---------------------------------------------------------------------------------------------------------
     return p.parse_args(argv)
@@ -97,7 +103,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     # -- setup (same in every stage) ---------------------------------------------------------------------------------
-    rank, _, device = start_process_group(args.sp)
+    rank, _, device = start_process_group(args.sp, args.shard_over)
     data = open_latents(args.data, args.preset)
     folder = lock_folder(args.out)  # beside the checkpoint: earlier ones, states to resume from, metrics, sheets
     # -- end ---------------------------------------------------------------------------------------------------------
@@ -136,6 +142,8 @@ def main(args: argparse.Namespace) -> None:
 
         # -- log and save (same in every stage) ----------------------------------------------------------------------
         bar.update()
+        if rank == 0 and bar.n == bar.initial + 2:  # all that a step takes is there from the second on
+            print_peak(args, WORK)
         bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
         if step % args.log_every == 0 and rank == 0:
             write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
@@ -148,12 +156,29 @@ def main(args: argparse.Namespace) -> None:
         # -- end -----------------------------------------------------------------------------------------------------
 
 
+# What --plan counts and --bench times, without any files (model.py, 12).
+
+
+def rehearse(args: argparse.Namespace, nets: Nets, batch: Batch, meta: Meta) -> Iterator[str]:
+    """A micro-batch of a step."""
+    teacher_forcing_loss(nets["net"], batch, meta, args.null_prob).backward()
+    yield "net"
+
+
+WORK = Work("ar", {"net": True, "ema": False}, rehearse, random_batch)
+
+
 if __name__ == "__main__":
     # -- run (same in every stage) ----------------------------------------------------------------------------------
     try:
-        main(parse_args())
+        args = parse_args()
+        if args.plan or args.bench:
+            bill(args, WORK)
+        else:
+            main(args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     gc.collect()  # frees FSDP's reference cycles, which could otherwise outlive the process group
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     # -- end --------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ import argparse
 import gc
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,13 +43,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    Batch, HelpFormatter, Latents, check_data, get_batch, mix, open_latents, open_log, positive, set_recipe, write_log,
-    write_samples,
+    Batch, HelpFormatter, Latents, check_data, get_batch, mix, open_latents, open_log, positive, random_batch,
+    set_recipe, write_log, write_samples,
 )
 from model import (
-    KVCache, Meta, Nets, add_noise, batch_part, build, check_finite, describe_run, gathered, guide, load_checkpoint,
-    load_state, lock_folder, masked_mse, noise_levels, origin, prefill, save_average, save_state, shard, shift_sigma,
-    start_process_group, stopping, update_cache, update_ema, velocity_to_x0,
+    KVCache, Meta, Nets, Work, add_noise, batch_part, bill, build, check_finite, describe_run, gathered, guide,
+    load_checkpoint, load_state, lock_folder, masked_mse, noise_levels, origin, prefill, print_peak, save_average,
+    save_state, shard, shift_sigma, start_process_group, stopping, update_cache, update_ema, velocity_to_x0,
 )
 
 
@@ -100,9 +101,13 @@ def self_rollout(generator: nn.Module, batch: Batch, meta: Meta, exit_step: int,
 
 
 def replay(generator: nn.Module, batch: Batch, passes: list[LastPass], grad: Tensor, gather: bool = False) -> None:
-    """Make the last passes of a rollout again, with gradient, and hand each its part of the video's [b f c h w]."""
+    """Make the last passes of a rollout again, with gradient, and hand each its part of the video's [b f c h w].
+
+    From the last one on, and passes is empty afterwards: so the cache goes piece by piece.
+    """
     with gathered(generator, gather):
-        for last in passes:
+        while passes:
+            last = passes.pop()
             predict(generator, batch, last).backward(grad[:, last.frames])
 
 
@@ -192,7 +197,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--keep", type=positive, default=5, help="checkpoints of earlier saves that stay beside --out")
     p.add_argument("--vae", type=Path, help="for the sheets; default: what made the latents")
     p.add_argument("--sp", type=positive, default=1, help="processes that share a video, each some of its tokens")
+    p.add_argument("--shard-over", type=positive, help="processes that share a copy of weights and moments; default: "
+                   "those of a node")
     p.add_argument("--compile", action="store_true", help="torch.compile blocks: slow to start, then faster steps")
+    p.add_argument("--plan", type=positive, metavar="GPUS", help="only say what a step would take on so many; no files")
+    p.add_argument("--bench", type=positive, metavar="STEPS", help="only time so many steps, on noise; no files")
     set_recipe(p, RECIPES, argv)
     # -- end ---------------------------------------------------------------------------------------------------------
     return p.parse_args(argv)
@@ -231,7 +240,7 @@ def sample_exit_step(seed: int, update: int, steps: int) -> int:
 
 def main(args: argparse.Namespace) -> None:
     # -- setup (same in every stage) ---------------------------------------------------------------------------------
-    rank, _, device = start_process_group(args.sp)
+    rank, _, device = start_process_group(args.sp, args.shard_over)
     data = open_latents(args.data, args.preset)
     folder = lock_folder(args.out)  # beside the checkpoint: earlier ones, states to resume from, metrics, sheets
     # -- end ---------------------------------------------------------------------------------------------------------
@@ -277,7 +286,8 @@ def main(args: argparse.Namespace) -> None:
             for micro in range(args.accum):
                 part = batch_part(micro, args.accum)
                 batch = get_batch(data, args.seed, update, part, args.batch_size, device, meta["given_prob"])
-                x, _ = self_rollout(generator, batch, meta, exit_step, args.gather)
+                # without the passes: their cache must go before fake_score runs
+                x = self_rollout(generator, batch, meta, exit_step, args.gather)[0]
                 loss = fake_score_loss(x, fake_score, batch, meta) / args.accum
                 loss.backward()
                 loss_sum, ids = loss_sum + loss.detach(), ids + batch.ids
@@ -289,6 +299,8 @@ def main(args: argparse.Namespace) -> None:
 
         # -- log and save (same in every stage) ----------------------------------------------------------------------
         bar.update()
+        if rank == 0 and bar.n == bar.initial + 2:  # all that a step takes is there from the second on
+            print_peak(args, WORK)
         bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
         if step % args.log_every == 0 and rank == 0:
             write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
@@ -301,12 +313,38 @@ def main(args: argparse.Namespace) -> None:
         # -- end -----------------------------------------------------------------------------------------------------
 
 
+# What --plan counts and --bench times, without any files (model.py, 12).
+
+
+def rehearse(args: argparse.Namespace, nets: Nets, batch: Batch, meta: Meta) -> Iterator[str]:
+    """A micro-batch of a step, every rollout as long as they come."""
+    generator, real_score, fake_score = (nets[name] for name in ("generator", "real_score", "fake_score"))
+    last_step = meta["sampling_steps"] - 1
+    x, passes = self_rollout(generator, batch, meta, last_step, args.gather)
+    generator_loss(x.requires_grad_(), real_score, fake_score, batch, meta, args.guidance).backward()
+    replay(generator, batch, passes, x.grad, args.gather)
+    yield "generator"
+    for _ in range(args.fake_score_updates):
+        x = self_rollout(generator, batch, meta, last_step, args.gather)[0]
+        fake_score_loss(x, fake_score, batch, meta).backward()
+        yield "fake_score"
+
+
+WORK = Work("dmd", {"generator": True, "ema": False, "real_score": False, "fake_score": True}, rehearse, random_batch,
+            repeats="fake_score_updates")
+
+
 if __name__ == "__main__":
     # -- run (same in every stage) ----------------------------------------------------------------------------------
     try:
-        main(parse_args())
+        args = parse_args()
+        if args.plan or args.bench:
+            bill(args, WORK)
+        else:
+            main(args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     gc.collect()  # frees FSDP's reference cycles, which could otherwise outlive the process group
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     # -- end --------------------------------------------------------------------------------------------------------

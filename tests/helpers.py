@@ -121,7 +121,8 @@ def hy_inputs(f, b=3, given=1):
     prompt = HYPrompt(
         torch.randn(b, 7, 24), torch.arange(7) < torch.tensor([[4], [7], [5]])[:b],
         torch.randn(b, 5, 20), torch.arange(5) < torch.tensor([[0], [3], [2]])[:b],
-        vision * has_image.view(-1, 1, 1), given_latents * has_image.view(-1, 1, 1, 1, 1))
+        vision * has_image.view(-1, 1, 1), has_image.bool()[:, None].expand(b, 4),
+        given_latents * has_image.view(-1, 1, 1, 1, 1))
     Ks = torch.tensor([[0.6, 0, 0.5], [0, 0.9, 0.5], [0, 0, 1]]).expand(b, f, 3, 3)
     return x_t, torch.rand(b, f), prompt, Camera(rigid(b, f), Ks), x0
 

@@ -3,7 +3,7 @@ What one step of every stage computes at toy size, for tests to compare across r
 gradient and the weights three steps later, and a guided rollout after a given frame; both backbones, camera and actions
 on.
 
-    torchrun --nproc_per_node 4 tests/scale_worker.py OUT --sp 1 2 4 [--recompute]    rank 0 writes {sp: {name: tensor}}
+    torchrun --nproc_per_node 4 tests/scale_worker.py OUT --sp 1 2 4     rank 0 writes {sp: {name: tensor}}
     compute()                          in a process without ranks: the same by plain modules, nothing sharded
 """
 import argparse
@@ -63,8 +63,9 @@ def make_prompt(kind):
         return torch.randn(VIDEOS, 5, 24)
     text, byt5, vision, given = (torch.randn(VIDEOS, *shape) for shape in ((5, 24), (3, 8), (4, 16), (1, 5, 4, 4)))
     words = torch.arange(5) < torch.tensor([[5], [3], [4], [1]])  # padding in other places, and one without an image
+    has_image = torch.tensor([True, False, True, True])
     return HYPrompt(text, words, byt5, torch.arange(3) < torch.tensor([[2], [0], [3], [1]]),
-                    vision * torch.tensor([1.0, 0, 1, 1]).view(-1, 1, 1), given)
+                    vision * has_image.view(-1, 1, 1), has_image[:, None].expand(VIDEOS, 4), given)
 
 
 def make_batch(kind, step, part):
@@ -175,10 +176,12 @@ def main():
     p = argparse.ArgumentParser()
     p.add_argument("out")
     p.add_argument("--sp", type=int, nargs="+")
+    p.add_argument("--shard-over", type=int)
     p.add_argument("--recompute", action="store_true", help="also with blocks run again for backward, last sp")
     args = p.parse_args()
-    rank, _, _ = start_process_group()
-    found = {"mesh": make_net("wan", 0).head.modulation.device_mesh.mesh_dim_names}
+    rank, _, _ = start_process_group(shard_over=args.shard_over)
+    mesh = make_net("wan", 0).head.modulation.device_mesh
+    found = {"mesh": dict(zip(mesh.mesh_dim_names, mesh.shape))}
     for sp in args.sp:
         model.SEQUENCE_GROUP = dist.new_subgroups(sp)[0] if sp > 1 else None  # as start_process_group(sp), but in turn
         found[sp] = compute()

@@ -92,7 +92,9 @@ def theirs(z):
 
 def recorded_prompt(i, given_latents, negative=""):
     text, byt5 = ([i[f"{negative}{name}_states"], i[f"{negative}{name}_mask"]] for name in ("text", "byt5"))
-    return HYPrompt(*text, *byt5, i["vision_states"], given_latents)
+    vision = i["vision_states"]
+    has_image = vision.flatten(1).any(1, keepdim=True).expand(vision.shape[:2])
+    return HYPrompt(*text, *byt5, vision, has_image, given_latents)
 
 
 @cases("case5a_hv15")
@@ -103,7 +105,8 @@ def test_hunyuanvideo_15(path):
     x_t = ours(i["latents"])
     b, f, _, h, w = x_t.shape
     sigma = repeat(i["t"] / 1000, "b -> b f", f=f)
-    unseen = {"vision": 0 * prompt.vision, "given_latents": 0 * prompt.given_latents}
+    names = ("vision", "vision_mask", "given_latents")
+    unseen = {name: torch.zeros_like(getattr(prompt, name)) for name in names}
     rope = rope_table(torch.arange(f), h // net.cfg.patch, w // net.cfg.patch, net.cfg.rope_bands, theta=256)
     cos, sin = repeat(torch.view_as_real(rope), "n 1 e part -> part n (e two)", two=2)
     check(cfg, out, {"i2v": theirs(net(x_t, sigma, prompt)), "t2v": theirs(net(x_t, sigma, prompt._replace(**unseen))),

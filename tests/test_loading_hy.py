@@ -400,7 +400,9 @@ def test_a_stream_tells_the_network_its_image_and_its_actions(monkeypatch):
         words = encode_words("a red room")[None]
         no_quotes = torch.zeros(1, 1, 8), torch.zeros(1, 1, dtype=torch.bool)
         seen = torch.cat([z, torch.ones_like(z[:, :, :1])], dim=2)
-        prompt = HYPrompt(words, words.any(-1), *no_quotes, encode_places(image[:, :, 0]) * shown, seen * shown)
+        has_image = torch.full((1, 16), bool(shown))
+        prompt = HYPrompt(words, words.any(-1), *no_quotes, encode_places(image[:, :, 0]) * shown, has_image,
+                          seen * shown)
         rng = [torch.Generator().manual_seed(5)]
         x0 = rollout(net, meta, rng, (4, *z.shape[2:]), prompt, prompt, Camera(viewmats, Ks))
         return vae.decode(torch.cat(list(x0), dim=1))[0].clamp(-1, 1)

@@ -29,19 +29,22 @@ import data
 import model
 from conftest import ENVIRONMENT, MINIATURE, SCRIPTS, STAGES, call, command, free_port, refusal, start, start_ranks
 from data import (
-    K_SQUARE, control_margin, find_vae, intrinsics, open_latents, open_log, parse_trajectory, render, sample_toy,
-    save_prompts, write_log, write_sheet,
+    K_SQUARE, Clip, ClipFormat, control_margin, find_vae, intrinsics, log_prompt, open_latents, open_log,
+    parse_trajectory, render, sample_toy, save_prompts, survey_clips, write_log, write_sheet,
 )
 from helpers import made_from
-from model import load_checkpoint, point_to, save_checkpoint, start_process_group
+from model import load_checkpoint, lock_folder, point_to, save_checkpoint, start_process_group
 
 # ---------------------------------------------------------------------------------------------------------------- Ranks
 
 
 LAUNCHES = {  # nodes, processes on each, and what they compute
     "2 ranks": (1, 2, ("--sp", "1", "2", "--recompute")), "4 ranks": (1, 4, ("--sp", "1", "2", "4")),
-    "2 nodes of 2": (2, 2, ("--sp", "1", "2")),
+    "2 nodes of 2": (2, 2, ("--sp", "1", "2")), "4 ranks, weights over 2": (1, 4, ("--sp", "2", "--shard-over", "2")),
+    "2 nodes, weights over 4": (2, 2, ("--sp", "1", "--shard-over", "4")),
 }
+MESHES = {"2 ranks": {"shard": 2}, "4 ranks": {"shard": 4}, "2 nodes of 2": {"replicate": 2, "shard": 2},
+          "4 ranks, weights over 2": {"replicate": 2, "shard": 2}, "2 nodes, weights over 4": {"shard": 4}}
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +77,12 @@ def far(found, expected, bound=1e-5):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launch, sp", [(name, sp) for name, sps in (
-    ("2 ranks", (1, 2)), ("4 ranks", (1, 2, 4)), ("2 nodes of 2", (1, 2))) for sp in sps])
+    ("2 ranks", (1, 2)), ("4 ranks", (1, 2, 4)), ("2 nodes of 2", (1, 2)), ("4 ranks, weights over 2", (2,)),
+    ("2 nodes, weights over 4", (1,))) for sp in sps])
 def test_ranks_compute_what_one_process_computes(alone, results, launch, sp):
     """Loss and gradient of every stage's step, weights after three steps, a guided rollout with its caches."""
     found = results(launch)
-    assert found["mesh"] == (("replicate", "shard") if "nodes" in launch else ("shard",))
+    assert found["mesh"] == MESHES[launch]
     assert not far(found[sp], alone) and all(z.abs().max() > 0 for z in alone.values())
     for kind in KINDS:  # ranks that share a video have made the same one
         for rank in range(1, sp):
@@ -142,9 +146,10 @@ def test_heads_or_tokens_that_ranks_cannot_share_are_refused(monkeypatch, kind, 
     assert str(error.value).startswith(f"--sp {ranks}: {found}") and "\n" not in str(error.value)
 
 
-def test_ranks_that_sp_does_not_divide_are_refused(tmp_path):
-    assert refusal("train_ar.py", "--sp", "2", cwd=tmp_path) == (
-        "error: --sp 2: 1 processes cannot be cut into groups of 2")
+@pytest.mark.parametrize("flag", ["--sp", "--shard-over"])
+def test_ranks_that_a_flag_does_not_divide_are_refused(tmp_path, flag):
+    assert refusal("train_ar.py", flag, "2", cwd=tmp_path) == (
+        f"error: {flag} 2: 1 processes cannot be cut into groups of 2")
 
 
 @pytest.mark.parametrize("sp, found", [("2", "3 processes cannot be cut"), ("3", "16 heads or tokens of a frame")])
@@ -311,6 +316,30 @@ def test_ranks_end_together_when_one_of_them_is_terminated(chain, tmp_path):
     assert meta["step"] == reached + 1 and all(torch.equal(resumed[name], w) for name, w in uninterrupted.items())
 
 
+def test_a_terminated_run_that_has_nothing_to_save_ends_at_once(chain, tmp_path):
+    flags = ("--generate", "--pairs-count", "100", "--batch-size", "1", "--teacher-steps", "4", "--pairs")
+    goal = (tmp_path / "ode", "--out", tmp_path / "ode.pt")
+    process = start(tmp_path / "log", "distill_ode.py", *flags, *goal, cwd=chain)
+    wait_for(lambda: any((tmp_path / "ode").glob("latents-*.safetensors")), process)
+    process.terminate()
+    finish(process, code=-signal.SIGTERM)
+
+
+def test_only_a_run_that_asks_whether_to_stop_takes_the_signal():
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        start_process_group()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert not model.stopping()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not model.stopping() and model.STOP == {"asked"}  # until all ranks know
+        model.check_finite(1, {"loss": torch.ones(())}, [])
+        assert model.stopping()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        dist.destroy_process_group()
+
+
 def test_a_second_run_of_one_out_is_refused_while_the_first_lives(chain, tmp_path):
     script, *short = SCRIPTS["ar"]
     flags = (*MINIATURE, *short, "--out", tmp_path / "ar.pt", "--steps")
@@ -416,6 +445,8 @@ def test_where_there_are_no_links_a_checkpoint_is_copied(tmp_path, monkeypatch):
     ("metrics.jsonl", lambda path: write_log(path, {"step": 1})),
     ("scores.jsonl", lambda path: write_log(path, {"step": 1, "control_margin": 0.0})),
     ("sheet-000001.png", lambda path: write_sheet(path, [torch.zeros(1, 3, 1, 32, 32)])),
+    ("prompts-0.jsonl", lambda path: log_prompt(path, "words", "a room", {"embeds": torch.ones(3, 6)})),
+    ("prompts-0.f16", lambda path: log_prompt(path.with_suffix(".jsonl"), "words", "", {"embeds": torch.ones(3, 6)})),
 ])
 def test_what_does_not_fit_on_a_full_disk_is_named(tmp_path, name, write):
     (tmp_path / name).symlink_to("/dev/full")
@@ -424,13 +455,44 @@ def test_what_does_not_fit_on_a_full_disk_is_named(tmp_path, name, write):
     assert says(error, tmp_path / name)
 
 
+def test_a_survey_that_does_not_fit_on_a_full_disk_is_named(tmp_path):
+    clips = 2 * [Clip("none.mp4", 0, "a room", "w", None)]
+    with disk_left(0), pytest.raises(ValueError) as error:
+        survey_clips(clips, tmp_path, tmp_path, 1, 2, ClipFormat(4, 16, [32, 32]))  # rank 1 draws no bar
+    assert says(error, tmp_path / "survey-1.jsonl")
+
+
 def test_a_full_disk_leaves_the_log_as_it_was(group, tmp_path, monkeypatch):
     (tmp_path / "ar").mkdir()
     (tmp_path / "ar/metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     monkeypatch.setattr(Path, "write_text", no_space)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ValueError) as error:
         open_log(tmp_path / "ar.pt", 1, 9)
+    assert says(error, tmp_path / "ar/metrics.jsonl")
     assert [row["step"] for row in rows(tmp_path / "ar/metrics.jsonl")] == [1, 2]
+
+
+def test_a_full_disk_on_which_a_folder_cannot_be_locked_is_named(group, tmp_path):
+    with disk_left(0), pytest.raises(ValueError) as error:
+        lock_folder(tmp_path / "ar.pt")
+    assert says(error, tmp_path / "ar/lock")
+
+
+def test_a_disk_that_has_no_locks_is_not_taken_for_another_run(group, tmp_path, monkeypatch):
+    monkeypatch.setattr("fcntl.flock", no_space)
+    with pytest.raises(ValueError) as error:
+        lock_folder(tmp_path / "ar.pt")
+    assert says(error, tmp_path / "ar/lock")
+
+
+@pytest.mark.parametrize("line", ['{"step": 1', '{"loss": 1.0}', "1", "[1]", '{"step": null}', "\0\0\0"])
+def test_a_log_that_is_none_is_named_and_left(group, tmp_path, line):
+    (tmp_path / "ar").mkdir()
+    (tmp_path / "ar/scores.jsonl").write_text(f"{line}\n")
+    with pytest.raises(ValueError) as error:
+        open_log(tmp_path / "ar.pt", 1, 9)
+    assert str(error.value).startswith(f"{tmp_path / 'ar/scores.jsonl'}: ") and "\n" not in str(error.value)
+    assert (tmp_path / "ar/scores.jsonl").read_text() == f"{line}\n"
 
 
 def test_a_full_disk_leaves_the_old_prompts(tmp_path):
@@ -482,7 +544,7 @@ def test_a_resumed_run_names_every_flag_that_differs(chain, tmp_path, capsys):
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--resume: ")]
     assert said == [f"--resume: {line}" for line in (
         f"--out is {tmp_path / 'ar.pt'} from now on, was ckpt/ar.pt", "--accum is 2 from now on, was 1",
-        "--lr is 0.0001 from now on, was 0.005", "--betas is [0.5, 0.9] from now on, was (0.9, 0.99)",
+        "--lr is 0.0001 from now on, was 0.005", "--betas is (0.5, 0.9) from now on, was (0.9, 0.99)",
         "--keep is 3 from now on, was 5", "a step has 4 videos from now on, had 2")]
 
 
@@ -571,6 +633,34 @@ def test_the_best_of_an_earlier_run_is_not_this_ones(chain, tmp_path, monkeypatc
     assert all(torch.equal(best[name], w) for name, w in last.items())
 
 
+@pytest.mark.parametrize("resumed, kept, best", [(4, (1, 2, 3, 4), 4), (3, (2, 3), 2), (3, (3,), None), (1, (1,), 1)])
+def test_the_best_of_steps_that_a_resume_drops_is_not_the_runs(group, chain, tmp_path, resumed, kept, best):
+    """Steps 1 to 4, ever better but the third."""
+    (tmp_path / "ar").mkdir()
+    weights, meta = load_checkpoint(chain / "ckpt/ar.pt")
+    for step, score in (1, 1.0), (2, 2.0), (3, 1.5), (4, 3.0):
+        write_log(tmp_path / "ar/scores.jsonl", {"step": step, "control_margin": score})
+        if step in kept or step == 4:
+            save_checkpoint(tmp_path / f"ar/step-{step:06d}.pt", weights, meta | {"step": step})
+    point_to(tmp_path / "ar.best.pt", tmp_path / "ar/step-000004.pt")
+    open_log(tmp_path / "ar.pt", resumed, 9)
+    found = load_checkpoint(tmp_path / "ar.best.pt")[1]["step"] if (tmp_path / "ar.best.pt").exists() else None
+    assert found == best
+    assert [row["step"] for row in rows(tmp_path / "ar/scores.jsonl")] == list(range(1, resumed + 1))
+
+
+def test_the_best_of_steps_that_a_resume_keeps_stays(group, chain, tmp_path):
+    """Also where its file beside the others is gone, and the best of an earlier run until a new one has its own."""
+    weights, meta = load_checkpoint(chain / "ckpt/ar.pt")
+    save_checkpoint(tmp_path / "ar.best.pt", weights, meta | {"step": 2})
+    before = (tmp_path / "ar.best.pt").stat().st_ino
+    (tmp_path / "ar").mkdir()
+    for step, resumed in (2, 3), (2, 2), (2, 0):
+        write_log(tmp_path / "ar/scores.jsonl", {"step": step, "control_margin": 1.0})
+        open_log(tmp_path / "ar.pt", resumed, 9)
+        assert (tmp_path / "ar.best.pt").stat().st_ino == before
+
+
 @pytest.fixture(scope="module")
 def toy_videos():
     prompts, paths, scene = sample_toy(4, 0, 3, held=False)
@@ -579,11 +669,13 @@ def toy_videos():
 
 
 @pytest.mark.parametrize("made, low, high", [
-    (lambda video: video, 3, 100), (lambda video: (video + 0.3 * torch.randn_like(video)).clamp(-1, 1), 3, 100),
+    (lambda video: video, 3, 100), (lambda video: (video + 0.3 * torch.randn_like(video)).clamp(-1, 1), 1, 100),
     (lambda video: torch.rand_like(video) * 2 - 1, -1, 1), (torch.zeros_like, -1, 1),
     (lambda video: video.mean((3, 4), keepdim=True).expand_as(video), -1, 1),
-    (lambda video: video[:, :, :1].expand_as(video), -1, 1), (lambda video: video.roll(1, 0), -3, 0),
-], ids=["truth", "noisy truth", "noise", "grey", "blur", "a frozen first frame", "another's video"])
+    *((lambda video, n=n: video[:, :, n : n + 1].expand_as(video), -1e-3, 1e-3) for n in (0, 4, 6, 9, 12)),
+    (lambda video: video.roll(1, 0), -3, 0),
+], ids=["truth", "noisy truth", "noise", "grey", "blur", *(f"frame {n} frozen" for n in (0, 4, 6, 9, 12)),
+        "another's video"])
 def test_a_control_margin_tells_who_obeys(toy_videos, made, low, high):
     video, *asked = toy_videos
     torch.manual_seed(0)

@@ -22,14 +22,17 @@ from data import K_SQUARE, Batch, get_batch, open_latents, open_log, sample_gene
 from distill_cd import consistency_loss
 from distill_ode import integrate, ode_loss
 from helpers import GENERATED, made_from, make_batch, make_net, meta_of
-from model import PRESETS, Camera, Meta, add_noise, load_checkpoint, noise_levels, rollout, save_checkpoint
+from model import (
+    PRESETS, Camera, Meta, add_noise, describe_run, load_checkpoint, noise_levels, rollout, save_checkpoint,
+)
 from train_ar import teacher_forcing_loss
 from train_camera import flow_matching_loss
 from train_dmd import dmd_loss, fake_score_loss, generator_loss, predict, self_rollout
 
 TRAINERS = sorted({script for script, *_ in SCRIPTS.values()})
-SHARED = ("--init --data --out --preset --resume --steps --batch-size --accum --lr --max-grad-norm --ema-decay".split(),
-          "--seed --log-every --save-every --state-every --keep --vae --sp --compile".split())  # its own between
+SHARED = (  # a stage's own flags stand between these
+    "--init --data --out --preset --resume --steps --batch-size --accum --lr --max-grad-norm --ema-decay".split(),
+    "--seed --log-every --save-every --state-every --keep --vae --sp --shard-over --compile --plan --bench".split())
 SOURCES = {"base": "base", "camera": "base", "ar": "camera", "ode": "ar", "cd": "ar", "dmd": "ode"}  # stage: its --init
 B, F, CHUNK, SHIFT = 2, 5, 2, 3.0  # five frames: the last chunk is a short one
 LEVELS, GRID = noise_levels(4, SHIFT), noise_levels(48, SHIFT)  # of a student; of its teacher
@@ -748,6 +751,17 @@ def test_help_shows_every_default_of_the_preset(script, preset, capsys, wide):
     shown, args = read_help(script, capsys, "--preset", preset), stage.parse_args(["--preset", preset])
     for name, value in stage.RECIPES[preset].items():
         assert shown[f"--{name.replace('_', '-')}"].endswith(f"(default: {value})") and getattr(args, name) == value
+
+
+@pytest.mark.parametrize("script, preset", [
+    (script, preset) for script in TRAINERS for preset in import_module(script[:-3]).RECIPES])
+def test_a_flag_given_at_its_default_is_no_change_of_the_run(script, preset, monkeypatch):
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    stage, given = import_module(script[:-3]), ["--preset", preset]
+    by_default = describe_run(stage.parse_args(given))
+    for name, value in stage.RECIPES[preset].items():
+        given += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
+    assert describe_run(stage.parse_args(given)) == by_default
 
 
 def test_flags_keep_their_older_spelling():

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import shutil
+from pathlib import Path
 
 import imageio.v3 as imageio
 import pytest
@@ -423,6 +424,19 @@ def test_a_stopped_run_makes_what_is_missing(toy, tmp_path):
     assert {name for name, stamp in stamps(tmp_path / "out").items() if stamp != before[name]} == {
         lost, "prompts.safetensors"}
     assert all(same(tmp_path / "out" / name, toy / "data/videos" / name) for name in before)
+
+
+def test_a_full_disk_leaves_the_report_before(toy, tmp_path, monkeypatch):
+    shutil.copytree(toy / "data/videos", tmp_path / "out")
+    path = tmp_path / "out/report.jsonl"
+    before = path.read_bytes()
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", no_space)
+    message = refusal("data.py", "--videos", "clips", "--out", tmp_path / "out", *FLAGS, cwd=toy)
+    assert message.startswith(f"error: {path}: could not be written") and path.read_bytes() == before
 
 
 @pytest.mark.parametrize("flags, says", [

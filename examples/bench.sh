@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# What a step of every stage takes, and a stream: rows of the README's table. No files or checkpoints are needed.
+#
+#   examples/bench.sh plan wan-14b 64 --sp 8        on so many GPUs, counted without any, in two minutes
+#   examples/bench.sh run wan-1.3b 8                the same, and measured on the GPUs of this machine
+#
+# Flags after the number go to every stage. A row: preset, stage, GPUs, flags, card, GB on each, TFLOP and seconds a step
+# (for a plan, at the card's limit), and the share of the rate of a large matmul that was reached.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+how=$1 preset=$2 gpus=$3 flags=("${@:4}")
+
+row() {  # the last line of what a command prints, JSON -> a row
+    tail -n 1 | python -c '
+import datetime, json, sys
+z = json.loads(sys.stdin.read())
+planned = "gb" in z
+card = "H100, planned" if planned else "{}, {}".format(z.get("card"), datetime.date.today())
+gb = z["gb"]["total"] if planned else z["peak_gb"]
+took = ("{:.3g} frames/s, first after {:.2g} s".format(z["fps"], z["first_frame_s"]) if "fps" in z
+        else "{:.3g} s".format(z["seconds_at_limit"] if planned else z["seconds"]))
+tflop = "{:.0f}".format(z["tflop"]) if planned and "fps" not in z else ""
+share = "{:.0%}".format(z["share"]) if "share" in z else ""
+print("|", " | ".join([z["preset"], z.get("stage", "stream"), str(z.get("gpus", 1)), sys.argv[1], card,
+                       "{:.1f}".format(gb), tflop, took, share]), "|")
+' "${flags[*]}"
+}
+
+for stage in train_camera train_ar "distill_ode --generate" distill_ode distill_cd train_dmd; do
+    read -r script extra <<< "$stage"
+    # shellcheck disable=SC2086
+    python "$script.py" --preset "$preset" --plan "$gpus" $extra "${flags[@]}" | row
+    if [ "$how" = run ]; then
+        # shellcheck disable=SC2086
+        torchrun --nproc_per_node "$gpus" "$script.py" --preset "$preset" --bench 3 $extra "${flags[@]}" | row
+    fi
+done
+python stream.py --preset "$preset" --plan | row
+if [ "$how" = run ]; then
+    python stream.py --preset "$preset" --bench | row
+fi
