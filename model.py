@@ -668,50 +668,81 @@ def prefill(net: nn.Module, x: Tensor, prompt: Prompt, camera: Camera | None) ->
     return update_cache(net, x[:, nothing], prompt, None if camera is None else camera.frames(nothing))
 
 
-@torch.no_grad()
-def rollout(net: nn.Module, meta: "Meta", rng: list[torch.Generator], shape: tuple[int, ...], prompt: Prompt,
-            null: Prompt, camera: Camera, given: Tensor | None = None, seconds: dict[str, float] | None = None):
-    """Yield x0 [b f c h w] chunk by chunk, each denoised after what was yielded before it.
+class StreamState(NamedTuple):
+    """A stream between two chunks: all that the next one depends on, but for its prompt and its camera."""
+    kv_caches: list[KVCache | None]  # one for each prompt; None: a bidirectional network has no past
+    rng: list[torch.Generator]  # one for each video, of its noise; drawing moves them on, nothing else changes in place
+    shape: tuple[int, ...]  # [c h w] of a latent frame
 
-    meta: how the checkpoint is to be sampled.
-    rng: one generator per video, shape: [f c h w]; so a video does not depend on the others in its batch.
-    prompt, null: b each. What HY's says of an image, it says in both.
-    given: the first latent frames [b p c h w], an image or a short video, if they are given rather than generated.
-    seconds: if given, the time spent is added to its "denoise" and "cache".
+
+def start_stream(net: nn.Module, meta: "Meta", rng: list[torch.Generator], shape: tuple[int, ...],
+                 prompts: list[Prompt], device: torch.device) -> StreamState:
+    """The state before the first chunk. prompts: [prompt], or with guidance [prompt, null]; shape: [c h w]."""
+    nothing = torch.zeros(len(rng), 0, *shape, device=device)
+    camera = Camera(nothing.new_zeros(len(rng), 0, 4, 4), nothing.new_zeros(len(rng), 0, 3, 3))
+    kv_caches = [prefill(net, nothing, prompt, camera if meta["camera"] else None) if meta["chunk"] else None
+                 for prompt in prompts]
+    return StreamState(kv_caches, rng, shape)
+
+
+@torch.no_grad()
+def next_chunk(net: nn.Module, meta: "Meta", state: StreamState, prompts: list[Prompt], camera: Camera,
+               given: Tensor | None = None) -> Tensor:
+    """x0 [b n c h w]: a frame for each of the n poses of `camera`, denoised together after what was committed.
+
+    meta: how the checkpoint is to be sampled. Noise is drawn for this chunk alone, so that no later one can change it,
+    and by each video's own generator, so that it does not depend on the others in its batch.
+    given: the first frames of the chunk [b p c h w], p <= n, if they are given rather than generated.
     """
-    b, f, device = len(rng), shape[0], camera.viewmats.device
-    guidance, chunk = meta["guidance"], meta["chunk"] or f  # bidirectional models have chunk 0: all frames at once
-    sampler = SAMPLERS[meta["sampler"]]
+    b, n = camera.viewmats.shape[:2]
+    device = camera.viewmats.device
     # UniPC works in log-SNR, which pure noise has at -inf
     sigmas = noise_levels(meta["sampling_steps"], meta["shift"], start=0.999 if meta["sampler"] == "unipc" else 1.0)
-    if not meta["camera"]:  # the base model is shown no camera, whatever the path
-        camera = None
-
-    # all noise is drawn now, level after level
     count = meta["sampling_steps"] if meta["sampler"] == "few_step" else 1
-    noise = [torch.stack([torch.randn(shape, generator=g) for g in rng]).to(device) for _ in range(count)]
-    generated = torch.ones(b, f, device=device)
+    noise = [torch.stack([torch.randn((n, *state.shape), generator=g) for g in state.rng]).to(device)
+             for _ in range(count)]
+    generated = torch.ones(b, n, device=device)
     if given is not None:  # clean from the start
         p = given.shape[1]
         noise[0] = torch.cat([given, noise[0][:, p:]], dim=1)
         generated[:, :p] = 0
+    seen = camera if meta["camera"] else None  # the base model is shown no camera, whatever the path
+    return SAMPLERS[meta["sampler"]](net, noise, sigmas, prompts, seen, meta["guidance"], state.kv_caches, generated)
 
-    prompts = [prompt] if guidance == 1 else [prompt, null]
-    kv_caches: list[KVCache | None] = [None] * len(prompts)
-    if meta["chunk"]:
-        with timed(seconds, "cache"):
-            kv_caches = [prefill(net, noise[0], text, camera) for text in prompts]
+
+def commit(net: nn.Module, meta: "Meta", state: StreamState, x0: Tensor, prompts: list[Prompt],
+           camera: Camera) -> StreamState:
+    """The state after a finished chunk x0 [b n c h w]. The last one, which nothing comes after to read, needs none."""
+    if not meta["chunk"]:
+        raise ValueError("a bidirectional network makes all frames of a video as one chunk: nothing comes after it")
+    seen = camera if meta["camera"] else None
+    kv_caches = [update_cache(net, x0, prompt, seen, kv_cache)
+                 for prompt, kv_cache in zip(prompts, state.kv_caches, strict=True)]
+    return state._replace(kv_caches=kv_caches)
+
+
+def rollout(net: nn.Module, meta: "Meta", rng: list[torch.Generator], shape: tuple[int, ...], prompt: Prompt,
+            null: Prompt, camera: Camera, given: Tensor | None = None, seconds: dict[str, float] | None = None):
+    """Yield x0 [b f c h w] chunk by chunk, each denoised after what was yielded before it.
+
+    rng: one generator per video, shape: [f c h w]. meta: how the checkpoint is to be sampled.
+    prompt, null: b each. What HY's says of an image, it says in both.
+    given: the first latent frames [b p c h w], an image or a short video, if they are given rather than generated.
+    seconds: if given, the time spent is added to its "denoise" and "cache".
+    """
+    f, chunk = shape[0], meta["chunk"] or shape[0]  # bidirectional models have chunk 0: all frames at once
+    prompts = [prompt] if meta["guidance"] == 1 else [prompt, null]
+    with timed(seconds, "cache"):
+        state = start_stream(net, meta, rng, shape[1:], prompts, camera.viewmats.device)
     for start in range(0, f, chunk):
         frames = slice(start, start + chunk)
-        here = None if camera is None else camera.frames(frames)
+        here = camera.frames(frames)
         with timed(seconds, "denoise"):
-            x0 = sampler(net, [z[:, frames] for z in noise], sigmas, prompts, here, guidance, kv_caches,
-                         generated[:, frames])
+            x0 = next_chunk(net, meta, state, prompts, here, None if given is None else given[:, frames])
         yield x0
-        if frames.stop < f:  # nothing comes after the last chunk to read it
+        if frames.stop < f:
             with timed(seconds, "cache"):
-                kv_caches = [update_cache(net, x0, text, here, kv_cache)
-                             for text, kv_cache in zip(prompts, kv_caches, strict=True)]
+                state = commit(net, meta, state, x0, prompts, here)
 
 
 @contextmanager
