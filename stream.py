@@ -39,8 +39,8 @@ from data import (
     to_bytes, write_sheet,
 )
 from model import (
-    Camera, Meta, Prompt, StreamState, commit, invert_se3, load_net, load_vae, next_chunk, sequence_rank,
-    start_process_group, start_stream, timed, use_released_cache,
+    Camera, Meta, Prompt, StreamState, check_window, commit, forget, invert_se3, load_net, load_vae, next_chunk,
+    sequence_rank, start_process_group, start_stream, timed, use_released_cache,
 )
 
 SHIPPED = Path(__file__).parent / "ckpt/tiny"
@@ -63,6 +63,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--sampling-steps", "--steps", type=int, help="denoising steps of a chunk, instead of the "
                    "checkpoint's own")
     p.add_argument("--guidance", type=float, help="w in null + w (cond - null), instead of the checkpoint's own")
+    p.add_argument("--window", type=int, help="latent frames that a chunk sees, its own with them, so that a walk may "
+                   "go on for ever; 0: all; instead of the checkpoint's own")
+    p.add_argument("--sink", type=int, help="with a window: how many of it are the video's first")
+    p.add_argument("--absolute-positions", action="store_true", help="with a window: as public code, never move what "
+                   "is cached nearer; past the trained length, positions are new to the network")
     p.add_argument("--keys", action="store_true", help="draw the commanded keys on the video")
     p.add_argument("--other-intrinsics", action="store_true", help="let the path's K differ from the one trained with")
     p.add_argument("--released-cache", action="store_true", help="for minWM's released DMD of HunyuanVideo-1.5: let "
@@ -139,6 +144,8 @@ def step(player: Player, state: PlayerState, camera: Camera,
         x0 = next_chunk(net, meta, state.latents, state.prompts, camera, given)
     with timed(seconds, "decode"):
         video, feat_cache = vae.decode(x0, state.feat_cache)
+        if meta.get("window"):
+            feat_cache = forget(feat_cache, meta["window"])
     rest = None if state.given is None else state.given[:, n:]
     return video.clamp(-1, 1), state._replace(feat_cache=feat_cache, given=rest, finished=(x0, camera))
 
@@ -464,6 +471,10 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raises ValueError for a flag that no checkpoint could make sense of."""
     if args.sampling_steps is not None and args.sampling_steps < 1:
         raise ValueError(f"--sampling-steps {args.sampling_steps}: expected at least 1")
+    for name in ("window", "sink"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise ValueError(f"--{name} {value}: expected 0 or more latent frames")
     if args.guidance is not None and not math.isfinite(args.guidance):
         raise ValueError(f"--guidance {args.guidance}: expected a finite number")
     if args.out.suffix not in (".mp4", ".gif"):
@@ -515,6 +526,13 @@ def open_player(args: argparse.Namespace) -> tuple[Path, Player, Path | None]:
         meta["sampling_steps"] = args.sampling_steps
     if args.guidance is not None:
         meta["guidance"] = args.guidance
+    if args.window is not None:
+        meta["window"] = args.window
+    if args.sink is not None:
+        meta["sink"] = args.sink
+    if args.absolute_positions:
+        meta["absolute_positions"] = True
+    check_window(meta)
     say(f"{ckpt}: stage {meta['stage']}, trained for {meta['step']} steps; {meta['sampling_steps']} sampling steps, "
         f"guidance {meta['guidance']:g}", file=sys.stderr)
     return ckpt, Player(net, load_vae(vae, device, meta["vae_fingerprint"]), encoder, meta), text_encoder
@@ -550,7 +568,9 @@ def walk(args: argparse.Namespace, player: Player, path: CameraPath, prompt: str
     meta, f = player.meta, len(path.viewmats)
     K = intrinsics(path.K or meta["K"])
     if f > meta["frames"]:
-        say(f"the path has {f} latent frames, trained were {meta['frames']}", file=sys.stderr)
+        window = meta.get("window", 0)
+        after = f"a window of {window} goes along" if window else "the cache grows with them; --window bounds it"
+        say(f"the path has {f} latent frames, trained were {meta['frames']}: {after}", file=sys.stderr)
     given = read_given(args.image, player, f) if args.image else None
     camera = Camera(path.viewmats[None], K.expand(1, f, 3, 3))
     keys = pressed(path.viewmats) if args.keys else None

@@ -452,6 +452,8 @@ def pipelines(case, monkeypatch):
     net, i, c = network(case), case.inputs, case.config
     b, f, chunk = *i["noise"].shape[:2], c.get("frames_per_block", 0)
     meta = {"shift": c["shift"], "chunk": chunk, "camera": True}
+    if c["ctor"].get("local_attn_size", -1) != -1:
+        meta |= {"window": c["ctor"]["local_attn_size"], "sink": c["ctor"]["sink_size"], "absolute_positions": True}
     if "denoising_step_list" in c:
         n = len(c["denoising_step_list"])
         levels = shift_sigma(torch.tensor(c["denoising_step_list"]) / 1000, c["shift"])
@@ -466,6 +468,7 @@ def pipelines(case, monkeypatch):
         again = lambda _: []
         # their network is told int(1000 sigma) where the sampler is at sigma: ours tells the truth, see case 7
         told = lambda x, sigma, *rest, **past: net(x, (1000 * sigma).floor() / 1000, *rest, **past)
+        told.cfg = net.cfg
     starts = i["noise"].split(chunk or f, dim=1)
     supply = iter([z for at, noise in enumerate(starts) for level in (noise, *again(at)) for z in level])
     monkeypatch.setattr(torch, "randn", lambda shape, generator: next(supply))
