@@ -627,8 +627,7 @@ def rolling_cache(kv_cache: KVCache, tokens: int, sink: int, recent: int) -> KVC
     return kv_cache._replace(layers=layers)
 
 
-def move_window(net: nn.Module, kv_cache: KVCache, tokens: int, sink: int, recent: int,
-                origin: Tensor | None) -> KVCache:
+def move_window(net: nn.Module, kv_cache: KVCache, tokens: int, sink: int, recent: int, origin: Tensor) -> KVCache:
     """The first `sink` and the last `recent` frames of a cache, as if nothing had been between them.
 
     RoPE's positions close up, by a turn of the recent keys (arXiv:2511.20649). PRoPE's world becomes that of the camera
@@ -638,7 +637,7 @@ def move_window(net: nn.Module, kv_cache: KVCache, tokens: int, sink: int, recen
     """
     held, change = cached_frames(kv_cache, tokens), origin
     gap = held - sink - recent
-    if origin is not None and kv_cache.origin is not None:
+    if kv_cache.origin is not None:
         change = origin.double() @ invert_se3(kv_cache.origin.double())
     sinks = kv_cache.sinks or [some_frames(pieces, tokens, 0, sink) for pieces in kv_cache.layers]
     layers = []
@@ -649,7 +648,7 @@ def move_window(net: nn.Module, kv_cache: KVCache, tokens: int, sink: int, recen
     return kv_cache._replace(layers=layers, evicted=kv_cache.evicted + gap, origin=origin, sinks=sinks)
 
 
-def move_piece(net: nn.Module, piece: tuple[Tensor, ...], frames: int, change: Tensor | None) -> tuple[Tensor, ...]:
+def move_piece(net: nn.Module, piece: tuple[Tensor, ...], frames: int, change: Tensor) -> tuple[Tensor, ...]:
     """A cached piece, `frames` frames later and in another world: change [b 4 4] times the old one's coordinates."""
     k, v, *prope = piece
     if frames != 0:
@@ -659,10 +658,8 @@ def move_piece(net: nn.Module, piece: tuple[Tensor, ...], frames: int, change: T
         pairs = k[..., :width].float().unflatten(-1, (-1, 2)).contiguous()
         turned = torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).type_as(k)
         k = torch.cat([turned, k[..., width:]], dim=-1)
-    if change is not None:
-        G = four_copies(change.float()[:, None], k.shape[-1])
-        prope = [apply_projection(z.flatten(1, 2)[:, None], G).view(z.shape) for z in prope]
-    return (k, v, *prope)
+    G = four_copies(change.float()[:, None], k.shape[-1])
+    return (k, v, *(apply_projection(z.flatten(1, 2)[:, None], G).view(z.shape) for z in prope))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -842,7 +839,6 @@ def slide_window(net: nn.Module, meta: "Meta", state: StreamState) -> StreamStat
     else:
         # PRoPE's world: the first frame behind the sink, as near as the first of all in training
         origin = latest[0].camera.viewmats[:, 0] if latest else state.past[-1].camera.viewmats[:, -1]
-        origin = origin if meta["camera"] else None
         kv_caches = [move_window(net, kv_cache, tokens, sink, recent, origin) for kv_cache in state.kv_caches]
     return state._replace(kv_caches=kv_caches, past=some_chunks(state.past, 0, sink) + latest)
 

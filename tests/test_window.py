@@ -13,15 +13,15 @@ from conftest import ROOT, call, refusal
 from data import K_SQUARE, intrinsics, load_encoder, rotation
 from helpers import CPU, hy_inputs, random_hy_dit, rigid
 from model import (
-    PRESETS, Camera, DiTConfig, KVCache, WanDiT, action_labels, build_vae, commit, invert_se3, move_window, prefill,
-    reread, rolling_cache, rollout, start_stream, update_cache,
+    PRESETS, Camera, DiTConfig, KVCache, WanDiT, action_labels, build_vae, commit, invert_se3, move_piece, move_window,
+    prefill, reread, rolling_cache, rollout, start_stream, update_cache,
 )
 from stream import TOY_PROMPT, Player, open_stream, step
 
 BACKBONES = ("wan", "hy")
 META = {"frames": 8, "camera": True, "chunk": 2, "shift": 3.0, "sampler": "few_step", "sampling_steps": 2,
         "guidance": 1.0, "given_prob": 0.0, "size": [32, 32]}
-WINDOWS = [(6, 0), (5, 1), (7, 3), (4, 2), (6, 2)]  # whole chunks and parts of them; (4, 2): the sink alone
+WINDOWS = [(6, 0), (5, 1), (8, 3), (4, 2), (6, 1)]  # whole chunks and parts of them; (4, 2): the sink alone
 
 
 @torch.no_grad()
@@ -117,6 +117,8 @@ def test_a_moved_window_is_a_cache_of_the_kept_frames_alone(backbone, window, si
     same_cache(moved, fresh, **NEAR)
     kept = torch.cat([z.x0 for z in state.past], dim=1) if state.past else x0[:, :0]
     assert torch.equal(kept, torch.cat([x0[:, first], x0[:, latest]], dim=1))
+    if backbone == "hy":
+        assert all(torch.equal(z.last_pose, camera.viewmats[:, z.start - 1]) for z in state.past if z.start > 0)
 
     x_t, sigma, here = x0[:, 14:], torch.full((2, 2), 0.7), slice(14, 16)
     fresh = fresh._replace(last_pose=near.viewmats[:, 13])
@@ -147,6 +149,16 @@ def test_keys_move_by_the_formula(backbone):
                 elif name in ("k'", "v'"):
                     z = torch.einsum("bij,bnsgj->bnsgi", P[:, 7], z.unflatten(-1, (hd // 4, 4))).flatten(-2)
                 torch.testing.assert_close(new[:, :, n * tokens : (n + 1) * tokens], z, atol=1e-5, rtol=1e-5)
+
+
+def test_what_moves_in_bf16_is_rounded_once():
+    net, change = make("wan", 1), torch.eye(4).repeat(2, 1, 1)
+    change[:, :3, :3], change[:, :3, 3] = rigid(2)[:, :3, :3], 100.3 * torch.randn(2, 3)
+    piece = [torch.randn(2, 2, 8, 16).bfloat16() for _ in range(4)]
+    exact, found = (move_piece(net, [z.to(dtype) for z in piece], -5, change)
+                    for dtype in (torch.double, torch.bfloat16))
+    for z, w in zip(exact, found, strict=True):
+        assert ((w.double() - z).abs() <= 2**-8 * z.abs() + 1e-4).all()
 
 
 @pytest.mark.parametrize("camera_on", (True, False))
