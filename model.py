@@ -199,7 +199,7 @@ class KVCache(NamedTuple):
     """
     frames: int  # how many have joined
     layers: list[list[tuple[Tensor, ...]]]  # per block and piece of n tokens: k, v, with a camera PRoPE's, [b nh n hd]
-    text: tuple[list[tuple[Tensor, Tensor]], Tensor | None] | None = None  # HY: per block k, v of the prompt; its mask
+    text: tuple[list[tuple[Tensor, Tensor]], Tensor | None] | None = None  # per block k, v of the prompt; HY: its mask
     last_pose: Tensor | None = None  # HY with actions: viewmat of the last frame [b 4 4], to tell the next one's motion
     # of a window that has moved (move_window)
     evicted: int = 0  # by how many frames RoPE's positions were moved back
@@ -445,12 +445,16 @@ class CrossAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(d), RMSNorm(d)
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """x [b f s d], text [b l d] -> [b f s d]."""
-        q = rearrange(self.norm_q(self.q(x)), "b f s (nh hd) -> b nh (f s) hd", nh=self.heads)
+    def read(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """text [b l d] -> its keys and values [b nh l hd]."""
         k = rearrange(self.norm_k(self.k(text)), "b l (nh hd) -> b nh l hd", nh=self.heads)
         v = rearrange(self.v(text), "b l (nh hd) -> b nh l hd", nh=self.heads)
-        y = F.scaled_dot_product_attention(q, k, v)
+        return k, v
+
+    def forward(self, x: Tensor, text_kv: tuple[Tensor, Tensor]) -> Tensor:
+        """x [b f s d] -> [b f s d]."""
+        q = rearrange(self.norm_q(self.q(x)), "b f s (nh hd) -> b nh (f s) hd", nh=self.heads)
+        y = F.scaled_dot_product_attention(q, *text_kv)
         return self.o(rearrange(y, "b nh (f s) hd -> b f s (nh hd)", s=x.shape[2]))
 
 
@@ -466,18 +470,20 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(d, cfg.ffn_dim), nn.GELU("tanh"), nn.Linear(cfg.ffn_dim, d))
         self.modulation = nn.Parameter(torch.empty(1, 6, d))
 
-    def forward(self, x: Tensor, modulation: Tensor, text: Tensor, rope: Tensor,
-                projection: tuple[Tensor, Tensor] | None, segments: Segments | None, cached: list[tuple[Tensor, ...]],
-                update_cache: bool) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """x [b f s d], modulation [b f 6 d], text [b l d] -> x, and this pass's k, v, ... if they are to be cached."""
+    def forward(self, x: Tensor, modulation: Tensor, text: Tensor | None, text_kv: tuple[Tensor, Tensor] | None,
+                rope: Tensor, projection: tuple[Tensor, Tensor] | None, segments: Segments | None,
+                cached: list[tuple[Tensor, ...]], update_cache: bool):
+        """x [b f s d], modulation [b f 6 d], text [b l d], or instead its keys and values from the cache -> x, and of
+        the video and the text the keys and values if they are to be cached."""
         # every frame has a noise level of its own, so adaLN's six vectors are per frame, not per video
         m = rearrange(self.modulation + modulation, "b f six d -> six b f 1 d")
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = m
         y, kv = self.self_attn(self.norm1(x) * (1 + scale_sa) + shift_sa, rope, projection, segments, cached)
         x = x + gate_sa * y
-        x = x + self.cross_attn(self.norm3(x), text)  # as Wan has it: not modulated, not gated
+        text_kv = self.cross_attn.read(text) if text_kv is None else text_kv
+        x = x + self.cross_attn(self.norm3(x), text_kv)  # as Wan has it: not modulated, not gated
         x = x + gate_ffn * self.ffn(self.norm2(x) * (1 + scale_ffn) + shift_ffn)
-        return x, kv if update_cache else None
+        return x, kv if update_cache else None, text_kv if update_cache else None
 
 
 class Head(nn.Module):
@@ -559,15 +565,20 @@ class WanDiT(nn.Module):
         weight = self.patch_embedding.weight.flatten(1)  # a convolution whose stride is its kernel is a linear map
         x = rearrange(x_t, "b f c (h p) (w q) -> b f (h w) (c p q)", p=2, q=2).to(weight.dtype)
         x = F.linear(my_part(x, dim=2), weight, self.patch_embedding.bias)  # [b f s d]
-        text = self.text_embedding(prompt.to(x.dtype))  # [b l d]
+        if past.text is not None and not torch.is_grad_enabled():
+            text, text_kvs = None, past.text[0]
+        else:  # where there is gradient, what reads the prompt is to learn from it
+            text, text_kvs = self.text_embedding(prompt.to(x.dtype)), [None] * len(self.blocks)  # [b l d]
         e, modulation = self.embed_time(sigma)
-        layers = []
+        layers, new_text_kvs = [], []
         for i, block in enumerate(self.blocks):
             cached = past.layers[i] if past.layers else []
-            x, kv = block(x, modulation, text, rope, projection, segments, cached, update_cache)
+            x, kv, text_kv = block(x, modulation, text, text_kvs[i], rope, projection, segments, cached, update_cache)
             layers.append(kv)
+            new_text_kvs.append(text_kv)
         if update_cache:  # the velocity of clean frames means nothing: what this pass was for is its keys and values
-            return past._replace(frames=past.frames + f, layers=append_layers(past.layers, layers))
+            return past._replace(frames=past.frames + f, layers=append_layers(past.layers, layers),
+                                 text=(new_text_kvs, None))
         v = whole(self.head(x[:, -f:], e[:, -f:]), "n b f s c -> b f (n s) c")  # of the noisy frames alone
         return rearrange(v, "b f (h w) (p q c) -> b f c (h p) (w q)", h=h // 2, p=2, q=2).float()
 
@@ -738,8 +749,8 @@ def update_cache(net: nn.Module, x0: Tensor, prompt: Prompt, camera: Camera | No
 def prefill(net: nn.Module, x: Tensor, prompt: Prompt, camera: Camera | None) -> KVCache:
     """The cache of a stream that has no frames yet, only its prompt. x, camera: any frames of the video's shape.
 
-    Wan could do without it. HY could not: in its bidirectional pass the text attends to the video, in a stream it must
-    not, and that there is a cache is all that tells the two apart.
+    HY could not do without it: in its bidirectional pass the text attends to the video, in a stream it must not, and
+    that there is a cache is all that tells the two apart.
     """
     nothing = slice(0, 0)
     return update_cache(net, x[:, nothing], prompt, None if camera is None else camera.frames(nothing))

@@ -254,6 +254,27 @@ def test_a_pass_of_no_frames_adds_no_piece():
     assert update_cache(net, x0[:, :0], prompt, nothing, full).layers == full.layers
 
 
+@pytest.mark.parametrize("camera_on", (True, False))
+def test_a_prompt_is_read_once_and_its_keys_are_kept(camera_on):
+    net, (x_t, sigma, prompt, camera, x0) = random_net(camera_on), inputs(4)
+    first, then = slice(0, 2), slice(2, 4)
+    here = lambda frames: camera.frames(frames) if camera_on else None
+    lost = torch.full_like(prompt, torch.nan)
+    with torch.no_grad():
+        kv_cache = update_cache(net, x0[:, first], prompt, here(first), prefill(net, x0, prompt, here(first)))
+        for start in (kv_cache, prefill(net, x0, prompt, here(first))):
+            kept = net(x_t[:, then], sigma[:, then], lost, here(then), kv_cache=start)
+            again = net(x_t[:, then], sigma[:, then], prompt, here(then), kv_cache=start._replace(text=None))
+            assert torch.equal(kept, again)
+        later = update_cache(net, x0[:, then], lost, here(then), kv_cache)
+    assert all(a is b for old, new in zip(kv_cache.text[0], later.text[0], strict=True) for a, b in zip(old, new))
+    net.requires_grad_(True)  # a pass that is trained reads it again, to learn from it
+    y = net(x_t[:, then], sigma[:, then], prompt, here(then), kv_cache=kv_cache)
+    y.square().sum().backward()
+    weights = [net.text_embedding[0].weight, net.blocks[0].cross_attn.k.weight, net.blocks[1].cross_attn.v.weight]
+    assert all(w.grad.abs().max() > 0 for w in weights)
+
+
 def test_pieces_of_a_cache_are_read_as_one():
     net, (x_t, sigma, prompt, camera, x0) = random_net(), inputs(6)
     kv_cache = None
