@@ -643,8 +643,8 @@ def move_window(net: nn.Module, kv_cache: KVCache, tokens: int, sink: int, recen
 
     RoPE's positions close up, by a turn of the recent keys (arXiv:2511.20649). PRoPE's world becomes that of the camera
     with viewmat `origin` [b 4 4], so that cameras stay near: P_j^-1 k of the old world is O P_j^-1 k in the new one.
-    Neither changes any score between video tokens; both are exact, in fp32. A recent frame is rounded anew by
-    each move until it is evicted. A sink stays for ever, and so is always moved from where it was first cached.
+    Both are exact, in fp32, and but for the gap no score between frames changes. A recent frame is rounded anew by each
+    move until it is evicted; a sink stays for ever, and so is always moved from where it was first cached.
     """
     held, change = cached_frames(kv_cache, tokens), origin
     gap = held - sink - recent

@@ -569,8 +569,8 @@ def walk(args: argparse.Namespace, player: Player, path: CameraPath, prompt: str
     K = intrinsics(path.K or meta["K"])
     if f > meta["frames"]:
         window = meta.get("window", 0)
-        after = f"a window of {window} goes along" if window else "the cache grows with them; --window bounds it"
-        say(f"the path has {f} latent frames, trained were {meta['frames']}: {after}", file=sys.stderr)
+        bound = f": a window of {window} goes along" if window else ""
+        say(f"the path has {f} latent frames, trained were {meta['frames']}{bound}", file=sys.stderr)
     given = read_given(args.image, player, f) if args.image else None
     camera = Camera(path.viewmats[None], K.expand(1, f, 3, 3))
     keys = pressed(path.viewmats) if args.keys else None

@@ -147,6 +147,15 @@ def test_a_film_that_does_not_start_leaves_what_was_there(tmp_path):
         assert (tmp_path / name).read_text() == "mine"
 
 
+def test_a_film_that_cannot_be_written_names_its_file(tmp_path):
+    (tmp_path / "walk.mp4").mkdir()
+    film = (np.zeros((4, 32, 32, 3), dtype=np.uint8) for _ in range(1000))  # more than a pipe holds
+    with pytest.raises(ValueError) as error:
+        write_video(tmp_path / "walk.mp4", film, 16)
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path / 'walk.mp4'}: could not be written (") and "\n" not in message
+
+
 @pytest.mark.parametrize("steps, every, shown", ((4, 4, 5), (15, 4, 16), (16, 8, 9), (100, 28, 15)))
 def test_a_walk_keeps_the_frames_of_its_sheet_alone(tmp_path, monkeypatch, capsys, steps, every, shown):
     """Whatever their number: frame n of the film is of brightness n, and so is what the sheet has of it."""
