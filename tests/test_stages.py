@@ -75,7 +75,8 @@ def test_checkpoint_describes_itself(chain, stage):
     expected = {"stage": stage, "preset": "tiny", "step": 2, "frames": 4, "size": [32, 32], "camera": stage != "base",
                 "sampler": "few_step" if few else "euler", "shift": import_module("train_camera").parse_args([]).shift,
                 "given_prob": 0.0 if stage == "base" else import_module("train_camera").parse_args([]).given_prob}
-    assert meta.keys() == Meta.__annotations__.keys() - {"timed_text", "released_cache", "mean", "std", "fingerprint"}
+    others = {"timed_text", "released_cache", "mean", "std", "fingerprint", "window", "sink", "absolute_positions"}
+    assert meta.keys() == Meta.__annotations__.keys() - others
     assert {name: meta[name] for name in expected} == expected
     source, camera = (made_from(chain / f"ckpt/{name}.pt") for name in (SOURCES[stage], "camera"))
     assert re.fullmatch(rf"{SOURCES[stage]}\.pt at step 2, [0-9a-f]{{8}}", source)
