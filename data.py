@@ -351,7 +351,12 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 def explain(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The best-explaining render [b 3 t h w], its looks [b 16], and which panels are large enough to tell [b 16]."""
-    hits = cast(scene.pillars, pixel_cameras(viewmats), K, video.shape[-1])
+    return explain_frames(video, scene, pixel_cameras(viewmats), K)
+
+
+def explain_frames(video: Tensor, scene: Scene, poses: Tensor, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `explain`, of any frames: poses [b t 4 4] has one for each."""
+    hits = cast(scene.pillars, poses, K, video.shape[-1])
     looks = look_errors(video, hits, scene.colours)[:, :N_PANELS].argmin(-1)
     return paint(hits, scene.colours, looks), looks, panels_seen(hits, 24)
 
@@ -462,9 +467,10 @@ class Batch(NamedTuple):
         f = self.x0.shape[1]
         return self.rand(math.ceil(f / chunk)).repeat_interleave(chunk, dim=1)[:, :f]
 
-    def noise(self) -> Tensor:
-        """Normal noise of the latents' shape [b f c h w]."""
-        return torch.stack([torch.randn(self.x0.shape[1:], generator=g) for g in self.rng]).to(self.x0.device)
+    def noise(self, frames: slice = slice(None)) -> Tensor:
+        """Normal noise of the latents' shape [b f c h w], or of some of their frames'."""
+        shape = self.x0[0, frames].shape
+        return torch.stack([torch.randn(shape, generator=g) for g in self.rng]).to(self.x0.device)
 
 
 class Latents(NamedTuple):

@@ -132,6 +132,10 @@ class Camera(NamedTuple):
         """The cameras of some frames."""
         return Camera(self.viewmats[:, frames], self.Ks[:, frames])
 
+    def seen_from(self, origin: Tensor) -> "Camera":
+        """The same cameras in the world in which the one with viewmat `origin` [b 4 4] is the identity."""
+        return Camera((self.viewmats.double() @ invert_se3(origin.double())[:, None]).float(), self.Ks)
+
 
 def invert_se3(pose: Tensor) -> Tensor:
     """Inverse of rigid transforms [... 4 4] by transposition: R^T, -R^T t."""
@@ -200,27 +204,19 @@ class KVCache(NamedTuple):
     So a cache may be kept, gone back to or used twice, and nothing is copied when a chunk joins. The function
     update_cache makes it under no_grad, so that no gradient runs through it from one chunk to another.
     """
-    frames: int  # how many have joined; the next chunk's RoPE positions start here
+    frames: int  # how many have joined
     layers: list[list[tuple[Tensor, ...]]]  # per block and piece of n tokens: k, v, with a camera PRoPE's, [b nh n hd]
-    text: tuple[list[tuple[Tensor, Tensor]], Tensor | None] | None = None  # HY: per block k, v of the prompt; its mask
+    text: tuple[list[tuple[Tensor, Tensor]], Tensor | None] | None = None  # per block k, v of the prompt; HY: its mask
     last_pose: Tensor | None = None  # HY with actions: viewmat of the last frame [b 4 4], to tell the next one's motion
+    # of a window that has moved (move_window)
+    evicted: int = 0  # by how many frames RoPE's positions were moved back
+    origin: Tensor | None = None  # viewmat [b 4 4] of the camera that PRoPE's world was moved to; None: the path's own
+    sinks: list[list[tuple[Tensor, ...]]] | None = None  # per block, the sink's pieces as they were first cached
 
-
-def rolling_cache(kv_cache: KVCache, tokens: int, sink: int, window: int) -> KVCache:
-    """The first `sink` and the last `window` frames of a cache, of `tokens` tokens each; all of it if it is shorter.
-
-    Every key keeps the RoPE position it was cached with, and the next chunk's go on from kv_cache.frames. Before a
-    chunk of n frames, rolling_cache(kv_cache, tokens, s, size - s - n) is public Wan's cache of `size` frames with s
-    sink frames.
-    """
-    def cut(z: Tensor) -> Tensor:
-        n = z.shape[2]
-        if n <= (sink + window) * tokens:
-            return z
-        return torch.cat([z[:, :, : sink * tokens], z[:, :, n - window * tokens :]], dim=2)
-
-    layers = [[tuple(cut(z) for z in piece) for piece in one_piece(pieces)] for pieces in kv_cache.layers]
-    return kv_cache._replace(layers=layers)
+    @property
+    def position(self) -> int:
+        """Where RoPE places the next frame."""
+        return self.frames - self.evicted
 
 
 def one_piece(pieces: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
@@ -239,6 +235,12 @@ def sinusoid(position: Tensor, width: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
+def rope_speed(width: int, theta: float, device: torch.device) -> Tensor:
+    """By what angle a frame, a row or a column turns each pair of a band of `width` channels [width/2]."""
+    # fp64: in bf16 the angle at position 1000 would be off by up to a third of a turn
+    return theta ** -(torch.arange(0, width, 2, device=device).double() / width)
+
+
 def rope_table(frames: Tensor, h: int, w: int, bands: tuple[int, int, int], theta: float) -> Tensor:
     """Unit complex numbers [f*s 1 hd/2]: channel pairs turn with frame, row and column, in three bands of a head.
 
@@ -247,9 +249,7 @@ def rope_table(frames: Tensor, h: int, w: int, bands: tuple[int, int, int], thet
     rows, columns = (torch.arange(n, device=frames.device) for n in (h, w))
     angles = []
     for position, width in zip((frames, rows, columns), bands, strict=True):
-        # fp64: in bf16 the angle at position 1000 would be off by up to a third of a turn
-        speed = theta ** -(torch.arange(0, width, 2, device=frames.device).double() / width)
-        angles.append(torch.outer(position.double(), speed))  # [positions width/2]
+        angles.append(torch.outer(position.double(), rope_speed(width, theta, frames.device)))  # [positions width/2]
     t, y, x = angles
     f = len(frames)
     grid = [repeat(t, "f e -> f h w e", h=h, w=w), repeat(y, "h e -> f h w e", f=f, w=w),
@@ -452,12 +452,16 @@ class CrossAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(d), RMSNorm(d)
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """x [b f s d], text [b l d] -> [b f s d]."""
-        q = rearrange(self.norm_q(self.q(x)), "b f s (nh hd) -> b nh (f s) hd", nh=self.heads)
+    def read(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """text [b l d] -> its keys and values [b nh l hd]."""
         k = rearrange(self.norm_k(self.k(text)), "b l (nh hd) -> b nh l hd", nh=self.heads)
         v = rearrange(self.v(text), "b l (nh hd) -> b nh l hd", nh=self.heads)
-        y = F.scaled_dot_product_attention(q, k, v)
+        return k, v
+
+    def forward(self, x: Tensor, text_kv: tuple[Tensor, Tensor]) -> Tensor:
+        """x [b f s d] -> [b f s d]."""
+        q = rearrange(self.norm_q(self.q(x)), "b f s (nh hd) -> b nh (f s) hd", nh=self.heads)
+        y = F.scaled_dot_product_attention(q, *text_kv)
         return self.o(rearrange(y, "b nh (f s) hd -> b f s (nh hd)", s=x.shape[2]))
 
 
@@ -473,18 +477,20 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(d, cfg.ffn_dim), nn.GELU("tanh"), nn.Linear(cfg.ffn_dim, d))
         self.modulation = nn.Parameter(torch.empty(1, 6, d))
 
-    def forward(self, x: Tensor, modulation: Tensor, text: Tensor, rope: Tensor,
-                projection: tuple[Tensor, Tensor] | None, segments: Segments | None, cached: list[tuple[Tensor, ...]],
-                update_cache: bool) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """x [b f s d], modulation [b f 6 d], text [b l d] -> x, and this pass's k, v, ... if they are to be cached."""
+    def forward(self, x: Tensor, modulation: Tensor, text: Tensor | None, text_kv: tuple[Tensor, Tensor] | None,
+                rope: Tensor, projection: tuple[Tensor, Tensor] | None, segments: Segments | None,
+                cached: list[tuple[Tensor, ...]], update_cache: bool):
+        """x [b f s d], modulation [b f 6 d], text [b l d], or instead its keys and values from the cache -> x, and of
+        the video and the text the keys and values if they are to be cached."""
         # every frame has a noise level of its own, so adaLN's six vectors are per frame, not per video
         m = rearrange(self.modulation + modulation, "b f six d -> six b f 1 d")
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = m
         y, kv = self.self_attn(self.norm1(x) * (1 + scale_sa) + shift_sa, rope, projection, segments, cached)
         x = x + gate_sa * y
-        x = x + self.cross_attn(self.norm3(x), text)  # as Wan has it: not modulated, not gated
+        text_kv = self.cross_attn.read(text) if text_kv is None else text_kv
+        x = x + self.cross_attn(self.norm3(x), text_kv)  # as Wan has it: not modulated, not gated
         x = x + gate_ffn * self.ffn(self.norm2(x) * (1 + scale_ffn) + shift_ffn)
-        return x, kv if update_cache else None
+        return x, kv if update_cache else None, text_kv if update_cache else None
 
 
 class Head(nn.Module):
@@ -502,6 +508,7 @@ class Head(nn.Module):
 
 class WanDiT(nn.Module):
     """Wan2.1's text-to-video transformer; with `camera`, plus PRoPE's zero-initialised output layers."""
+    rope_theta = 10000.0
     text_column = "embeds"  # which column of a table of prompts (data.py) its text_dim is the width of
 
     def __init__(self, cfg: DiTConfig, camera: bool = True):
@@ -546,32 +553,39 @@ class WanDiT(nn.Module):
         """
         b, f, _, h, w = x_t.shape
         check_shapes(x_t, sigma, camera)
-        start = 0 if kv_cache is None else kv_cache.frames  # a stream's positions go on from what was cached
-        frames = torch.arange(start, start + f, device=x_t.device)
-        rope = rope_table(frames, h // 2, w // 2, self.cfg.rope_bands, theta=10000)  # once a pass, for all blocks
+        past = KVCache(0, []) if kv_cache is None else kv_cache
+        frames = past.position + torch.arange(f, device=x_t.device)  # a stream's positions go on from what was cached
+        rope = rope_table(frames, h // 2, w // 2, self.cfg.rope_bands, self.rope_theta)  # once a pass, for all blocks
+        if camera is not None and past.origin is not None:
+            camera = camera.seen_from(past.origin)
         projection = None if camera is None else tuple(four_copies(P, self.cfg.dim) for P in projections(camera))
         segments = None  # every frame sees every frame, and the cache
         if clean is not None:  # [clean | noisy] along the frames; both stand at the same places and times
-            past = slice(0, (f - 1) // chunk * chunk)  # nothing comes after the last clean chunk to see it
-            x_t = torch.cat([clean[:, past], x_t], dim=1)
-            sigma = torch.cat([torch.zeros_like(sigma[:, past]), sigma], dim=1)
-            rope = torch.cat([rope[: past.stop * len(rope) // f], rope])
+            before = slice(0, (f - 1) // chunk * chunk)  # nothing comes after the last clean chunk to see it
+            x_t = torch.cat([clean[:, before], x_t], dim=1)
+            sigma = torch.cat([torch.zeros_like(sigma[:, before]), sigma], dim=1)
+            rope = torch.cat([rope[: before.stop * len(rope) // f], rope])
             if projection is not None:
-                projection = tuple(torch.cat([P[:, past], P], dim=1) for P in projection)
+                projection = tuple(torch.cat([P[:, before], P], dim=1) for P in projection)
             segments = teacher_forcing_segments(f, chunk)
 
         weight = self.patch_embedding.weight.flatten(1)  # a convolution whose stride is its kernel is a linear map
         x = rearrange(x_t, "b f c (h p) (w q) -> b f (h w) (c p q)", p=2, q=2).to(weight.dtype)
         x = F.linear(my_part(x, dim=2), weight, self.patch_embedding.bias)  # [b f s d]
-        text = self.text_embedding(prompt.to(x.dtype))  # [b l d]
+        if past.text is not None and not torch.is_grad_enabled():
+            text, text_kvs = None, past.text[0]
+        else:  # where there is gradient, what reads the prompt is to learn from it
+            text, text_kvs = self.text_embedding(prompt.to(x.dtype)), [None] * len(self.blocks)  # [b l d]
         e, modulation = self.embed_time(sigma)
-        layers = []
+        layers, new_text_kvs = [], []
         for i, block in enumerate(self.blocks):
-            cached = [] if kv_cache is None else kv_cache.layers[i]
-            x, kv = block(x, modulation, text, rope, projection, segments, cached, update_cache)
+            cached = past.layers[i] if past.layers else []
+            x, kv, text_kv = block(x, modulation, text, text_kvs[i], rope, projection, segments, cached, update_cache)
             layers.append(kv)
+            new_text_kvs.append(text_kv)
         if update_cache:  # the velocity of clean frames means nothing: what this pass was for is its keys and values
-            return KVCache(start + f, append_layers(kv_cache, layers))
+            return past._replace(frames=past.frames + f, layers=append_layers(past.layers, layers),
+                                 text=(new_text_kvs, None))
         v = whole(self.head(x[:, -f:], e[:, -f:]), "n b f s c -> b f (n s) c")  # of the noisy frames alone
         return rearrange(v, "b f (h w) (p q c) -> b f c (h p) (w q)", h=h // 2, p=2, q=2).float()
 
@@ -584,12 +598,86 @@ def check_shapes(x_t: Tensor, sigma: Tensor, camera: Camera | None) -> None:
                          f"{list(sigma.shape)} and {None if camera is None else list(camera.viewmats.shape)}")
 
 
-def append_layers(kv_cache: KVCache | None, new: list[tuple[Tensor, ...]]) -> list[list[tuple[Tensor, ...]]]:
+def append_layers(old: list[list[tuple[Tensor, ...]]], new: list[tuple[Tensor, ...]]) -> list[list[tuple[Tensor, ...]]]:
     """Per block, the cached pieces, and this pass's keys and values as one more, unless it was a pass of no frames."""
-    old = kv_cache.layers if kv_cache is not None and kv_cache.layers else [[]] * len(new)
+    old = old or [[]] * len(new)
     if new[0][0].shape[2] == 0:
         return old
     return [[*pieces, piece] for pieces, piece in zip(old, new, strict=True)]
+
+
+# A walk that never ends has a window: the first few frames, the sink, and the latest ones. Public Wan drops what is
+# between them and lets all else be, so that RoPE's positions and PRoPE's cameras move further and further away from
+# what was trained. move_window also closes the gap.
+
+
+def some_frames(pieces: list[tuple[Tensor, ...]], tokens: int, start: int, stop: int) -> list[tuple[Tensor, ...]]:
+    """Of a block's cached pieces, of `tokens` tokens a frame, those of frames start .. stop - 1."""
+    found, at = [], 0  # at: the piece's first frame
+    for piece in pieces:
+        n = piece[0].shape[2] // tokens
+        first, last = max(start - at, 0), min(stop - at, n)
+        if last - first == n:
+            found.append(piece)
+        elif first < last:  # cloned, or the rest of the piece would stay in memory
+            found.append(tuple(z[:, :, first * tokens : last * tokens].clone() for z in piece))
+        at += n
+    return found
+
+
+def cached_frames(kv_cache: KVCache, tokens: int) -> int:
+    """How many frames it holds."""
+    return sum(piece[0].shape[2] for piece in kv_cache.layers[0]) // tokens
+
+
+def rolling_cache(kv_cache: KVCache, tokens: int, sink: int, recent: int) -> KVCache:
+    """The first `sink` and the last `recent` frames of a cache, of `tokens` tokens each; all of it if it is shorter.
+
+    Every key keeps the RoPE position it was cached with, and the next chunk's go on from there. Before a chunk of n
+    frames, rolling_cache(kv_cache, tokens, s, window - s - n) is public Wan's cache of `window` frames with s sink
+    frames.
+    """
+    held = cached_frames(kv_cache, tokens)
+    if held <= sink + recent:
+        return kv_cache
+    layers = [some_frames(pieces, tokens, 0, sink) + some_frames(pieces, tokens, held - recent, held)
+              for pieces in kv_cache.layers]
+    return kv_cache._replace(layers=layers)
+
+
+def move_window(net: nn.Module, kv_cache: KVCache, tokens: int, sink: int, recent: int, origin: Tensor) -> KVCache:
+    """The first `sink` and the last `recent` frames of a cache, as if nothing had been between them.
+
+    RoPE's positions close up, by a turn of the recent keys (arXiv:2511.20649). PRoPE's world becomes that of the camera
+    with viewmat `origin` [b 4 4], so that cameras stay near: P_j^-1 k of the old world is O P_j^-1 k in the new one.
+    Both are exact, in fp32, and but for the gap no score between frames changes. A recent frame is rounded anew by each
+    move until it is evicted; a sink stays for ever, and so is always moved from where it was first cached.
+    """
+    held, change = cached_frames(kv_cache, tokens), origin
+    gap = held - sink - recent
+    if kv_cache.origin is not None:
+        change = origin.double() @ invert_se3(kv_cache.origin.double())
+    sinks = kv_cache.sinks or [some_frames(pieces, tokens, 0, sink) for pieces in kv_cache.layers]
+    layers = []
+    for pieces, first in zip(kv_cache.layers, sinks, strict=True):
+        latest = some_frames(pieces, tokens, held - recent, held)
+        layers.append([move_piece(net, piece, 0, origin) for piece in first]
+                      + [move_piece(net, piece, -gap, change) for piece in latest])
+    return kv_cache._replace(layers=layers, evicted=kv_cache.evicted + gap, origin=origin, sinks=sinks)
+
+
+def move_piece(net: nn.Module, piece: tuple[Tensor, ...], frames: int, change: Tensor) -> tuple[Tensor, ...]:
+    """A cached piece, `frames` frames later and in another world: change [b 4 4] times the old one's coordinates."""
+    k, v, *prope = piece
+    if frames != 0:
+        width = net.cfg.rope_bands[0]  # of a head's channels, those that turn with time
+        angle = frames * rope_speed(width, net.rope_theta, k.device)
+        turn = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+        pairs = k[..., :width].float().unflatten(-1, (-1, 2)).contiguous()
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).type_as(k)
+        k = torch.cat([turned, k[..., width:]], dim=-1)
+    G = four_copies(change.float()[:, None], k.shape[-1])
+    return (k, v, *(apply_projection(z.flatten(1, 2)[:, None], G).view(z.shape) for z in prope))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -668,57 +756,168 @@ def update_cache(net: nn.Module, x0: Tensor, prompt: Prompt, camera: Camera | No
 def prefill(net: nn.Module, x: Tensor, prompt: Prompt, camera: Camera | None) -> KVCache:
     """The cache of a stream that has no frames yet, only its prompt. x, camera: any frames of the video's shape.
 
-    Wan could do without it. HY could not: in its bidirectional pass the text attends to the video, in a stream it must
-    not, and that there is a cache is all that tells the two apart.
+    HY could not do without it: in its bidirectional pass the text attends to the video, in a stream it must not, and
+    that there is a cache is all that tells the two apart.
     """
     nothing = slice(0, 0)
     return update_cache(net, x[:, nothing], prompt, None if camera is None else camera.frames(nothing))
 
 
-@torch.no_grad()
-def rollout(net: nn.Module, meta: "Meta", rng: list[torch.Generator], shape: tuple[int, ...], prompt: Prompt,
-            null: Prompt, camera: Camera, given: Tensor | None = None, seconds: dict[str, float] | None = None):
-    """Yield x0 [b f c h w] chunk by chunk, each denoised after what was yielded before it.
+class Chunk(NamedTuple):
+    """A finished chunk, as the cache reads it, or what of it is still in the window."""
+    start: int  # which of the video's frames is its first
+    x0: Tensor  # [b n c h w]
+    camera: Camera
+    last_pose: Tensor | None  # KVCache's, before it joined
 
-    meta: how the checkpoint is to be sampled.
-    rng: one generator per video, shape: [f c h w]; so a video does not depend on the others in its batch.
-    prompt, null: b each. What HY's says of an image, it says in both.
-    given: the first latent frames [b p c h w], an image or a short video, if they are given rather than generated.
-    seconds: if given, the time spent is added to its "denoise" and "cache".
+    def part(self, first: int, last: int) -> "Chunk":
+        """Its frames from `first` to last - 1, counted within it."""
+        frames, last_pose = slice(first, last), self.last_pose
+        if first > 0 and last_pose is not None:
+            last_pose = self.camera.viewmats[:, first - 1]
+        return Chunk(self.start + first, self.x0[:, frames], self.camera.frames(frames), last_pose)
+
+
+class StreamState(NamedTuple):
+    """A stream between two chunks: all that the next one depends on, but for its prompt and its camera."""
+    kv_caches: list[KVCache | None]  # one for each prompt; None: a bidirectional network has no past
+    rng: list[torch.Generator]  # one for each video, of its noise; drawing moves them on, nothing else changes in place
+    shape: tuple[int, ...]  # [c h w] of a latent frame
+    past: list[Chunk]  # what the caches hold, to read it again with another prompt
+
+
+def check_window(meta: "Meta") -> None:
+    """Raises ValueError when meta has a window that its sink and a chunk do not fit into."""
+    window, sink, chunk = meta.get("window", 0), meta.get("sink", 0), meta["chunk"]
+    if window and not chunk:
+        raise ValueError(f"--window {window}: a bidirectional network makes all frames at once, and keeps none")
+    if window and window < sink + chunk:
+        raise ValueError(f"--window {window}: too short for --sink {sink} and a chunk of {chunk} frames")
+
+
+def start_stream(net: nn.Module, meta: "Meta", rng: list[torch.Generator], shape: tuple[int, ...],
+                 prompts: list[Prompt], device: torch.device) -> StreamState:
+    """The state before the first chunk. prompts: [prompt], or with guidance [prompt, null]; shape: [c h w]."""
+    check_window(meta)
+    nothing = torch.zeros(len(rng), 0, *shape, device=device)
+    camera = Camera(nothing.new_zeros(len(rng), 0, 4, 4), nothing.new_zeros(len(rng), 0, 3, 3))
+    kv_caches = [prefill(net, nothing, prompt, camera if meta["camera"] else None) if meta["chunk"] else None
+                 for prompt in prompts]
+    return StreamState(kv_caches, rng, shape, [])
+
+
+@torch.no_grad()
+def next_chunk(net: nn.Module, meta: "Meta", state: StreamState, prompts: list[Prompt], camera: Camera,
+               given: Tensor | None = None) -> Tensor:
+    """x0 [b n c h w]: a frame for each of the n poses of `camera`, denoised together after what was committed.
+
+    meta: how the checkpoint is to be sampled. Noise is drawn for this chunk alone, so that no later one can change it,
+    and by each video's own generator, so that it does not depend on the others in its batch.
+    given: the first frames of the chunk [b p c h w], p <= n, if they are given rather than generated.
     """
-    b, f, device = len(rng), shape[0], camera.viewmats.device
-    guidance, chunk = meta["guidance"], meta["chunk"] or f  # bidirectional models have chunk 0: all frames at once
-    sampler = SAMPLERS[meta["sampler"]]
+    b, n = camera.viewmats.shape[:2]
+    device = camera.viewmats.device
     # UniPC works in log-SNR, which pure noise has at -inf
     sigmas = noise_levels(meta["sampling_steps"], meta["shift"], start=0.999 if meta["sampler"] == "unipc" else 1.0)
-    if not meta["camera"]:  # the base model is shown no camera, whatever the path
-        camera = None
-
-    # all noise is drawn now, level after level
     count = meta["sampling_steps"] if meta["sampler"] == "few_step" else 1
-    noise = [torch.stack([torch.randn(shape, generator=g) for g in rng]).to(device) for _ in range(count)]
-    generated = torch.ones(b, f, device=device)
+    noise = [torch.stack([torch.randn((n, *state.shape), generator=g) for g in state.rng]).to(device)
+             for _ in range(count)]
+    generated = torch.ones(b, n, device=device)
     if given is not None:  # clean from the start
         p = given.shape[1]
         noise[0] = torch.cat([given, noise[0][:, p:]], dim=1)
         generated[:, :p] = 0
+    seen = camera if meta["camera"] else None  # the base model is shown no camera, whatever the path
+    return SAMPLERS[meta["sampler"]](net, noise, sigmas, prompts, seen, meta["guidance"], state.kv_caches, generated)
 
-    prompts = [prompt] if guidance == 1 else [prompt, null]
-    kv_caches: list[KVCache | None] = [None] * len(prompts)
-    if meta["chunk"]:
-        with timed(seconds, "cache"):
-            kv_caches = [prefill(net, noise[0], text, camera) for text in prompts]
+
+def commit(net: nn.Module, meta: "Meta", state: StreamState, x0: Tensor, prompts: list[Prompt],
+           camera: Camera) -> StreamState:
+    """The state after a finished chunk x0 [b n c h w]. The last one, which nothing comes after to read, needs none."""
+    if not meta["chunk"]:
+        raise ValueError("a bidirectional network makes all frames of a video as one chunk: nothing comes after it")
+    seen, before = camera if meta["camera"] else None, state.kv_caches[0]
+    kv_caches = [update_cache(net, x0, prompt, seen, kv_cache)
+                 for prompt, kv_cache in zip(prompts, state.kv_caches, strict=True)]
+    past = [*state.past, Chunk(before.frames, x0, camera, before.last_pose)]
+    state = state._replace(kv_caches=kv_caches, past=past)
+    return slide_window(net, meta, state) if meta.get("window") else state
+
+
+@torch.no_grad()
+def slide_window(net: nn.Module, meta: "Meta", state: StreamState) -> StreamState:
+    """What the next chunk is to see of a state: with its own frames, meta's `window` of which the first `sink` stay."""
+    sink, end = meta.get("sink", 0), state.kv_caches[0].frames
+    recent = meta["window"] - sink - meta["chunk"]
+    if sum(chunk.x0.shape[1] for chunk in state.past) <= sink + recent:
+        return state
+    tokens, latest = frame_tokens(net, state.shape), some_chunks(state.past, end - recent, end)
+    if meta.get("absolute_positions"):
+        kv_caches = [rolling_cache(kv_cache, tokens, sink, recent) for kv_cache in state.kv_caches]
+    else:
+        # PRoPE's world: the first frame behind the sink, as near as the first of all in training
+        origin = latest[0].camera.viewmats[:, 0] if latest else state.past[-1].camera.viewmats[:, -1]
+        kv_caches = [move_window(net, kv_cache, tokens, sink, recent, origin) for kv_cache in state.kv_caches]
+    return state._replace(kv_caches=kv_caches, past=some_chunks(state.past, 0, sink) + latest)
+
+
+def frame_tokens(net: nn.Module, shape: tuple[int, ...]) -> int:
+    """How many tokens a latent frame [c h w] is."""
+    return shape[1] * shape[2] // net.cfg.patch**2
+
+
+def some_chunks(chunks: list[Chunk], start: int, stop: int) -> list[Chunk]:
+    """What of them lies in the video's frames start .. stop - 1."""
+    spans = [(max(start - z.start, 0), min(stop - z.start, z.x0.shape[1])) for z in chunks]
+    return [z.part(first, last) for z, (first, last) in zip(chunks, spans, strict=True) if first < last]
+
+
+def reread(net: nn.Module, meta: "Meta", state: StreamState, prompts: list[Prompt]) -> StreamState:
+    """The state as if all that is in the window had been made for these prompts, which the next chunk then has.
+
+    It is committed again, chunk by chunk, where it stood (LongLive's re-cache, arXiv:2509.22622).
+    """
+    def read(kv_cache: KVCache, prompt: Prompt, chunks: list[Chunk]) -> KVCache:
+        for chunk in chunks:
+            kv_cache = kv_cache._replace(frames=chunk.start, last_pose=chunk.last_pose)
+            kv_cache = update_cache(net, chunk.x0, prompt, chunk.camera if meta["camera"] else None, kv_cache)
+        return kv_cache
+
+    sink, tokens = meta.get("sink", 0), frame_tokens(net, state.shape)
+    first, latest = ([z for z in state.past if (z.start < sink) == early] for early in (True, False))
+    empty = start_stream(net, meta, state.rng, state.shape, prompts, next(net.parameters()).device).kv_caches
+    kv_caches = []
+    for prompt, old, new in zip(prompts, state.kv_caches, empty, strict=True):
+        kv_cache = read(new, prompt, first)
+        if old.sinks is not None:  # the window has moved: what follows stands close behind the sink, seen from near
+            kv_cache = move_window(net, kv_cache, tokens, sink, 0, old.origin)._replace(evicted=old.evicted)
+        kv_cache = read(kv_cache, prompt, latest)
+        kv_caches.append(kv_cache._replace(frames=old.frames, last_pose=old.last_pose))
+    return state._replace(kv_caches=kv_caches)
+
+
+def rollout(net: nn.Module, meta: "Meta", rng: list[torch.Generator], shape: tuple[int, ...], prompt: Prompt,
+            null: Prompt, camera: Camera, given: Tensor | None = None, seconds: dict[str, float] | None = None):
+    """Yield x0 [b f c h w] chunk by chunk, each denoised after what was yielded before it.
+
+    rng: one generator per video, shape: [f c h w]. meta: how the checkpoint is to be sampled.
+    prompt, null: b each. What HY's says of an image, it says in both.
+    given: the first latent frames [b p c h w], an image or a short video, if they are given rather than generated.
+    seconds: if given, the time spent is added to its "denoise" and "cache".
+    """
+    f, chunk = shape[0], meta["chunk"] or shape[0]  # bidirectional models have chunk 0: all frames at once
+    prompts = [prompt] if meta["guidance"] == 1 else [prompt, null]
+    with timed(seconds, "cache"):
+        state = start_stream(net, meta, rng, shape[1:], prompts, camera.viewmats.device)
     for start in range(0, f, chunk):
         frames = slice(start, start + chunk)
-        here = None if camera is None else camera.frames(frames)
+        here = camera.frames(frames)
         with timed(seconds, "denoise"):
-            x0 = sampler(net, [z[:, frames] for z in noise], sigmas, prompts, here, guidance, kv_caches,
-                         generated[:, frames])
+            x0 = next_chunk(net, meta, state, prompts, here, None if given is None else given[:, frames])
         yield x0
-        if frames.stop < f:  # nothing comes after the last chunk to read it
+        if frames.stop < f:
             with timed(seconds, "cache"):
-                kv_caches = [update_cache(net, x0, text, here, kv_cache)
-                             for text, kv_cache in zip(prompts, kv_caches, strict=True)]
+                state = commit(net, meta, state, x0, prompts, here)
 
 
 @contextmanager
@@ -760,6 +959,9 @@ Meta = TypedDict("Meta", {  # what a checkpoint says of itself: all that it take
     "sampler": str,  # of SAMPLERS
     "sampling_steps": int,  # denoising steps of a chunk
     "guidance": float,  # w in v_null + w (v_cond - v_null); 1 is off
+    "window": int,  # latent frames that a chunk sees, its own with them; 0: all that there are
+    "sink": int,  # of the window, how many are the video's first, which stay for ever
+    "absolute_positions": bool,  # with a window: leave positions and cameras as they were cached, as public code does
     # quirks of released networks, HY's: see HYDiT
     "timed_text": bool,
     "released_cache": bool,
@@ -1824,6 +2026,7 @@ class FinalLayer(nn.Module):
 
 class HYDiT(nn.Module):
     """HunyuanVideo-1.5's transformer; with `camera`, plus HY-WorldPlay's PRoPE and, if cfg has them, action labels."""
+    rope_theta = 256.0
     text_column = "text"  # which column of a table of prompts (data.py) its text_dim is the width of
     # Does the text stand at the video's noise level in a bidirectional pass? HunyuanVideo-1.5 was trained so; load_net
     # sets it. Ours, as minWM's, hold the text at zero there, too, as all must where it is cached.
@@ -1888,33 +2091,34 @@ class HYDiT(nn.Module):
         b, f, _, h, w = x_t.shape
         check_shapes(x_t, sigma, camera)
         p = self.cfg.patch
-        start = 0 if kv_cache is None else kv_cache.frames
-        frames = torch.arange(start, start + f, device=x_t.device)
-        rope = rope_table(frames, h // p, w // p, self.cfg.rope_bands, theta=256)
-        projection = None if camera is None else tuple(four_copies(P, self.cfg.dim) for P in projections(camera))
-        last_pose = None if kv_cache is None else kv_cache.last_pose
-        action = None
+        past = KVCache(0, []) if kv_cache is None else kv_cache
+        frames = past.position + torch.arange(f, device=x_t.device)
+        rope = rope_table(frames, h // p, w // p, self.cfg.rope_bands, self.rope_theta)
+        last_pose, action = past.last_pose, None
         if self.action_in is not None and camera is not None:
             action = action_labels(camera.viewmats, last_pose)  # [b f]
             if f > 0:
                 last_pose = camera.viewmats[:, -1]
+        if camera is not None and past.origin is not None:
+            camera = camera.seen_from(past.origin)
+        projection = None if camera is None else tuple(four_copies(P, self.cfg.dim) for P in projections(camera))
 
         # beside each noisy frame its given one, [b f c+1 h w], zeros where nothing is given
-        given = prompt.given_latents[:, start : start + f]
+        given = prompt.given_latents[:, past.frames : past.frames + f]
         given = F.pad(given, (0, 0, 0, 0, 0, 0, 0, f - given.shape[1]))
         x_t = torch.cat([x_t, given], dim=2)
         text_sees_video = clean is None and kv_cache is None and not update_cache
         text_sigma = sigma.amax(1) if self.timed_text and text_sees_video else sigma.new_zeros(b)
         segments = None
         if clean is not None:  # [clean | noisy] along the frames; both stand at the same places and times
-            past = slice(0, (f - 1) // chunk * chunk)  # nothing comes after the last clean chunk to see it
-            x_t = torch.cat([torch.cat([clean, given], dim=2)[:, past], x_t], dim=1)
-            sigma = torch.cat([torch.zeros_like(sigma[:, past]), sigma], dim=1)
-            rope = torch.cat([rope[: past.stop * len(rope) // f], rope])
+            before = slice(0, (f - 1) // chunk * chunk)  # nothing comes after the last clean chunk to see it
+            x_t = torch.cat([torch.cat([clean, given], dim=2)[:, before], x_t], dim=1)
+            sigma = torch.cat([torch.zeros_like(sigma[:, before]), sigma], dim=1)
+            rope = torch.cat([rope[: before.stop * len(rope) // f], rope])
             if projection is not None:
-                projection = tuple(torch.cat([P[:, past], P], dim=1) for P in projection)
+                projection = tuple(torch.cat([P[:, before], P], dim=1) for P in projection)
             if action is not None:
-                action = torch.cat([action[:, past], action], dim=1)
+                action = torch.cat([action[:, before], action], dim=1)
             segments = teacher_forcing_segments(f, chunk)
 
         weight = self.img_in["proj"].weight.flatten(1)  # a convolution whose stride is its kernel is a linear map
@@ -1923,9 +2127,9 @@ class HYDiT(nn.Module):
         e = self.time_in(1000 * sigma)  # [b f d]
         if action is not None:
             e = e + self.action_in(action)
-        if kv_cache is not None and kv_cache.text is not None:  # its keys and values are all that is needed of the text
+        if past.text is not None:  # its keys and values are all that is needed of the text
             text, e_text = None, None
-            text_kvs, mask = kv_cache.text
+            text_kvs, mask = past.text
         else:
             text, mask = self.embed_prompt(prompt, text_sigma)
             e_text = self.time_in(1000 * text_sigma)[:, None]  # [b 1 d]
@@ -1933,13 +2137,14 @@ class HYDiT(nn.Module):
 
         layers, new_text_kvs = [], []
         for i, block in enumerate(self.blocks):
-            cached = kv_cache.layers[i] if kv_cache is not None and kv_cache.layers else []
+            cached = past.layers[i] if past.layers else []
             x, text, kv, text_kv = block(x, e, text, e_text, text_kvs[i], mask, rope, projection, segments, cached,
                                          text_sees_video, update_cache)
             layers.append(kv)
             new_text_kvs.append(text_kv)
         if update_cache:
-            return KVCache(start + f, append_layers(kv_cache, layers), (new_text_kvs, mask), last_pose)
+            return past._replace(frames=past.frames + f, layers=append_layers(past.layers, layers),
+                                 text=(new_text_kvs, mask), last_pose=last_pose)
         v = whole(self.final_layer(x[:, -f:], e[:, -f:]), "n b f s c -> b f (n s) c")  # of the noisy frames alone
         v = rearrange(v, "b f (h w) (c p q) -> b f c (h p) (w q)", h=h // p, p=p, q=p)
         return v.float().contiguous()  # no view: FSDP's hook is on the tensor that is returned
@@ -2024,6 +2229,12 @@ class PastAttention(nn.Module):
             k, v = kv[:, :, :, first : before + i + 1].flatten(3, 4)  # each [b 1 n c]
             frames.append(F.scaled_dot_product_attention(q[:, :, i], k, v))
         return x + self.proj_out(rearrange(frames, "t b 1 (h w) c -> b c t h w", h=h))
+
+
+def forget(feat_cache: FeatCache, frames: int) -> FeatCache:
+    """What a VAE remembers, but of PastAttention's keys and values, which alone grow, the last latent frames'."""
+    return {layer: z[:, :, :, -frames:].clone() if isinstance(layer, PastAttention) and z.shape[3] > frames else z
+            for layer, z in feat_cache.items()}
 
 
 class HYDownsample(nn.Module):

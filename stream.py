@@ -14,12 +14,14 @@ import argparse
 import json
 import math
 import os
+import subprocess
 import sys
 import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,18 +30,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from einops import rearrange
+from imageio_ffmpeg import get_ffmpeg_exe
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
     GRAMMAR, LOOKS, N_PANELS, NAMED, PALETTE, SURFACE_OF_PANEL, VIDEOS, CameraPath, Encoder, HelpFormatter, Scene, cast,
-    collate_prompts, explain, from_bytes, intrinsics, load_encoder, look_errors, mix, paint, parse_trajectory, positive,
-    pressed, psnr, random_batch, random_encoder, read_camera, read_prompt, render, resize_and_crop, rotation,
-    sample_toy, to_bytes, write_sheet,
+    collate_prompts, explain, explain_frames, from_bytes, intrinsics, load_encoder, look_errors, mix, paint,
+    parse_trajectory, positive, pressed, psnr, random_batch, random_encoder, read_camera, read_prompt, render,
+    resize_and_crop, rotation, sample_toy, to_bytes, write_sheet,
 )
 from model import (
-    CARDS, PRESETS, Camera, Meta, Meter, Prompt, build, build_vae, card_name, extrapolate, fill_with_noise, invert_se3,
-    load_net, load_vae, peak_memory, rollout, sequence_rank, start_process_group, timed, use_released_cache, usual_meta,
+    CARDS, PRESETS, Camera, Meta, Meter, Prompt, StreamState, build, build_vae, card_name, check_window, commit,
+    extrapolate, fill_with_noise, forget, invert_se3, load_net, load_vae, next_chunk, peak_memory, rollout,
+    sequence_rank, start_process_group, start_stream, timed, use_released_cache, usual_meta,
 )
 
 SHIPPED = Path(__file__).parent / "ckpt/tiny"
@@ -62,6 +66,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--sampling-steps", "--steps", type=int, help="denoising steps of a chunk, instead of the "
                    "checkpoint's own")
     p.add_argument("--guidance", type=float, help="w in null + w (cond - null), instead of the checkpoint's own")
+    p.add_argument("--window", type=int, help="latent frames that a chunk sees, its own with them, so that a walk may "
+                   "go on for ever; 0: all; instead of the checkpoint's own")
+    p.add_argument("--sink", type=int, help="with a window: how many of it are the video's first")
+    p.add_argument("--absolute-positions", action="store_true", help="with a window: as public code, never move what "
+                   "is cached nearer; past the trained length, positions are new to the network")
     p.add_argument("--keys", action="store_true", help="draw the commanded keys on the video")
     p.add_argument("--other-intrinsics", action="store_true", help="let the path's K differ from the one trained with")
     p.add_argument("--released-cache", action="store_true", help="for minWM's released DMD of HunyuanVideo-1.5: let "
@@ -90,7 +99,62 @@ class Player(NamedTuple):
     meta: Meta  # of the network
 
 
+class PlayerState(NamedTuple):
+    """A stream between two steps. Give it to `step` again, or twice: what was seen stays, what comes is up to you."""
+    latents: StreamState
+    prompts: list[Prompt]  # encoded: the prompt, and with guidance the null prompt
+    feat_cache: dict | None  # what the VAE remembers
+    given: Tensor | None  # latent frames [b p c h w] that are given, and still to come
+    finished: tuple[Tensor, Camera] | None = None  # the last chunk, until it is committed
+
+
 @torch.no_grad()
+def open_stream(player: Player, prompts: list[str], seeds: list[int], given: Tensor | None = None,
+                seconds: dict[str, float] | None = None) -> PlayerState:
+    """The state before the first step. One prompt and one seed per video; given, seconds: as in `stream`."""
+    net, vae, _, meta = player
+    device = next(net.parameters()).device
+    shape = (vae.cfg.z_dim, *(pixels // vae.cfg.stride for pixels in meta["size"]))
+    with timed(seconds, "prompt"):
+        given_latents = None if given is None else vae.encode(given.to(device))[0]
+        pair = encode_prompts(player, prompts, given, given_latents, (1, *shape))
+    encoded = [*pair] if meta["guidance"] != 1 else [pair[0]]
+    rng = [torch.Generator().manual_seed(seed) for seed in seeds]
+    with timed(seconds, "cache"):
+        latents = start_stream(net, meta, rng, shape, encoded, device)
+    return PlayerState(latents, encoded, None, given_latents if meta["given_prob"] else None)
+
+
+def settle(player: Player, state: PlayerState, seconds: dict[str, float] | None = None) -> PlayerState:
+    """Commit the last chunk, if it is not yet. `step` does it first; who waits for a key may do it while waiting."""
+    if state.finished is None:
+        return state
+    x0, camera = state.finished
+    with timed(seconds, "cache"):
+        latents = commit(player.net, player.meta, state.latents, x0, state.prompts, camera)
+    return state._replace(latents=latents, finished=None)
+
+
+@torch.no_grad()
+def step(player: Player, state: PlayerState, camera: Camera,
+         seconds: dict[str, float] | None = None) -> tuple[Tensor, PlayerState]:
+    """The next chunk's video [b 3 t H W] in [-1, 1] as `camera` sees it, and the state after it.
+
+    camera: viewmats [b n 4 4], Ks [b n 3 3] of the n latent frames of a chunk. t = 4 n, in the first step 4 n - 3.
+    """
+    net, vae, _, meta = player
+    state, n = settle(player, state, seconds), camera.viewmats.shape[1]
+    given = None if state.given is None else state.given[:, :n]
+    with timed(seconds, "denoise"):
+        x0 = next_chunk(net, meta, state.latents, state.prompts, camera, given)
+    with timed(seconds, "decode"):
+        video, feat_cache = vae.decode(x0, state.feat_cache)
+        if meta.get("window"):
+            feat_cache = forget(feat_cache, meta["window"])
+    rest = None if state.given is None else state.given[:, n:]
+    return video.clamp(-1, 1), state._replace(feat_cache=feat_cache, given=rest, finished=(x0, camera))
+
+
 def stream(player: Player, prompts: list[str], camera: Camera, seeds: list[int], given: Tensor | None = None,
            seconds: dict[str, float] | None = None) -> Iterator[Tensor]:
     """Yield video [b 3 t H W] in [-1, 1] as it is made: 1 + 4 (n - 1) frames of the first chunk of n latents, then 4 n.
@@ -101,28 +165,17 @@ def stream(player: Player, prompts: list[str], camera: Camera, seeds: list[int],
     with given frames; HY also reads its first frame with the prompt, and makes it anew if it was not.
     seconds: if given, the time spent is added to its "prompt", "denoise", "cache" and "decode".
     """
-    net, vae, _, meta = player
-    device = next(net.parameters()).device
+    device = next(player.net.parameters()).device
     b, f = camera.viewmats.shape[:2]
-    rest = -f % meta["chunk"] if meta["chunk"] else 0
-    held = [z[:, -1:].expand(b, rest, *z.shape[2:]) for z in camera]
+    chunk = player.meta["chunk"] or f
+    held = [z[:, -1:].expand(b, -f % chunk, *z.shape[2:]) for z in camera]
     camera = Camera(*(torch.cat([z, last], dim=1).to(device) for z, last in zip(camera, held, strict=True)))
-    grid = [pixels // vae.cfg.stride for pixels in meta["size"]]
-    shape = (f + rest, vae.cfg.z_dim, *grid)
-    with timed(seconds, "prompt"):
-        given_latents = None if given is None else vae.encode(given.to(device))[0]
-        prompt, null = encode_prompts(player, prompts, given, given_latents, shape)
-    if not meta["given_prob"]:
-        given_latents = None
-
-    rng = [torch.Generator().manual_seed(seed) for seed in seeds]
-    feat_cache, left = None, 1 + 4 * (f - 1)  # pixel frames to show
-    for x0 in rollout(net, meta, rng, shape, prompt, null, camera, given_latents, seconds):
-        with timed(seconds, "decode"):
-            video, feat_cache = vae.decode(x0, feat_cache)
-            video = video[:, :, :left].clamp(-1, 1)
+    state = open_stream(player, prompts, seeds, given, seconds)
+    left = 1 + 4 * (f - 1)  # pixel frames to show
+    for start in range(0, f, chunk):
+        video, state = step(player, state, camera.frames(slice(start, start + chunk)), seconds)
+        yield video[:, :, :left]
         left -= video.shape[2]
-        yield video
 
 
 def encode_prompts(player: Player, prompts: list[str], given: Tensor | None, given_latents: Tensor | None,
@@ -192,22 +245,37 @@ def draw_keys(image: np.ndarray, keys: set[str]) -> None:
         box[2 * unit : 7 * unit, 2 * unit : 5 * unit][glyph] = 0 if key in keys else 200
 
 
-def write_video(path: Path, video: Tensor, fps: float, keys: list[set[str]] | None) -> None:
-    """video [3 t h w] in [-1, 1] -> mp4 or gif, small videos enlarged by whole pixels."""
-    frames = rearrange(to_bytes(video).cpu(), "c t h w -> t h w c").numpy()
-    zoom = max(1, 256 // frames.shape[1])
-    frames = frames.repeat(zoom, 1).repeat(zoom, 2)
-    for t, frame in enumerate(frames):
-        if keys is not None:
-            draw_keys(frame, keys[math.ceil(t / 4)])  # of the latent frame that shows pixel frame t
+def write_video(path: Path, pieces: Iterator[np.ndarray], fps: float) -> None:
+    """Pieces [n h w 3] of bytes -> mp4 or gif. Whatever `pieces` raises at the first one leaves what was at `path`.
+
+    An mp4 grows as they come. It is a row of fragments of a second each, which can be played without what comes after:
+    if the process is killed, what it made can be watched. A gif is written at the end.
+    """
+    first = next(pieces)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".gif":
-            imageio.imwrite(path, frames, duration=1000 / fps, loop=0)
-        else:
-            imageio.imwrite(path, frames, fps=fps, codec="libx264", macro_block_size=2, output_params=["-crf", "12"])
+            imageio.imwrite(path, np.concatenate([first, *pieces]), duration=1000 / fps, loop=0)
+            return
+        height, width = first.shape[1:3]
+        # zerolatency: x264 would hold back some fifty frames to look ahead
+        encoder = subprocess.Popen([
+            get_ffmpeg_exe(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}",
+            "-r", str(fps), "-i", "-", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "12", "-tune", "zerolatency",
+            "-g", str(math.ceil(fps)), "-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-flush_packets",
+            "1", str(path),
+        ], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     except OSError as error:
         raise ValueError(f"{path}: could not be written ({error})") from error
+    try:
+        for images in chain([first], pieces):
+            encoder.stdin.write(images.tobytes())
+    except BrokenPipeError:
+        pass  # it ended, and says below why
+    finally:
+        log = encoder.communicate()[1].decode(errors="replace").splitlines()
+    if encoder.returncode != 0:
+        raise ValueError(f"{path}: could not be written ({log[-1] if log else f'ffmpeg: {encoder.returncode}'})")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -487,6 +555,10 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raises ValueError for a flag that no checkpoint could make sense of."""
     if args.sampling_steps is not None and args.sampling_steps < 1:
         raise ValueError(f"--sampling-steps {args.sampling_steps}: expected at least 1")
+    for name in ("window", "sink"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise ValueError(f"--{name} {value}: expected 0 or more latent frames")
     if args.guidance is not None and not math.isfinite(args.guidance):
         raise ValueError(f"--guidance {args.guidance}: expected a finite number")
     if args.out.suffix not in (".mp4", ".gif"):
@@ -538,6 +610,13 @@ def open_player(args: argparse.Namespace) -> tuple[Path, Player, Path | None]:
         meta["sampling_steps"] = args.sampling_steps
     if args.guidance is not None:
         meta["guidance"] = args.guidance
+    if args.window is not None:
+        meta["window"] = args.window
+    if args.sink is not None:
+        meta["sink"] = args.sink
+    if args.absolute_positions:
+        meta["absolute_positions"] = True
+    check_window(meta)
     say(f"{ckpt}: stage {meta['stage']}, trained for {meta['step']} steps; {meta['sampling_steps']} sampling steps, "
         f"guidance {meta['guidance']:g}", file=sys.stderr)
     return ckpt, Player(net, load_vae(vae, device, meta["vae_fingerprint"]), encoder, meta), text_encoder
@@ -566,29 +645,54 @@ def open_paths(args: argparse.Namespace, ckpt: Path, player: Player, text_encode
 
 
 def walk(args: argparse.Namespace, player: Player, path: CameraPath, prompt: str, out: Path) -> None:
-    """One path -> a video, and a contact sheet: below the room that explains it best, if it is of the toy world."""
+    """One path -> a video, and a contact sheet: below the room that explains it best, if it is of the toy world.
+
+    Frames are written as they are made, and only those that the sheet shows are kept.
+    """
     meta, f = player.meta, len(path.viewmats)
     K = intrinsics(path.K or meta["K"])
     if f > meta["frames"]:
-        say(f"the path has {f} latent frames, trained were {meta['frames']}", file=sys.stderr)
+        window = meta.get("window", 0)
+        bound = f": a window of {window} goes along" if window else ""
+        say(f"the path has {f} latent frames, trained were {meta['frames']}{bound}", file=sys.stderr)
     given = read_given(args.image, player, f) if args.image else None
     camera = Camera(path.viewmats[None], K.expand(1, f, 3, 3))
-    pieces = stream(player, [prompt], camera, [args.seed], given)
-    video = torch.cat(list(tqdm(pieces, "chunks", disable=sequence_rank()[0] > 0)), dim=2).cpu()
-    if sequence_rank()[0] > 0:
-        return
-    write_video(out, video[0], meta["fps"], pressed(path.viewmats) if args.keys else None)
+    keys = pressed(path.viewmats) if args.keys else None
+    every = 4 * math.ceil(f / 16)  # of the pixel frames, so that a sheet has at most 16
+    shown, made = [], 0
 
-    sheet = [video]
+    def film() -> Iterator[np.ndarray]:
+        """Pieces of the video in bytes [n h w 3], small ones enlarged by whole pixels."""
+        nonlocal made
+        pieces = stream(player, [prompt], camera, [args.seed], given)
+        for video in tqdm(pieces, "chunks", disable=sequence_rank()[0] > 0):
+            shown.append(video[:, :, -made % every :: every].cpu())
+            images = rearrange(to_bytes(video[0]).cpu(), "c t h w -> t h w c").numpy()
+            zoom = max(1, 256 // images.shape[1])
+            images = images.repeat(zoom, 1).repeat(zoom, 2)
+            for t, image in enumerate(images, made):
+                if keys is not None:
+                    draw_keys(image, keys[math.ceil(t / 4)])  # of the latent frame that shows pixel frame t
+            made += len(images)
+            yield images
+
+    if sequence_rank()[0] > 0:
+        for _ in film():  # the first of the ranks that share a video writes it
+            pass
+        return
+    write_video(out, film(), meta["fps"])
+
+    sheet = [torch.cat(shown, dim=2)]
     try:
         colours, pillars = read_prompt(prompt)
     except ValueError:
         pass  # not a room of the toy world: there is no ground truth to show
     else:
         scene = Scene(colours[None], pillars[None], torch.zeros(1, N_PANELS, dtype=torch.long))
-        sheet.insert(0, explain(video, scene, path.viewmats[None], K)[0])
-    write_sheet(out.with_suffix(".png"), sheet)
-    say(f"{out}: {video.shape[2]} frames. {out.with_suffix('.png')}: every fourth of them"
+        poses = path.viewmats[None, :: every // 4]  # pixel frame 4i is seen from pose i
+        sheet.insert(0, explain_frames(sheet[0], scene, poses, K)[0])
+    write_sheet(out.with_suffix(".png"), sheet, every=1)
+    say(f"{out}: {made} frames. {out.with_suffix('.png')}: every {'fourth' if every == 4 else f'{every}th'} of them"
         + (", below the same path through the room that explains them best" if len(sheet) > 1 else ""))
 
 

@@ -80,19 +80,18 @@ def self_rollout(generator: nn.Module, batch: Batch, meta: Meta, exit_step: int,
     """
     f, chunk = batch.x0.shape[1], meta["chunk"]
     sigmas = noise_levels(meta["sampling_steps"], meta["shift"])
-    noise = [batch.noise() for _ in range(exit_step + 1)]  # one for each denoising step
-    start_from = add_noise(batch.x0, noise[0], batch.generated)  # noise at level 1, given frames at level 0
     video, passes = [], []
     with gathered(generator, gather):
         kv_cache = prefill(generator, batch.x0, batch.prompt, batch.camera)  # no frames yet: the prompt alone
         for start in range(0, f, chunk):
             frames = slice(start, start + chunk)
-            generated, x_t = batch.generated[:, frames], start_from[:, frames]
+            generated = batch.generated[:, frames]
+            x_t = add_noise(batch.x0[:, frames], batch.noise(frames), generated)  # level 1, given frames at level 0
             for i in range(exit_step + 1):
                 last = LastPass(frames, x_t, sigmas[i] * generated, kv_cache)
                 x0 = predict(generator, batch, last)
                 if i < exit_step:
-                    x_t = add_noise(x0, noise[i + 1][:, frames], sigmas[i + 1] * generated)
+                    x_t = add_noise(x0, batch.noise(frames), sigmas[i + 1] * generated)
             video.append(x0)
             passes.append(last)
             if frames.stop < f:

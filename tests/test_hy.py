@@ -211,13 +211,14 @@ def test_minwm_sampling(path, monkeypatch):
     given_latents = F.pad(ours(i["image_cond"]), (0, 0, 0, 0, 0, 1), value=1.0)
     prompt, null = (recorded_prompt(i, given_latents, negative) for negative in ("", "neg_"))
     x_t, camera = ours(i["init_noise"]), recorded_camera(i, monkeypatch)
-    monkeypatch.setattr(torch, "randn", lambda shape, generator: x_t[0])
     meta = {"sampling_steps": cfg["steps"], "shift": cfg["shift"], "sampler": "euler", "camera": True}
     guidance, chunk = cfg["guidance_scale"], cfg["chunk"]
     mine = {}
     for name, changes, sampled in (("bidirectional", {"chunk": 0, "guidance": guidance}, net),
                                    ("rollout_UPSTREAM", {"chunk": chunk, "guidance": guidance}, net),
                                    ("rollout_nocfg_UPSTREAM", {"chunk": chunk, "guidance": 1.0}, without_actions)):
+        parts = iter(x_t[0].split(changes["chunk"] or x_t.shape[1]))
+        monkeypatch.setattr(torch, "randn", lambda shape, generator: next(parts))
         chunks = list(rollout(sampled, meta | changes, [None], x_t.shape[1:], prompt, null, camera))
         mine[name] = theirs(torch.cat(chunks, dim=1))
     check(cfg, out, mine)

@@ -254,6 +254,27 @@ def test_a_pass_of_no_frames_adds_no_piece():
     assert update_cache(net, x0[:, :0], prompt, nothing, full).layers == full.layers
 
 
+@pytest.mark.parametrize("camera_on", (True, False))
+def test_a_prompt_is_read_once_and_its_keys_are_kept(camera_on):
+    net, (x_t, sigma, prompt, camera, x0) = random_net(camera_on), inputs(4)
+    first, then = slice(0, 2), slice(2, 4)
+    here = lambda frames: camera.frames(frames) if camera_on else None
+    lost = torch.full_like(prompt, torch.nan)
+    with torch.no_grad():
+        kv_cache = update_cache(net, x0[:, first], prompt, here(first), prefill(net, x0, prompt, here(first)))
+        for start in (kv_cache, prefill(net, x0, prompt, here(first))):
+            kept = net(x_t[:, then], sigma[:, then], lost, here(then), kv_cache=start)
+            again = net(x_t[:, then], sigma[:, then], prompt, here(then), kv_cache=start._replace(text=None))
+            assert torch.equal(kept, again)
+        later = update_cache(net, x0[:, then], lost, here(then), kv_cache)
+    assert all(a is b for old, new in zip(kv_cache.text[0], later.text[0], strict=True) for a, b in zip(old, new))
+    net.requires_grad_(True)  # a pass that is trained reads it again, to learn from it
+    y = net(x_t[:, then], sigma[:, then], prompt, here(then), kv_cache=kv_cache)
+    y.square().sum().backward()
+    weights = [net.text_embedding[0].weight, net.blocks[0].cross_attn.k.weight, net.blocks[1].cross_attn.v.weight]
+    assert all(w.grad.abs().max() > 0 for w in weights)
+
+
 def test_pieces_of_a_cache_are_read_as_one():
     net, (x_t, sigma, prompt, camera, x0) = random_net(), inputs(6)
     kv_cache = None
@@ -276,9 +297,10 @@ def test_a_rolling_cache_drops_the_middle_and_not_the_count():
             kv_cache = update_cache(net, x0[:, here], prompt, camera.frames(here), kv_cache)
         kept = rolling_cache(kv_cache, 4, sink, window)
         assert kept.frames == 6
-        for (layer,), pieces in zip(kept.layers, kv_cache.layers, strict=True):
-            for z, *parts in zip(layer, *pieces, strict=True):
-                w = torch.cat(parts, dim=2)
+        for left, pieces in zip(kept.layers, kv_cache.layers, strict=True):
+            assert all(z.untyped_storage().nbytes() == z.nbytes for piece in left for z in piece)  # no part of a whole
+            for parts, whole in zip(zip(*left), zip(*pieces), strict=True):
+                z, w = (torch.cat(each, dim=2) for each in (parts, whole))
                 assert torch.equal(z, torch.cat([w[:, :, 4 * i : 4 * i + 4] for i in frames], dim=2))
 
 
@@ -397,16 +419,19 @@ def test_rollout_is_sampler_and_cache_by_hand(guidance, sampler):
     net, (_, _, prompt, camera, _), levels = random_net(), inputs(4), noise_levels(2, 5)
     null, zero, caches = torch.zeros_like(prompt), torch.zeros(2, 2), [None, None]  # one cache per prompt
     rng = [torch.Generator().manual_seed(i) for i in range(2)]
-    noise, again = (torch.stack([torch.randn(4, 4, 4, 4, generator=g) for g in rng]) for _ in range(2))
+    draw = lambda: torch.stack([torch.randn(2, 4, 4, 4, generator=g) for g in rng])
     chunks = roll(net, null=null, guidance=guidance, sampler=sampler)
     for x0, frames in zip(chunks, (slice(0, 2), slice(2, 4)), strict=True):
-        (x, fresh), cam = cut(frames, noise, again), camera.frames(frames)
+        x, cam = draw(), camera.frames(frames)
+        fresh = draw() if sampler == "few_step" else None
         for level, lower in zip(levels, levels[1:]):
             sigma = torch.full((2, 2), level)
             cond, empty = (net(x, sigma, text, cam, kv_cache=past) for text, past in zip((prompt, null), caches))
             v = guide(cond, empty, guidance)
-            anew = add_noise(velocity_to_x0(v, x, sigma), fresh, torch.full_like(sigma, lower))
-            x = x + (lower - level) * v if sampler == "euler" else anew
+            if sampler == "euler":
+                x = x + (lower - level) * v
+            else:
+                x = add_noise(velocity_to_x0(v, x, sigma), fresh, torch.full_like(sigma, lower))
         caches = [net(x, zero, text, cam, kv_cache=past, update_cache=True)
                   for text, past in zip((prompt, null), caches)]
         torch.testing.assert_close(x0, x, atol=1e-4, rtol=1e-4)
@@ -566,6 +591,7 @@ def test_what_ships_describes_itself_in_todays_words(path):
         assert meta.keys() == {"stage", "preset", "mean", "std", "fingerprint"}
     else:
         others = {"timed_text", "released_cache", "mean", "std", "fingerprint"}  # released networks', a VAE's
+        others |= {"window", "sink", "absolute_positions"}  # without them a walk keeps all its past
         assert meta.keys() == Meta.__annotations__.keys() - others and meta["sampler"] in SAMPLERS
 
 

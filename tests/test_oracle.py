@@ -299,10 +299,11 @@ class RecordedBatch(Batch):
 
 
 def make_batch(x0, camera=None, prompt=None, null=None, states=None, noise=()):
-    """No frame is given; noise: what `noise` hands out, call after call."""
+    """No frame is given; noise: what `noise` hands out, call after call, whatever frames it is asked for."""
     rng = [torch.Generator()] * len(x0)
     batch = RecordedBatch(x0, prompt, null, camera, torch.ones(x0.shape[:2]), rng, [], states)
-    batch.noise = iter(noise).__next__
+    supply = iter(noise)
+    batch.noise = lambda *_: next(supply)
     return batch
 
 
@@ -398,10 +399,12 @@ def dmd_and_self_rollout(case, _):
     b, f = i["sf_noise"].shape[:2]
     while f"sf{n}_output" in case.outputs:
         exit_step = int(case.outputs[f"sf{n}_exit_flags"][0])
-        again = [torch.cat([rearrange(i[f"sf{n}_renoise_{at * exit_step + k}"], "(b f) c h w -> b f c h w", b=b)
-                            for at in range(f // chunk)], dim=1) for k in range(exit_step)]
+        again = lambda at: [rearrange(i[f"sf{n}_renoise_{at * exit_step + k}"], "(b f) c h w -> b f c h w", b=b)
+                            for k in range(exit_step)]
+        starts = i["sf_noise"].split(chunk, dim=1)
         calls.clear()
-        generator, drawn = toy("generator"), batch(i["sf_noise"], *again)
+        generator = toy("generator")
+        drawn = batch(*[level for at, noise in enumerate(starts) for level in (noise, *again(at))])
         mine[f"sf{n}_output"], passes = self_rollout(generator, drawn, meta, exit_step)
         made = [(t, start) for t, start, _ in calls] + [(0.0, f - chunk)]
         assert not any(grad for *_, grad in calls)
@@ -449,21 +452,25 @@ def pipelines(case, monkeypatch):
     net, i, c = network(case), case.inputs, case.config
     b, f, chunk = *i["noise"].shape[:2], c.get("frames_per_block", 0)
     meta = {"shift": c["shift"], "chunk": chunk, "camera": True}
+    if c["ctor"].get("local_attn_size", -1) != -1:
+        meta |= {"window": c["ctor"]["local_attn_size"], "sink": c["ctor"]["sink_size"], "absolute_positions": True}
     if "denoising_step_list" in c:
         n = len(c["denoising_step_list"])
         levels = shift_sigma(torch.tensor(c["denoising_step_list"]) / 1000, c["shift"])
         torch.testing.assert_close(i["warped_steps"], 1000 * levels, atol=1e-3, rtol=0)
         torch.testing.assert_close(levels, torch.tensor(noise_levels(n, c["shift"])[:-1]))
         meta |= {"sampler": "few_step", "sampling_steps": n, "guidance": 1.0}
-        again = [torch.cat([rearrange(i[f"renoise_{at * (n - 1) + k}"], "(b f) c h w -> b f c h w", b=b)
-                            for at in range(f // chunk)], dim=1) for k in range(n - 1)]
+        again = lambda at: [rearrange(i[f"renoise_{at * (n - 1) + k}"], "(b f) c h w -> b f c h w", b=b)
+                            for k in range(n - 1)]
         told = net
     else:
         meta |= {"sampler": "unipc", "sampling_steps": c["steps"], "guidance": c["guidance_scale"]}
-        again = []
+        again = lambda _: []
         # their network is told int(1000 sigma) where the sampler is at sigma: ours tells the truth, see case 7
         told = lambda x, sigma, *rest, **past: net(x, (1000 * sigma).floor() / 1000, *rest, **past)
-    supply = iter([z for noise in (i["noise"], *again) for z in noise])
+        told.cfg = net.cfg
+    starts = i["noise"].split(chunk or f, dim=1)
+    supply = iter([z for at, noise in enumerate(starts) for level in (noise, *again(at)) for z in level])
     monkeypatch.setattr(torch, "randn", lambda shape, generator: next(supply))
     text, null = (i[name].expand(b, -1, -1) if name in i else None for name in ("prompt_embeds", "negative_embeds"))
     chunks = rollout(told, meta, [None] * b, tuple(i["noise"].shape[1:]), text, null, cameras(case))

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import model
 import stream
 from conftest import call, refusal
+from data import TEXT_LEN
 from model import PRESETS, Meter, build, count, extrapolate, plan, recompute_blocks
 
 STAGES = [("train_camera", ""), ("train_ar", ""), ("distill_ode", ""), ("distill_ode", "--generate"),
@@ -197,8 +198,9 @@ def test_steps_that_are_not_counted_out_are_like_those_that_are():
 def test_a_rollout_keeps_one_cache_at_a_time():
     args, work = work_of("train_dmd", "tiny")
     cfg, meta = PRESETS["tiny"].dit, work.meta(args)
-    # k, v and PRoPE's of all chunks but the last, in bf16; 16 tokens a frame
-    expected = args.batch_size * (meta["frames"] - meta["chunk"]) * 16 * cfg.layers * 4 * cfg.dim * 2
+    # k, v and PRoPE's of all chunks but the last, 16 tokens a frame, and k, v of the prompt, in bf16
+    numbers = 4 * 16 * (meta["frames"] - meta["chunk"]) + 2 * TEXT_LEN
+    expected = 2 * args.batch_size * cfg.layers * cfg.dim * numbers
     costs = extrapolate(*(meta_costs(args, work, layers, False) for layers in (2, 3)), cfg.layers - 2)
     assert max(cost["cache"] for _, cost in costs) == expected
 

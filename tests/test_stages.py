@@ -78,7 +78,8 @@ def test_checkpoint_describes_itself(chain, stage):
     expected = {"stage": stage, "preset": "tiny", "step": 2, "frames": 4, "size": [32, 32], "camera": stage != "base",
                 "sampler": "few_step" if few else "euler", "shift": import_module("train_camera").parse_args([]).shift,
                 "given_prob": 0.0 if stage == "base" else import_module("train_camera").parse_args([]).given_prob}
-    assert meta.keys() == Meta.__annotations__.keys() - {"timed_text", "released_cache", "mean", "std", "fingerprint"}
+    others = {"timed_text", "released_cache", "mean", "std", "fingerprint", "window", "sink", "absolute_positions"}
+    assert meta.keys() == Meta.__annotations__.keys() - others
     assert {name: meta[name] for name in expected} == expected
     source, camera = (made_from(chain / f"ckpt/{name}.pt") for name in (SOURCES[stage], "camera"))
     assert re.fullmatch(rf"{SOURCES[stage]}\.pt at step 2, [0-9a-f]{{8}}", source)
@@ -486,18 +487,17 @@ def test_integrate_starts_every_chunk_after_the_ground_truth():
 
 def detached_rollout(net, batch, exit_step, detach):
     """The self-rollout with its graph whole and then cut by hand: at every step's input and at every key and value."""
-    noise = [batch.noise() for _ in range(exit_step + 1)]
     kv_cache, video = None, []
     for start in range(0, F, CHUNK):
         frames = slice(start, start + CHUNK)
         camera, generated = batch.camera.frames(frames), batch.generated[:, frames]
         given = generated[..., None, None, None] == 0
-        truth, x_t = batch.x0[:, frames], torch.where(given, batch.x0[:, frames], noise[0][:, frames])
+        truth, x_t = batch.x0[:, frames], torch.where(given, batch.x0[:, frames], batch.noise(frames))
         for i in range(exit_step + 1):
             v = net(x_t, LEVELS[i] * generated, batch.prompt, camera, kv_cache=kv_cache)
             x0 = torch.where(given, truth, x_t - LEVELS[i] * v)
             if i < exit_step:
-                x_t = (1 - LEVELS[i + 1]) * x0 + LEVELS[i + 1] * noise[i + 1][:, frames]
+                x_t = (1 - LEVELS[i + 1]) * x0 + LEVELS[i + 1] * batch.noise(frames)
                 x_t = detach(torch.where(given, truth, x_t))
         video.append(x0)
         zero = torch.zeros(x0.shape[:2])
