@@ -3018,12 +3018,13 @@ def remedy(found: dict[str, Any], card: int) -> str:
     gb, own = found["gb"], {name: found[name] for name in ("gpus", "shard_over", "sp", "batch_size")}
     states = sum(gb[kind] for kind in ("weights", "gradients", "optimizer", "ema", "other")) * own["shard_over"]
     video = (gb["activations"] + gb["cache"]) * own["sp"] / own["batch_size"]  # a whole one
-    heads, sizes, fitting = PRESETS[found["preset"]].dit.heads, (1, 2, 4, 8, 16, 32, 64), []
-    for gpus, shards, sp, batch_size in product(sizes, sizes, sizes, {1, own["batch_size"]}):
+    heads, sizes, fitting = PRESETS[found["preset"]].dit.heads, {1, 2, 4, 8, 16, 32, 64}, []
+    told = own["shard_over"] != min(own["gpus"], NODE)  # --shard-over was given; if not, a node's GPUs share
+    choices = (sizes | {own["gpus"]}, sizes | {own["shard_over"]}, sizes | {own["sp"]}, {1, own["batch_size"]})
+    for gpus, shards, sp, batch_size in product(*choices):
         flags = {"--plan": gpus, "--shard-over": shards, "--sp": sp, "--batch-size": batch_size}
-        usual = {"--shard-over": min(gpus, NODE)}  # need not be said
-        changes = {flag: n for (flag, n), old in zip(flags.items(), own.values())
-                   if n != old and n != usual.get(flag)}
+        now = own if told else own | {"shard_over": min(gpus, NODE)}
+        changes = {flag: n for (flag, n), old in zip(flags.items(), now.values()) if n != old}
         held = states / shards + gb["gathered"] + video * batch_size / sp
         if gpus % shards == 0 and gpus % sp == 0 and heads % sp == 0 and held < ROOM * card:
             if gpus >= own["gpus"] and sp >= own["sp"]:

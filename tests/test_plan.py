@@ -231,6 +231,16 @@ def test_states_are_fp32_and_cut_within_a_node():
         assert (found["bytes_between_nodes"] > 0) == (gpus > 8)
 
 
+@pytest.mark.parametrize("gpus, shards, states, expected", [
+    (128, 8, 10, "fits"), (24, 24, 10, "fits"), (128, 8, 30, "fits with --shard-over 16, 20 GB"),
+    (8, 1, 80, "fits with --shard-over 8, 15 GB"), (1, 1, 80, "fits with --plan 8, 15 GB")])
+def test_a_remedy_starts_from_the_flags_that_were_given(gpus, shards, states, expected):
+    gb = {"weights": states, "gradients": 0, "optimizer": 0, "ema": 0, "other": 0, "gathered": 0, "activations": 5,
+          "cache": 0}
+    found = {"preset": "wan-1.3b", "gpus": gpus, "shard_over": shards, "sp": 1, "batch_size": 1, "gb": gb}
+    assert model.remedy(found, 24) == expected
+
+
 def test_gpus_that_share_a_video_hold_a_share_of_it():
     args, work = work_of("train_ar", "tiny")
     found = [plan(args, work, 8)]
