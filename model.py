@@ -3050,7 +3050,7 @@ def bench(args: argparse.Namespace, work: Work) -> None:
     for step in range(1 + args.bench):
         if step == 1:
             start = clock(device)
-        for names in zip(*(work.rehearse(args, nets, batch, meta) for _ in range(args.accum)), strict=True):
+        for names in zip(*(work.rehearse(args, nets, batch, meta) for _ in range(planned["accum"])), strict=True):
             net = nets[names[0]]
             optimizer = optimizers.setdefault(names[0], torch.optim.AdamW(net.parameters(), lr=1e-6, fused=True))
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
@@ -282,6 +283,18 @@ def test_bench_needs_no_files_and_prints_one_line(script, preset, tmp_path, caps
     found = json.loads(line)
     assert found["card"] == "CPU" and found["preset"] == preset and min(found["seconds"], found["peak_gb"]) > 0
     assert 0 < found["share"] < 1 and not any(tmp_path.iterdir())
+
+
+def test_bench_makes_the_pairs_of_a_plan_once(monkeypatch):
+    planned, made = {"accum": 1, "tflop": 1.0, "stage": "ode --generate", "gb": {"total": 1.0}}, []
+    monkeypatch.setattr(model, "plan", lambda *of: planned)
+    monkeypatch.setattr(model, "matmul_rate", lambda device: 1.0)
+    args, work = work_of("distill_ode", "tiny", "--generate --accum 3 --bench 1")
+    try:
+        model.bench(args, work._replace(rehearse=lambda *of: made.append(of) or work.rehearse(*of)))
+    finally:
+        dist.destroy_process_group()
+    assert len(made) == 2  # the first is not timed
 
 
 @pytest.mark.slow
