@@ -2978,18 +2978,22 @@ def plan(args: argparse.Namespace, work: Work, gpus: int) -> dict[str, Any]:
 
     kinds = ("weights", "gradients", "tokens", "memory")
     moved = {kind: accum * sum(cost[kind] for _, cost in costs) for kind in kinds}
-    within = (moved["weights"] + moved["gradients"]) * (1 - 1 / shards) + moved["tokens"] * (1 - 1 / sp)
-    # what others need comes into a node once, through all its GPUs; copies of the weights add up their gradients
-    between = (moved["weights"] + moved["gradients"]) * max(0, 1 / node - 1 / shards)
-    between += 2 * moved["gradients"] / shards * (1 - max(node, shards) / gpus)
-    seconds = {card: max(flop / rate, moved["memory"] / bandwidth, within / NVLINK + between / NETWORK)
+    sharded = moved["weights"] + moved["gradients"]
+    # parts of weights and gradients, sums of gradients over the copies of the weights, and parts of videos
+    sent = sharded * (1 - 1 / shards) + 2 * moved["gradients"] / shards * (1 - shards / gpus)
+    sent += moved["tokens"] * (1 - 1 / sp)
+    # of that, to other nodes: what all GPUs of a node need comes into it once, through all of them
+    between = sharded * max(0, 1 / node - 1 / shards)
+    between += 2 * moved["gradients"] / max(node, shards) * (1 - max(node, shards) / gpus)
+    between += moved["tokens"] * max(0, 1 - node / sp)
+    seconds = {card: max(flop / rate, moved["memory"] / bandwidth, (sent - between) / NVLINK + between / NETWORK)
                for card, (rate, bandwidth) in CARDS.items()}
     stage = work.stage + " --generate" * vars(args).get("generate", False)
     return {"preset": args.preset, "stage": stage, "gpus": gpus, "sp": sp, "shard_over": shards,
             "batch_size": args.batch_size, "accum": accum,
             "gb": {kind: n / 1e9 for kind, n in (held | {"total": sum(held.values())}).items()},
             "activations_without_checkpointing_gb": without / 1e9,
-            "tflop": flop / 1e12, "bytes_between_gpus": within + between, "bytes_between_nodes": between,
+            "tflop": flop / 1e12, "bytes_between_gpus": sent, "bytes_between_nodes": between,
             "seconds_at_limit": seconds["H100"], "seconds_at_limit_h200": seconds["H200"]}
 
 

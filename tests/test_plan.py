@@ -232,6 +232,20 @@ def test_states_are_fp32_and_cut_within_a_node():
         assert (found["bytes_between_nodes"] > 0) == (gpus > 8)
 
 
+def test_bytes_are_counted_once_whoever_shares_the_weights():
+    args, work = work_of("train_camera", "tiny")
+    n = 2 * 2 * sum(p.numel() for p in PRESETS["tiny"].net(PRESETS["tiny"].dit).parameters())  # weights, twice, in bf16
+    # gradients, in fp32, are as many bytes; copies of the weights add theirs up, which sends each twice
+    for gpus, shards, all_bytes, to_nodes in (
+            (8, 8, 2 * n * 7 / 8, 0), (8, 4, 2 * n * 3 / 4 + 2 * n / 4 / 2, 0),
+            (64, 8, 2 * n * 7 / 8 + 2 * n / 8 * 7 / 8, 2 * n / 8 * 7 / 8),
+            (64, 16, 2 * n * 15 / 16 + 2 * n / 16 * 3 / 4, 2 * n / 16 + 2 * n / 16 * 3 / 4)):
+        args.shard_over = shards
+        found = plan(args, work, gpus)
+        assert found["bytes_between_gpus"] == pytest.approx(all_bytes)
+        assert found["bytes_between_nodes"] == pytest.approx(to_nodes)
+
+
 @pytest.mark.parametrize("gpus, shards, states, expected", [
     (128, 8, 10, "fits"), (24, 24, 10, "fits"), (128, 8, 30, "fits with --shard-over 16, 20 GB"),
     (8, 1, 80, "fits with --shard-over 8, 15 GB"), (1, 1, 80, "fits with --plan 8, 15 GB")])
