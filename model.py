@@ -3077,7 +3077,7 @@ def fill_with_noise(net: nn.Module) -> None:
     """Weights that keep the scale of what goes through them, each rank its own shards'."""
     for p in net.parameters():
         own = p.to_local() if isinstance(p, DTensor) else p
-        own.normal_(std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
+        own.normal_(std=p.shape[1:].numel() ** -0.5 if p.ndim > 1 else 0.1)
 
 
 def clock(device: torch.device) -> float:
@@ -3092,7 +3092,8 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     import resource  # of Unix
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def card_name() -> str:
