@@ -2881,10 +2881,13 @@ class Work(NamedTuple):
     rehearse: Any  # (args, nets, batch, meta) -> passes; where an optimizer would step, yields its network's name
     make_batch: Any  # data.py's random_batch
     repeats: str = ""  # the flag that says how often the last update of a step is made
-    linear: str = ""  # a flag, some times --sampling-steps, in which all costs are linear: not counted out
+    linear: str = ""  # a flag, a multiple of --sampling-steps, in which all costs are linear: two small values will do
+    of_run: Meta | None = None  # what a run says of its checkpoint, if there is a run
 
     def meta(self, args: argparse.Namespace) -> Meta:
-        """What the stage's checkpoint would say, flags heard."""
+        """What the stage's checkpoint says, or would say, flags heard."""
+        if self.of_run is not None:
+            return self.of_run
         flags = {name: value for name, value in vars(args).items() if name in ("chunk", "shift")}
         meta = usual_meta(args.preset, self.stage) | flags
         return meta | ({"chunk": 0, "camera": not args.no_camera} if self.stage == "camera" else {})
@@ -2896,7 +2899,7 @@ Costs = list[tuple[str, Counter]]  # of each update of a step: whose it is, and 
 def count(args: argparse.Namespace, work: Work, size: list[int], layers: int, recompute: bool, flops: bool) -> Costs:
     """A step of one micro-batch of videos of this size, through networks of so many blocks, on one GPU.
 
-    flops: count them, too. That keeps alive what is recomputed, so one of the two can be asked for.
+    flops: count them, too; not with recompute, as the counter keeps alive what that would drop.
     """
     global SEQUENCE_GROUP
     group, SEQUENCE_GROUP = SEQUENCE_GROUP, None  # what is counted here is nobody's part
@@ -2929,6 +2932,7 @@ def extrapolate(a: Costs, b: Costs, times: float) -> Costs:
 
 
 def count_all_blocks(args: argparse.Namespace, work: Work, size: list[int], recompute: bool, flops: bool) -> Costs:
+    """As `count`, through whole networks: a straight line through what two blocks take and what three do."""
     if work.linear:
         once, n = args.sampling_steps, vars(args)[work.linear]
         few, more = (argparse.Namespace(**vars(args) | {work.linear: times * once}) for times in (1, 2))
@@ -3112,10 +3116,10 @@ def matmul_rate(device: torch.device) -> float:
     return 2 * 4096**3 / min(times)
 
 
-def print_peak(args: argparse.Namespace, work: Work) -> None:
-    """On a GPU: the most memory that it has held so far, beside what --plan says."""
+def print_peak(args: argparse.Namespace, work: Work, meta: Meta) -> None:
+    """On a GPU: the most memory that it has held so far, beside what --plan would say of videos as the run's."""
     if torch.cuda.is_available():
-        planned = plan(args, work, dist.get_world_size())["gb"]["total"]
+        planned = plan(args, work._replace(of_run=meta), dist.get_world_size())["gb"]["total"]
         print(f"GPU 0 held at most {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, planned were {planned:.1f}")
 
 

@@ -285,6 +285,18 @@ def test_a_preset_without_a_checkpoint_is_for_bills(tmp_path):
     assert "--preset" in refusal("stream.py", "--preset", "tiny", cwd=tmp_path)
 
 
+def test_a_run_is_told_the_plan_of_its_own_videos(monkeypatch, capsys):
+    args, work = work_of("train_camera", "tiny")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    monkeypatch.setattr(model.dist, "get_world_size", lambda: 1)
+    meta = work.meta(args)
+    model.print_peak(args, work, meta)
+    model.print_peak(args, work, meta | {"size": [128, 128], "frames": 16})
+    few, many = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines())
+    assert many >= 5 * few
+
+
 # ----------------------------------------------------------------------------------------------------------- The bench
 
 
