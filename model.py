@@ -423,7 +423,7 @@ class SelfAttention(nn.Module):
                 cached: list[tuple[Tensor, ...]]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """x [b f s d], projection (P, P^-1), cached pieces of k, v, ... -> output [b f s d], this pass's k, v, ...
 
-        Each branch caches what it attends to, after its own transform, so a cached key is never touched again.
+        Each branch caches what it attends to, after its own transform, so later passes read a key as it is.
         """
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)  # [b f s d]
         # where tokens are: RoPE turns queries and keys, values stay
@@ -548,7 +548,8 @@ class WanDiT(nn.Module):
 
         camera: None turns the camera branch off.
         clean, chunk: teacher forcing on the clean video [b f c h w], `chunk` frames at a time.
-        kv_cache: the past of a stream; with update_cache=True the result is not v but the cache extended by x_t.
+        kv_cache: the past of a stream; with update_cache=True the result is not v but the cache extended by x_t. The
+        prompt is read into the cache by the first pass; later ones take it from there, unless they have gradient.
         Raises ValueError when sigma or the camera are of another shape than x_t.
         """
         b, f, _, h, w = x_t.shape
@@ -2239,7 +2240,7 @@ class PastAttention(nn.Module):
 
 
 def forget(feat_cache: FeatCache, frames: int) -> FeatCache:
-    """What a VAE remembers, but of PastAttention's keys and values, which alone grow, the last latent frames'."""
+    """A VAE's feat_cache without what is further back than `frames` latent frames. PastAttention alone has such."""
     return {layer: z[:, :, :, -frames:].clone() if isinstance(layer, PastAttention) and z.shape[3] > frames else z
             for layer, z in feat_cache.items()}
 

@@ -100,7 +100,8 @@ class Player(NamedTuple):
 
 
 class PlayerState(NamedTuple):
-    """A stream between two steps. Give it to `step` again, or twice: what was seen stays, what comes is up to you."""
+    """A stream between two steps. `step` leaves it as it is, so it may be kept and gone back to, to walk on elsewhere.
+    Only the noise goes on: it is drawn anew, from the generators in `latents`."""
     latents: StreamState
     prompts: list[Prompt]  # encoded: the prompt, and with guidance the null prompt
     feat_cache: dict | None  # what the VAE remembers
