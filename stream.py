@@ -617,6 +617,8 @@ def open_player(args: argparse.Namespace) -> tuple[Path, Player, Path | None]:
         meta["sink"] = args.sink
     if args.absolute_positions:
         meta["absolute_positions"] = True
+    if (args.sink or args.absolute_positions) and not meta.get("window"):
+        raise ValueError(f"{'--sink' if args.sink else '--absolute-positions'}: of use with --window alone")
     check_window(meta)
     say(f"{ckpt}: stage {meta['stage']}, trained for {meta['step']} steps; {meta['sampling_steps']} sampling steps, "
         f"guidance {meta['guidance']:g}", file=sys.stderr)
