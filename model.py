@@ -2855,6 +2855,7 @@ class Meter(TorchFunctionMode):
         """What a pass made for the cache is not an activation of that pass."""
         text = kv_cache.text[0] if kv_cache.text else []
         for z in chain.from_iterable([*chain.from_iterable(kv_cache.layers), *text]):
+            self.watch(z)  # what a window moved was made outside of the blocks
             entry = self.storages[z.untyped_storage()]
             if entry[0] == "activations":
                 entry[0] = "cache"

@@ -47,9 +47,9 @@ from data import (
     set_recipe, write_log, write_samples,
 )
 from model import (
-    KVCache, Meta, Nets, Work, add_noise, batch_part, bill, build, check_finite, describe_run, gathered, guide,
-    load_checkpoint, load_state, lock_folder, masked_mse, noise_levels, origin, prefill, print_peak, save_average,
-    save_state, shard, shift_sigma, start_process_group, stopping, update_cache, update_ema, velocity_to_x0,
+    KVCache, Meta, Nets, Work, add_noise, batch_part, bill, build, check_finite, commit, describe_run, gathered, guide,
+    load_checkpoint, load_state, lock_folder, masked_mse, noise_levels, origin, print_peak, save_average, save_state,
+    shard, shift_sigma, start_process_group, start_stream, stopping, update_ema, velocity_to_x0,
 )
 
 
@@ -80,22 +80,22 @@ def self_rollout(generator: nn.Module, batch: Batch, meta: Meta, exit_step: int,
     """
     f, chunk = batch.x0.shape[1], meta["chunk"]
     sigmas = noise_levels(meta["sampling_steps"], meta["shift"])
-    video, passes = [], []
+    prompts, video, passes = [batch.prompt], [], []
     with gathered(generator, gather):
-        kv_cache = prefill(generator, batch.x0, batch.prompt, batch.camera)  # no frames yet: the prompt alone
+        state = start_stream(generator, meta, batch.rng, batch.x0.shape[2:], prompts, batch.x0.device)
         for start in range(0, f, chunk):
             frames = slice(start, start + chunk)
             generated = batch.generated[:, frames]
             x_t = add_noise(batch.x0[:, frames], batch.noise(frames), generated)  # level 1, given frames at level 0
             for i in range(exit_step + 1):
-                last = LastPass(frames, x_t, sigmas[i] * generated, kv_cache)
+                last = LastPass(frames, x_t, sigmas[i] * generated, state.kv_caches[0])
                 x0 = predict(generator, batch, last)
                 if i < exit_step:
                     x_t = add_noise(x0, batch.noise(frames), sigmas[i + 1] * generated)
             video.append(x0)
             passes.append(last)
             if frames.stop < f:
-                kv_cache = update_cache(generator, x0, batch.prompt, batch.camera.frames(frames), kv_cache)
+                state = commit(generator, meta, state, x0, prompts, batch.camera.frames(frames))
     return torch.cat(video, dim=1), passes
 
 

@@ -27,8 +27,8 @@ from distill_cd import consistency_loss
 from distill_ode import integrate, ode_loss
 from helpers import CPU, GENERATED, hy_inputs, make_batch, make_net, random_hy_dit
 from model import (
-    PRESETS, Camera, HYDiT, WanDiT, add_noise, build, build_vae, load_checkpoint, noise_levels, prefill, rollout,
-    save_checkpoint, update_cache,
+    PRESETS, Camera, HYDiT, KVCache, WanDiT, add_noise, build, build_vae, load_checkpoint, noise_levels, prefill,
+    rollout, save_checkpoint, update_cache,
 )
 from stream import TOY_PROMPT, Player, stream
 from train_ar import teacher_forcing_loss
@@ -538,7 +538,7 @@ def test_the_generator_goes_where_the_real_score_is_and_the_fake_one_is_not():
     further = torch.zeros((), requires_grad=True)
 
     def constant(v):  # a smaller v: more x0
-        return lambda x_t, *_, update_cache=False, **__: None if update_cache else v * torch.ones_like(x_t)
+        return lambda x_t, *_, update_cache=False, **__: KVCache(0, []) if update_cache else v * torch.ones_like(x_t)
 
     x = made_again(constant(-further), make_batch(), 2)
     generator_loss(x, constant(-1.0), constant(0.0), make_batch(), META, 2.0).backward()

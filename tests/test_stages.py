@@ -23,7 +23,7 @@ from distill_cd import consistency_loss
 from distill_ode import integrate, ode_loss
 from helpers import GENERATED, made_from, make_batch, make_net, meta_of
 from model import (
-    PRESETS, Camera, Meta, add_noise, describe_run, load_checkpoint, noise_levels, rollout, save_checkpoint,
+    PRESETS, Camera, KVCache, Meta, add_noise, describe_run, load_checkpoint, noise_levels, rollout, save_checkpoint,
 )
 from train_ar import teacher_forcing_loss
 from train_camera import flow_matching_loss
@@ -352,7 +352,7 @@ def test_consistency_gradient_reaches_the_student_alone():
 
 def test_perfect_prediction_has_no_fake_score_loss():
     still = make_batch().x0[:, :1]  # a generator that makes this picture, whatever the noise
-    made = lambda x_t, *rest, update_cache=False, **past: None if update_cache else seer(still)(x_t, *rest)
+    made = lambda x_t, *rest, update_cache=False, **past: KVCache(0, []) if update_cache else seer(still)(x_t, *rest)
     x, _ = self_rollout(made, make_batch(), META, 3)
     assert fake_score_loss(x, seer(still), make_batch(), META) < 1e-8
     assert fake_score_loss(x, seer(still + 1), make_batch(), META) > 1
