@@ -168,6 +168,7 @@ SURFACES = ("left wall", "right wall", "far wall", "floor", "ceiling", "pillar",
 NAMED = len(SURFACES) - 1  # nobody names the wall behind the first camera; it is grey
 LOOKS = ("level stripes", "upright stripes", "checks", "slanted stripes")
 ROOM = ((-1.0, 1.0), (-0.7, 0.7), (-0.9, 1.6))  # x, y, z around the first camera
+FREE = (0.7, 0.4, 0.6)  # from there, how far a path may go: clear of walls and pillars
 PILLAR = 0.13  # half width
 PILLAR_X, PILLAR_Z = {"left": -0.5, "middle": 0.0, "right": 0.5}, {"near": 0.85, "far": 1.25}
 PERIOD = 0.66  # of every pattern, in world units
@@ -239,7 +240,7 @@ def sample_path(rng: torch.Generator, steps: int) -> str:
             parts.append(f"{(move, turn, f'{move}+{turn}')[kind]}*{length}")
         path = ",".join(parts)
         centre = invert_se3(parse_trajectory(path))[:, :3, 3]
-        if (centre.abs() < torch.tensor([0.7, 0.4, 0.6])).all():
+        if (centre.abs() < torch.tensor(FREE)).all():
             return path
 
 

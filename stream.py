@@ -43,8 +43,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    GRAMMAR, KEYS, LOOKS, N_PANELS, NAMED, PALETTE, PILLAR, ROOM, SURFACE_OF_PANEL, TURN, VIDEOS, CameraPath, Encoder,
-    HelpFormatter, Scene, cast, collate_prompts, explain, explain_frames, from_bytes, intrinsics, load_encoder,
+    FREE, GRAMMAR, KEYS, LOOKS, N_PANELS, NAMED, PALETTE, PILLAR, ROOM, SURFACE_OF_PANEL, TURN, VIDEOS, CameraPath,
+    Encoder, HelpFormatter, Scene, cast, collate_prompts, explain, explain_frames, from_bytes, intrinsics, load_encoder,
     look_errors, mix, paint, parse_trajectory, pixel_cameras, positive, pressed, psnr, random_batch, random_encoder,
     read_camera, read_prompt, render, resize_and_crop, rotation, sample_toy, to_bytes, write_sheet,
 )
@@ -582,8 +582,7 @@ def print_plan(found: dict) -> None:
 PAGE = Path(__file__).parent / "examples/live.html"
 MOST_VIEWERS = 4  # browsers open six connections to a server: one for each page's frames, and some for the keys
 MOST_BYTES = 8192  # of a request
-FREE = torch.tensor([0.7, 0.4, 0.6], dtype=torch.float64)  # how far the toy world's paths go: then its walls stop them
-MOST_PITCH = 7 * TURN
+MOST_PITCH = 7 * TURN  # in the toy world, as far up and down as its paths look
 
 
 class Pose(NamedTuple):
@@ -592,14 +591,19 @@ class Pose(NamedTuple):
     yaw: float
     pitch: float
 
-    def moved(self, keys: set[str], bound: Tensor | None) -> "Pose":
-        """A latent frame later: as a step of parse_trajectory, it turns first, then moves along the new axes."""
+    def moved(self, keys: set[str], toy: bool) -> "Pose":
+        """A latent frame later: as a step of parse_trajectory, it turns first, then moves along the new axes.
+
+        In the toy world not further than its paths go: the walls stop it.
+        """
+        most = MOST_PITCH if toy else math.pi / 2
         steps = [KEYS[key][1:] for key in sorted(keys)]
         yaw = math.remainder(self.yaw + sum(turn for _, turn, _ in steps), 2 * math.pi)
-        pitch = min(max(self.pitch + sum(turn for _, _, turn in steps), -MOST_PITCH), MOST_PITCH)
+        pitch = min(max(self.pitch + sum(turn for _, _, turn in steps), -most), most)
         move = torch.tensor([(0, 0, 0), *(move for move, _, _ in steps)], dtype=torch.float64).sum(0)
         centre = self.centre + rotation(*torch.tensor([yaw, pitch], dtype=torch.float64)) @ move
-        return Pose(centre if bound is None else centre.clamp(-bound, bound), yaw, pitch)
+        free = torch.tensor(FREE, dtype=torch.float64)
+        return Pose(centre.clamp(-free, free) if toy else centre, yaw, pitch)
 
     def viewmat(self) -> Tensor:
         c2w = torch.eye(4, dtype=torch.float64)
@@ -710,7 +714,7 @@ class Live:
             return packed({
                 "kind": "status", "prompt": self.prompt, "seed": self.seed, "paused": self.paused, "fps": self.fps,
                 "driver": next(iter(self.viewers), 0), "viewers": len(self.viewers), "world": self.world,
-                "chunk_seconds": np.quantile(made, [0.5, 0.9]).tolist(), "obeyed": self.obeyed,
+                "chunk_seconds": np.quantile(made, [0.5, 0.9]).tolist(), "like": self.like, "obeyed": self.obeyed,
                 "real_time": frames.sum() / self.fps / max(total.sum(), 1e-9)})
 
     def start(self) -> None:
@@ -719,7 +723,7 @@ class Live:
         self.pose, self.last = Pose(torch.zeros(3, dtype=torch.float64), 0.0, 0.0), None
         self.frames = 0  # shown of this video
         self.due = 0.0  # when the next is to be shown: at once
-        self.obeyed = None
+        self.like, self.obeyed = None, None  # dB of the last chunk: see `truth`
         self.look_up()
 
     def look_up(self) -> None:
@@ -769,7 +773,7 @@ class Live:
         poses, path = [], [] if self.last is None else [self.last]
         for _ in range(meta["chunk"]):
             if path or poses:
-                self.pose = self.pose.moved(keys, FREE if self.toy else None)
+                self.pose = self.pose.moved(keys, self.toy)
             poses.append(self.pose)
         viewmats = torch.stack([pose.viewmat() for pose in poses])[None]
         Ks = intrinsics(meta["K"]).expand(1, len(poses), 3, 3)
@@ -800,12 +804,13 @@ class Live:
         self.tell(self.status())
 
     def truth(self, video: Tensor, path: Tensor) -> Tensor:
-        """The room that explains the last chunk best along its path. By how much: than any, had the camera stood."""
+        """The room that explains the last chunk best along its path: how well, how much better than had it stood."""
         K, t = intrinsics(self.player.meta["K"]), video.shape[2]
         poses = pixel_cameras(path[None])[:, -t:]
         best, stood = (explain_frames(video, self.scene, z, K)[0] for z in (poses, poses[:, :1].expand_as(poses)))
         went = (path[0] - path[-1]).abs().max() > 1e-4
-        self.obeyed = (psnr(video, best) - psnr(video, stood)).item() if went else None
+        self.like = psnr(video, best).item()
+        self.obeyed = self.like - psnr(video, stood).item() if went else None
         return best
 
     def run(self) -> None:
