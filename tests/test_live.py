@@ -149,6 +149,7 @@ def test_the_horizon_stays_level_and_walls_stop_the_walk():
     torch.testing.assert_close(still.viewmat(), pose.viewmat())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ("tiny", "tiny-hy"))
 def test_a_walk_with_the_keys_is_the_walk_of_a_file(preset):
     player = open_shipped(preset)
