@@ -1,11 +1,13 @@
 """
-Walk through a world: roll out any checkpoint along a camera path, chunk by chunk, decoding as it goes.
+Walk through a world: roll out any checkpoint, chunk by chunk, decoding as it goes, along a path or as the keys say.
 
 in:  a checkpoint of any stage (it names its own sampler), a path (pose string or path.json), a prompt
-out: an mp4 (or gif) and a contact sheet; on the toy world, with --score, how well the path was obeyed
+out: an mp4 (or gif) and a contact sheet; on the toy world, with --score, how well the path was obeyed; with --live a
+     page, to walk in a browser
 
 $ python stream.py --camera 'w*3,w+l*4'
 $ python stream.py --camera path.json --ckpt ckpt/ar.pt --sampling-steps 48 --out walk.mp4 --keys
+$ python stream.py --live
 $ python stream.py --score --scenes 64 --ckpt ckpt/tiny/dmd.pt
 $ python stream.py --score --scenes 16 --lengths 1 2 4 8 --window 8 --sink 1
 $ torchrun --nproc_per_node 2 stream.py --sp 2
@@ -15,16 +17,22 @@ import argparse
 import json
 import math
 import os
+import select
+import socket
+import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import imageio.v3 as imageio
 import numpy as np
@@ -36,15 +44,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    CLEAR, GRAMMAR, LOOKS, N_PANELS, NAMED, PALETTE, SURFACE_OF_PANEL, TURN, VIDEOS, CameraPath, Encoder, HelpFormatter,
-    Scene, cast, collate_prompts, explain, explain_frames, from_bytes, held_out, intrinsics, load_encoder, look_errors,
-    mix, paint, parse_trajectory, pixel_cameras, positive, pressed, psnr, random_batch, random_encoder, read_camera,
-    read_prompt, render, resize_and_crop, rotation, sample_path, sample_toy, to_bytes, write_sheet,
+    CLEAR, GRAMMAR, KEYS, LOOKS, N_PANELS, NAMED, PALETTE, PILLAR, ROOM, SURFACE_OF_PANEL, TURN, VIDEOS, CameraPath,
+    Encoder, HelpFormatter, Scene, cast, collate_prompts, explain, explain_frames, from_bytes, held_out, intrinsics,
+    load_encoder, look_errors, mix, paint, parse_trajectory, pixel_cameras, positive, pressed, psnr, random_batch,
+    random_encoder, read_camera, read_prompt, render, resize_and_crop, rotation, sample_path, sample_toy, to_bytes,
+    write_sheet,
 )
 from model import (
-    CARDS, PRESETS, Camera, Meta, Meter, Prompt, StreamState, build, build_vae, card_name, check_window, commit,
-    extrapolate, fill_with_noise, forget, invert_se3, load_net, load_vae, next_chunk, peak_memory, rollout,
-    sequence_rank, start_process_group, start_stream, timed, use_released_cache, usual_meta,
+    CARDS, PRESETS, Camera, HYPrompt, Meta, Meter, Prompt, StreamState, build, build_vae, card_name, check_window,
+    commit, extrapolate, fill_with_noise, forget, invert_se3, load_net, load_vae, next_chunk, peak_memory, reread,
+    rollout, sequence_rank, start_process_group, start_stream, timed, use_released_cache, usual_meta,
 )
 
 SHIPPED = Path(__file__).parent / "ckpt/tiny"
@@ -81,6 +90,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--bench", action="store_true", help="print frames/s and time to the first frame, after a warm-up")
     p.add_argument("--plan", action="store_true", help="only say what a stream takes of a GPU and how fast it could be")
     p.add_argument("--preset", choices=PRESETS, help="with --plan and --bench: a network of noise, without any files")
+    p.add_argument("--live", action="store_true", help="a page in the browser, to walk with the keys")
+    p.add_argument("--port", type=int, default=8000, help="with --live: of http://127.0.0.1; 0: any that is free")
     p.add_argument("--score", action="store_true", help="measure on held-out rooms and paths of the toy world")
     p.add_argument("--scenes", type=int, default=64, help="with --score: how many")
     p.add_argument("--score-seed", type=int, default=1, help="with --score: which rooms and paths")
@@ -146,17 +157,31 @@ def step(player: Player, state: PlayerState, camera: Camera,
 
     camera: viewmats [b n 4 4], Ks [b n 3 3] of the n latent frames of a chunk. t = 4 n, in the first step 4 n - 3.
     """
-    net, vae, _, meta = player
+    state = denoise(player, state, camera, seconds)
+    return decode(player, state, state.finished[0], seconds)
+
+
+@torch.no_grad()
+def denoise(player: Player, state: PlayerState, camera: Camera, seconds: dict[str, float] | None = None) -> PlayerState:
+    """The first half of `step`: the state whose `finished` is the next chunk."""
     state, n = settle(player, state, seconds), camera.viewmats.shape[1]
-    given = None if state.given is None else state.given[:, :n]
+    given = rest = None
+    if state.given is not None:
+        given, rest = state.given[:, :n], state.given[:, n:]
     with timed(seconds, "denoise"):
-        x0 = next_chunk(net, meta, state.latents, state.prompts, camera, given)
+        x0 = next_chunk(player.net, player.meta, state.latents, state.prompts, camera, given)
+    return state._replace(given=rest, finished=(x0, camera))
+
+
+@torch.no_grad()
+def decode(player: Player, state: PlayerState, x0: Tensor,
+           seconds: dict[str, float] | None = None) -> tuple[Tensor, PlayerState]:
+    """The other half: the video of the chunk's latents, all at once or one after the other."""
     with timed(seconds, "decode"):
-        video, feat_cache = vae.decode(x0, state.feat_cache)
-        if meta.get("window"):
-            feat_cache = forget(feat_cache, meta["window"])
-    rest = None if state.given is None else state.given[:, n:]
-    return video.clamp(-1, 1), state._replace(feat_cache=feat_cache, given=rest, finished=(x0, camera))
+        video, feat_cache = player.vae.decode(x0, state.feat_cache)
+        if player.meta.get("window"):
+            feat_cache = forget(feat_cache, player.meta["window"])
+    return video.clamp(-1, 1), state._replace(feat_cache=feat_cache)
 
 
 def stream(player: Player, prompts: list[str], camera: Camera, seeds: list[int], given: Tensor | None = None,
@@ -755,7 +780,404 @@ def print_plan(found: dict) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. main: open what was asked for, check it, then walk, measure or both.
+# 4. The page: a walk that answers the keys, in a browser on this machine, for as long as somebody looks.
+#
+# The walk runs in the main thread, which alone uses the network; every request has a thread of its own, and `Live` is
+# where they meet. A chunk is begun as late as may be, so that its keys are fresh: its first frame is to be ready when
+# the frames before it have been shown. What can wait is done in that wait: the commit of the last chunk, the window
+# read again under a new prompt, and the truth. Decoding is not overlapped with the next chunk, which is not begun yet.
+
+PAGE = Path(__file__).parent / "examples/live.html"
+MOST_VIEWERS = 4  # browsers open six connections to a server: one for each page's frames, and some for the keys
+MOST_BYTES = 8192  # of a request
+MOST_PITCH = 7 * TURN  # in the toy world, as far up and down as its paths look
+
+
+class Pose(NamedTuple):
+    """Where the walk is. Turns add up as yaw and pitch: their product would tilt the world in time."""
+    centre: Tensor  # [3]
+    yaw: float
+    pitch: float
+
+    def moved(self, keys: set[str], toy: bool) -> "Pose":
+        """A latent frame later: as a step of parse_trajectory, it turns first, then moves along the new axes.
+
+        In the toy world not further than its paths go: the walls stop it.
+        """
+        most = MOST_PITCH if toy else math.pi / 2
+        steps = [KEYS[key][1:] for key in sorted(keys)]
+        yaw = math.remainder(self.yaw + sum(turn for _, turn, _ in steps), 2 * math.pi)
+        pitch = min(max(self.pitch + sum(turn for _, _, turn in steps), -most), most)
+        move = torch.tensor([(0, 0, 0), *(move for move, _, _ in steps)], dtype=torch.float64).sum(0)
+        centre = self.centre + rotation(*torch.tensor([yaw, pitch], dtype=torch.float64)) @ move
+        free = torch.tensor(CLEAR, dtype=torch.float64)
+        return Pose(centre.clamp(-free, free) if toy else centre, yaw, pitch)
+
+    def viewmat(self) -> Tensor:
+        c2w = torch.eye(4, dtype=torch.float64)
+        c2w[:3, :3] = rotation(*torch.tensor([self.yaw, self.pitch], dtype=torch.float64))
+        c2w[:3, 3] = self.centre
+        return invert_se3(c2w).float()
+
+
+class Viewer:
+    """A page that is open."""
+
+    def __init__(self):
+        self.messages: deque[bytes] = deque(maxlen=12)  # some three chunks: what is not taken in time is lost
+        self.held: set[str] = set()
+        self.tapped: set[str] = set()  # pressed since the last chunk, and perhaps no longer held
+        self.number = 0  # of its last input
+
+
+class Live:
+    """The walk, and what the requests may ask of it."""
+
+    def __init__(self, player: Player, prompt: str, seed: int, given: Tensor | None, toy: bool):
+        self.player, self.prompt, self.seed, self.given, self.toy = player, prompt, seed, given, toy
+        self.changed = threading.Condition()  # held by whoever reads or writes what follows
+        self.viewers: dict[int, Viewer] = {}  # the first has the keys, the others watch
+        self.joined = 0
+        self.paused, self.fps = False, player.meta["fps"]
+        self.orders: dict[str, Any] = {}  # for the walk: a new "prompt" and, encoded, its "prompts"; "reset"
+        # the walk's own
+        self.leads: deque[float] = deque(maxlen=50)  # seconds from reading the keys until a chunk can be shown
+        self.times: deque[tuple[float, float, int]] = deque(maxlen=100)  # of a chunk: until decoded, in all; its frames
+        self.start()
+
+    # What the requests do.
+
+    def join(self) -> tuple[int, Viewer]:
+        with self.changed:
+            if len(self.viewers) >= MOST_VIEWERS:
+                raise ValueError(f"{MOST_VIEWERS} pages are open already")
+            self.joined += 1
+            self.viewers[self.joined] = viewer = Viewer()
+            viewer.messages.append(self.status())
+            self.changed.notify_all()
+            return self.joined, viewer
+
+    def leave(self, number: int) -> None:
+        with self.changed:
+            del self.viewers[number]
+            self.tell(self.status())
+
+    def take(self, asked: dict) -> None:
+        """An input of a page. Raises ValueError, in one line, if it is refused; then nothing has changed."""
+        kinds = {"viewer": int, "number": int, "keys": list, "prompt": str, "seed": int, "reset": bool, "paused": bool,
+                 "fps": (int, float)}
+        if not isinstance(asked, dict) or not all(isinstance(asked[k], kinds.get(k, ())) for k in asked):
+            raise ValueError(f"expected some of {', '.join(kinds)}")
+        keys, fps, seed = (asked.get(name, usual) for name, usual in (("keys", []), ("fps", self.fps), ("seed", 0)))
+        if not all(isinstance(key, str) and key in KEYS for key in keys):
+            raise ValueError(f"keys {keys}: expected some of {', '.join(KEYS)}")
+        if not 1 <= fps <= 60:
+            raise ValueError(f"frames/s {fps}: expected 1 to 60")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed {seed}: expected 0 to 2**63 - 1")
+        prompt = asked.get("prompt")
+        prompts = None if prompt is None else self.read(prompt)
+        with self.changed:
+            viewer = self.viewers.get(asked.get("viewer"))
+            if viewer is None or viewer is not self.driver():
+                raise ValueError("this page watches: the one that was opened first has the keys")
+            if "keys" in asked and asked.get("number", 0) > viewer.number:  # requests may overtake each other
+                viewer.tapped |= set(keys) - viewer.held
+                viewer.held, viewer.number = set(keys), asked["number"]
+            if prompts:
+                self.orders |= {"prompt": prompt, "prompts": prompts}
+            if asked.get("reset"):
+                self.orders["reset"] = True
+            self.seed, self.fps, self.paused = asked.get("seed", self.seed), fps, asked.get("paused", self.paused)
+            self.tell(self.status())
+
+    @torch.no_grad()
+    def read(self, prompt: str) -> list[Prompt]:
+        """A prompt, encoded, and with guidance the null prompt. Raises ValueError if it is not one of this world."""
+        if not prompt.strip():
+            raise ValueError("the prompt is empty: expected a description of the world")
+        if self.toy:
+            read_prompt(prompt)
+        shape = (1, 1, *self.state.latents.shape)
+        prompts = encode_prompts(self.player, [prompt], None, None, shape)
+        pairs = zip(prompts, self.state.prompts)  # HY's prompt also says what it is given, which stays
+        return [new._replace(vision=old.vision, vision_mask=old.vision_mask, given_latents=old.given_latents)
+                if isinstance(new, HYPrompt) else new for new, old in pairs]
+
+    # What the walk does.
+
+    def driver(self) -> Viewer | None:
+        return next(iter(self.viewers.values()), None)
+
+    def tell(self, message: bytes) -> None:
+        with self.changed:
+            for viewer in self.viewers.values():
+                viewer.messages.append(message)
+            self.changed.notify_all()
+
+    def status(self) -> bytes:
+        """All that a page shows beside the picture."""
+        with self.changed:
+            made, total, frames = np.array([*self.times] or [(0, 0, 0)]).T
+            return packed({
+                "kind": "status", "prompt": self.prompt, "seed": self.seed, "paused": self.paused, "fps": self.fps,
+                "driver": next(iter(self.viewers), 0), "viewers": len(self.viewers), "world": self.world,
+                "chunk_seconds": np.quantile(made, [0.5, 0.9]).tolist(), "like": self.like, "obeyed": self.obeyed,
+                "real_time": frames.sum() / self.fps / max(total.sum(), 1e-9)})
+
+    def start(self) -> None:
+        """Stand at the first frame of a new video."""
+        self.state = open_stream(self.player, [self.prompt], [self.seed], self.given)
+        self.pose, self.last = Pose(torch.zeros(3, dtype=torch.float64), 0.0, 0.0), None
+        self.frames = 0  # shown of this video
+        self.due = 0.0  # when the next is to be shown: at once
+        self.like, self.obeyed = None, None  # dB of the last chunk: see `truth`
+        self.look_up()
+
+    def look_up(self) -> None:
+        """What is true of the toy world with this prompt."""
+        self.scene = self.world = None
+        if self.toy:
+            with suppress(ValueError):  # --prompt may be any words
+                colours, pillars = read_prompt(self.prompt)
+                self.scene = Scene(colours[None], pillars[None], torch.zeros(1, N_PANELS, dtype=torch.long))
+                rgb = [list(PALETTE.values())[i] for i in colours[:NAMED]]
+                self.world = {"room": ROOM, "pillar": PILLAR, "pillars": pillars.tolist(), "colours": rgb}
+
+    def lead(self) -> float:
+        return float(np.quantile(self.leads, 0.9)) + 0.005 if self.leads else 0.0
+
+    def wait(self) -> tuple[set[str], int] | None:
+        """Until the next chunk is to be begun: its keys, and the number of their input. None: orders come first."""
+        with self.changed:
+            while not self.orders:
+                left = self.due - self.lead() - time.perf_counter()
+                if self.paused or not self.viewers:
+                    self.due, left = 0.0, None
+                elif left <= 0:
+                    driver = self.driver()
+                    keys, driver.tapped = driver.held | driver.tapped, set()
+                    return keys, driver.number
+                self.changed.wait(left)
+            return None
+
+    def obey(self) -> None:
+        with self.changed:
+            orders, self.orders = self.orders, {}
+            self.prompt = orders.get("prompt", self.prompt)
+        if "reset" in orders:
+            self.start()
+        elif "prompts" in orders:
+            net, _, _, meta = self.player
+            latents = reread(net, meta, self.state.latents, orders["prompts"])
+            self.state = self.state._replace(latents=latents, prompts=orders["prompts"])
+            self.look_up()
+        self.tell(self.status())
+
+    def chunk(self, keys: set[str], number: int) -> None:
+        """Make the next chunk and show it."""
+        began = time.perf_counter()
+        meta, device = self.player.meta, next(self.player.net.parameters()).device
+        poses, path = [], [] if self.last is None else [self.last]
+        for _ in range(meta["chunk"]):
+            if path or poses:
+                self.pose = self.pose.moved(keys, self.toy)
+            poses.append(self.pose)
+        viewmats = torch.stack([pose.viewmat() for pose in poses])[None]
+        Ks = intrinsics(meta["K"]).expand(1, len(poses), 3, 3)
+        self.state = denoise(self.player, self.state, Camera(viewmats.to(device), Ks.to(device)))
+
+        pieces, lead = [], 0.0
+        for x0, pose in zip(self.state.finished[0].split(1, dim=1), poses, strict=True):
+            piece, self.state = decode(self.player, self.state, x0)
+            shown = sum(z.shape[2] for z in pieces)
+            pieces.append(piece.cpu())
+            ready = time.perf_counter()
+            self.tell(packed({
+                "kind": "frames", "first": self.frames + shown, "before": shown, "number": number, "fps": self.fps,
+                "keys": sorted(keys), "pose": [*pose.centre.tolist(), pose.yaw, pose.pitch]}, pieces[-1]))
+            if shown == 0:
+                self.due = max(self.due, ready)
+            lead = max(lead, ready - began - shown / self.fps)
+        video, first = torch.cat(pieces, dim=2), self.frames
+        self.frames += video.shape[2]
+        self.due += video.shape[2] / self.fps
+        self.state = settle(self.player, self.state)
+        with self.changed:
+            self.leads.append(lead)
+            self.times.append((ready - began, time.perf_counter() - began, video.shape[2]))
+        path, self.last = torch.cat([*path, viewmats[0]]), viewmats[:, -1]
+        if self.scene is not None and self.due - self.lead() - time.perf_counter() > 0.1:  # if there is time for it
+            self.tell(packed({"kind": "truth", "first": first}, self.truth(video, path)))
+        self.tell(self.status())
+
+    def truth(self, video: Tensor, path: Tensor) -> Tensor:
+        """The room that explains the last chunk best along its path: how well, how much better than had it stood."""
+        K, t = intrinsics(self.player.meta["K"]), video.shape[2]
+        poses = pixel_cameras(path[None])[:, -t:]
+        best, stood = (explain_frames(video, self.scene, z, K)[0] for z in (poses, poses[:, :1].expand_as(poses)))
+        went = (path[0] - path[-1]).abs().max() > 1e-4
+        self.like = psnr(video, best).item()
+        self.obeyed = self.like - psnr(video, stood).item() if went else None
+        return best
+
+    def run(self) -> None:
+        while True:
+            asked = self.wait()
+            if asked is None:
+                self.obey()
+            else:
+                self.chunk(*asked)
+
+
+def packed(header: dict, video: Tensor | None = None) -> bytes:
+    """A message: two lengths, a header in JSON, frames [1 3 t h w] as RGBA."""
+    head, body = json.dumps(header).encode(), b""
+    if video is not None:
+        head = json.dumps(header | {"frames": video.shape[2], "size": video.shape[3:]}).encode()
+        opaque = torch.nn.functional.pad(to_bytes(video[0]), (0, 0, 0, 0, 0, 0, 0, 1), value=255)
+        body = rearrange(opaque, "c t h w -> t h w c").contiguous().numpy().tobytes()
+    return struct.pack("<II", len(head), len(body)) + head + body
+
+
+class Handler(BaseHTTPRequestHandler):
+    """GET / is the page, GET /frames its messages without end, POST /input what it asks for."""
+    protocol_version, disable_nagle_algorithm, timeout = "HTTP/1.1", True, 30
+    live: Live
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def parse_request(self) -> bool:
+        return super().parse_request() and self.from_here()
+
+    def from_here(self) -> bool:
+        """No page of another site may speak to us, whatever name it gives this machine (DNS rebinding)."""
+        hosts = [f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")]
+        origin, site = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site", "none")
+        allowed = self.headers.get("Host") in hosts and site in ("none", "same-origin")
+        if allowed and (origin is None or origin in [f"http://{host}" for host in hosts]):
+            return True
+        self.answer(403, "error: this page is for the browser of this machine")
+        return False
+
+    def answer(self, code: int, text: str, kind: str = "text/plain") -> None:
+        body = text.encode()
+        self.send_response(code)
+        for name, value in {
+                "Content-Type": f"{kind}; charset=utf-8", "Content-Length": len(body), "Cache-Control": "no-store",
+                "X-Content-Type-Options": "nosniff",
+                "Content-Security-Policy": "default-src 'self' 'unsafe-inline' blob: data:; frame-ancestors 'none'",
+        }.items():
+            self.send_header(name, str(value))
+        if code >= 400:
+            self.send_header("Connection", "close")
+            self.close_connection = True
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        if self.path == "/":
+            self.answer(200, PAGE.read_text(), "text/html")
+        elif self.path == "/frames":
+            self.send_frames()
+        else:
+            self.answer(404, "error: nothing here")
+
+    def send_frames(self) -> None:
+        live = self.live
+        try:
+            number, viewer = live.join()
+        except ValueError as error:
+            return self.answer(503, f"error: {error}")
+        self.close_connection = True
+        try:
+            self.send_response(200)
+            for name, value in {"Content-Type": "application/octet-stream", "Cache-Control": "no-store",
+                                "Connection": "close", "X-Viewer": number}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            while not self.gone():
+                with live.changed:
+                    live.changed.wait_for(lambda: viewer.messages, timeout=0.2)
+                    messages = [viewer.messages.popleft() for _ in range(len(viewer.messages))]
+                self.wfile.write(b"".join(messages))
+        except OSError:  # a page that was closed, or takes nothing for half a minute
+            pass
+        finally:
+            live.leave(number)
+
+    def gone(self) -> bool:
+        """Has the page closed its side?"""
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        return bool(readable) and self.connection.recv(1, socket.MSG_PEEK) == b""
+
+    def do_POST(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        if self.path != "/input":
+            self.answer(404, "error: nothing here")
+        elif not length.isdecimal() or int(length) > MOST_BYTES:
+            self.answer(413, f"error: expected at most {MOST_BYTES} bytes")
+        else:
+            try:
+                self.live.take(json.loads(self.rfile.read(int(length))))
+            except (ValueError, RecursionError) as error:
+                self.answer(400, f"error: {error}")
+            else:
+                self.answer(200, "")
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address) -> None:
+        """A browser that hangs up is no news."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
+def open_server(port: int) -> Server:
+    handler = type("Handler", (Handler,), {})
+    try:
+        return Server(("127.0.0.1", port), handler)
+    except OSError as error:
+        reason = os.strerror(error.errno).lower()
+        raise ValueError(f"--port {port}: {reason}; --port 0 takes any that is free") from None
+
+
+def live(args: argparse.Namespace) -> None:
+    """Serve the page until Ctrl-C."""
+    try:
+        with open_server(args.port) as server:  # a port in use is known before a large network is read
+            ckpt, player, text_encoder = open_player(args)
+            meta = player.meta
+            if not meta["chunk"]:
+                raise ValueError(f"{ckpt}: --live needs a network that goes on chunk by chunk; this makes all at once")
+            if not meta.get("window") and args.window is None:  # a walk without end takes one; what it was trained with
+                meta |= {"window": meta["frames"], "sink": meta.get("sink") or meta["chunk"]}
+                check_window(meta)
+            if next(player.net.parameters()).device.type == "cpu":
+                torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is the browser's
+            _, prompts, _ = open_paths(args, ckpt, player, text_encoder)
+            given = read_given(args.image, player, meta["frames"]) if args.image else None
+            walk = Live(player, prompts[0], args.seed, given, toy=text_encoder is None)
+            for _ in range(3):  # warm up, so that the first frames are not late
+                walk.chunk(set(), 0)
+            walk.leads.clear(), walk.times.clear()
+            walk.start()
+            server.RequestHandlerClass.live = walk
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            print(f"http://127.0.0.1:{server.server_port} is the page; Ctrl-C ends it", flush=True)
+            try:
+                walk.run()
+            finally:
+                server.shutdown()
+    except KeyboardInterrupt:
+        say("stopped", file=sys.stderr)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. main: open what was asked for, check it, then walk, measure or both.
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -772,6 +1194,10 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out}: expected a name that ends in .mp4 or .gif")
     if args.preset and not (args.plan or args.bench):
         raise ValueError(f"--preset {args.preset}: of use with --plan and --bench alone; a checkpoint knows its own")
+    if args.live and (args.plan or args.bench or args.score or args.sp > 1):
+        raise ValueError("--live: expected none of --plan, --bench, --score and --sp with it")
+    if not 0 <= args.port < 65536:
+        raise ValueError(f"--port {args.port}: expected 0 to 65535")
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty: expected a description of the world")
 
@@ -907,6 +1333,8 @@ def walk(args: argparse.Namespace, player: Player, path: CameraPath, prompt: str
 
 def main(args: argparse.Namespace) -> None:
     check_flags(args)
+    if args.live:
+        return live(args)
     if args.plan:
         return print_plan(plan(args.preset or "tiny"))
     if args.preset:
