@@ -391,7 +391,8 @@ def dmd_and_self_rollout(case, _):
     # the self-rollout. Their exit flags hold one draw per chunk, of which the first counts for all, as with us. Theirs
     # also caches the last chunk, to which nothing comes after: ours does not, so that call is added to the record.
     chunk, count, n = c["num_frame_per_block"], len(i["denoising_steps"]), 0
-    meta, levels = {"chunk": chunk, "sampling_steps": count, "shift": c["shift"]}, noise_levels(count, c["shift"])
+    meta = {"chunk": chunk, "sampling_steps": count, "shift": c["shift"], "camera": True}
+    levels = noise_levels(count, c["shift"])
     batch = lambda *noise: make_batch(torch.zeros_like(i["sf_noise"]), cameras(case), i["c_cond"], i["c_uncond"],
                                       noise=noise)
     for steps in i["warped_steps"], 1000 * shift_sigma(i["denoising_steps"] / 1000, c["shift"]):
