@@ -785,7 +785,8 @@ def print_plan(found: dict) -> None:
 # The walk runs in the main thread, which alone uses the network; every request has a thread of its own, and `Live` is
 # where they meet. A chunk is begun as late as may be, so that its keys are fresh: its first frame is to be ready when
 # the frames before it have been shown. What can wait is done in that wait: the commit of the last chunk, the window
-# read again under a new prompt, and the truth. Decoding is not overlapped with the next chunk, which is not begun yet.
+# read again under a new prompt, and the truth. So decoding has nothing to overlap with, where the walk is faster than
+# it plays: the next chunk is not begun yet. Instead a chunk's first latent frame is shown before its last is decoded.
 
 PAGE = Path(__file__).parent / "examples/live.html"
 MOST_VIEWERS = 4  # browsers open six connections to a server: one for each page's frames, and some for the keys
@@ -954,6 +955,8 @@ class Live:
                 left = self.due - self.lead() - time.perf_counter()
                 if self.paused or not self.viewers:
                     self.due, left = 0.0, None
+                    for viewer in self.viewers.values():
+                        viewer.tapped.clear()
                 elif left <= 0:
                     driver = self.driver()
                     keys, driver.tapped = driver.held | driver.tapped, set()

@@ -380,7 +380,8 @@ def served(cwd, port="0"):
     """`python stream.py --live` in a process of its own, and the page's address."""
     line = command("stream.py", "--live", "--port", port, "--ckpt", ROOT / "ckpt/tiny/dmd.pt")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(line, cwd=cwd, env=ENVIRONMENT, **pipes)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore
+    process = subprocess.Popen(line, cwd=cwd, env=ENVIRONMENT, preexec_fn=heard, **pipes)
     try:
         said = process.stdout.readline()
         assert said.startswith("http://127.0.0.1:"), said + process.stderr.read()
