@@ -170,6 +170,7 @@ LOOKS = ("level stripes", "upright stripes", "checks", "slanted stripes")
 ROOM = ((-1.0, 1.0), (-0.7, 0.7), (-0.9, 1.6))  # x, y, z around the first camera
 PILLAR = 0.13  # half width
 PILLAR_X, PILLAR_Z = {"left": -0.5, "middle": 0.0, "right": 0.5}, {"near": 0.85, "far": 1.25}
+CLEAR = (0.7, 0.4, 0.6)  # how far a path may lead from the first camera, so that it stays clear of walls and pillars
 PERIOD = 0.66  # of every pattern, in world units
 FPS = 16
 # Panels are counted surface by surface, (first panel, panels across); along z each surface has three, from z = -1.4.
@@ -239,7 +240,7 @@ def sample_path(rng: torch.Generator, steps: int) -> str:
             parts.append(f"{(move, turn, f'{move}+{turn}')[kind]}*{length}")
         path = ",".join(parts)
         centre = invert_se3(parse_trajectory(path))[:, :3, 3]
-        if (centre.abs() < torch.tensor([0.7, 0.4, 0.6])).all():
+        if (centre.abs() < torch.tensor(CLEAR)).all():
             return path
 
 

@@ -7,6 +7,7 @@ out: an mp4 (or gif) and a contact sheet; on the toy world, with --score, how we
 $ python stream.py --camera 'w*3,w+l*4'
 $ python stream.py --camera path.json --ckpt ckpt/ar.pt --sampling-steps 48 --out walk.mp4 --keys
 $ python stream.py --score --scenes 64 --ckpt ckpt/tiny/dmd.pt
+$ python stream.py --score --scenes 16 --lengths 1 2 4 8 --window 8 --sink 1
 $ torchrun --nproc_per_node 2 stream.py --sp 2
 $ python stream.py --plan --preset wan-1.3b
 """
@@ -21,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,10 +36,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    GRAMMAR, LOOKS, N_PANELS, NAMED, PALETTE, SURFACE_OF_PANEL, VIDEOS, CameraPath, Encoder, HelpFormatter, Scene, cast,
-    collate_prompts, explain, explain_frames, from_bytes, intrinsics, load_encoder, look_errors, mix, paint,
-    parse_trajectory, positive, pressed, psnr, random_batch, random_encoder, read_camera, read_prompt, render,
-    resize_and_crop, rotation, sample_toy, to_bytes, write_sheet,
+    CLEAR, GRAMMAR, LOOKS, N_PANELS, NAMED, PALETTE, SURFACE_OF_PANEL, TURN, VIDEOS, CameraPath, Encoder, HelpFormatter,
+    Scene, cast, collate_prompts, explain, explain_frames, from_bytes, held_out, intrinsics, load_encoder, look_errors,
+    mix, paint, parse_trajectory, pixel_cameras, positive, pressed, psnr, random_batch, random_encoder, read_camera,
+    read_prompt, render, resize_and_crop, rotation, sample_path, sample_toy, to_bytes, write_sheet,
 )
 from model import (
     CARDS, PRESETS, Camera, Meta, Meter, Prompt, StreamState, build, build_vae, card_name, check_window, commit,
@@ -84,6 +85,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--scenes", type=int, default=64, help="with --score: how many")
     p.add_argument("--score-seed", type=int, default=1, help="with --score: which rooms and paths")
     p.add_argument("--given", type=int, default=0, help="with --score: how many latent frames of the truth are given")
+    p.add_argument("--lengths", type=positive, nargs="+", metavar="N", help="with --score: how a walk of N times the "
+                   "trained length fares, each tenth of it, and a walk there and back, and a camera that stands")
     return p.parse_args(argv)
 
 
@@ -165,17 +168,22 @@ def stream(player: Player, prompts: list[str], camera: Camera, seeds: list[int],
     with given frames; HY also reads its first frame with the prompt, and makes it anew if it was not.
     seconds: if given, the time spent is added to its "prompt", "denoise", "cache" and "decode".
     """
+    state = open_stream(player, prompts, seeds, given, seconds)
+    left = 1 + 4 * (camera.viewmats.shape[1] - 1)  # pixel frames to show
+    for here in whole_chunks(player, camera):
+        video, state = step(player, state, here, seconds)
+        yield video[:, :, :left]
+        left -= video.shape[2]
+
+
+def whole_chunks(player: Player, camera: Camera) -> list[Camera]:
+    """A path cut into chunks, on the network's device, its last pose held until the last of them is whole."""
     device = next(player.net.parameters()).device
     b, f = camera.viewmats.shape[:2]
     chunk = player.meta["chunk"] or f
     held = [z[:, -1:].expand(b, -f % chunk, *z.shape[2:]) for z in camera]
     camera = Camera(*(torch.cat([z, last], dim=1).to(device) for z, last in zip(camera, held, strict=True)))
-    state = open_stream(player, prompts, seeds, given, seconds)
-    left = 1 + 4 * (f - 1)  # pixel frames to show
-    for start in range(0, f, chunk):
-        video, state = step(player, state, camera.frames(slice(start, start + chunk)), seconds)
-        yield video[:, :, :left]
-        left -= video.shape[2]
+    return [camera.frames(slice(start, start + chunk)) for start in range(0, f, chunk)]
 
 
 def encode_prompts(player: Player, prompts: list[str], given: Tensor | None, given_latents: Tensor | None,
@@ -453,19 +461,217 @@ def score(player: Player, args: argparse.Namespace) -> tuple[dict[str, float], l
     return average(rows) | {"chance": 1 / group} | errors | ceiling, sheet
 
 
+# How a walk fares that is longer than what was trained. It is of one room: looks are read off the whole walk, and every
+# tenth of it is held against the room that they make. Videos are kept in bytes and measured in pieces.
+
+
+def long_path(rng: torch.Generator, frames: int, length: int) -> Tensor:
+    """Held-out paths of the trained `frames`, `length` of them on end -> viewmats [length * frames 4 4].
+
+    All of it stays clear of walls and pillars and looks where training does: who turns round sees a wall that nobody
+    named, and what a network makes of that says nothing about the length.
+    """
+    path = []
+    while len(path) < length:
+        piece = sample_path(rng, frames if path else frames - 1)  # the first pose takes no step
+        viewmats = parse_trajectory(",".join([*path, piece]))
+        clear = (invert_se3(viewmats)[:, :3, 3].abs() < torch.tensor(CLEAR)).all()
+        ahead = (viewmats[:, 2, 2] > math.cos(frames * TURN)).all()  # of the first view, the axis into the picture
+        if held_out(piece) and clear and ahead:
+            path.append(piece)
+    return viewmats
+
+
+def film(player: Player, prompts: list[str], viewmats: Tensor, seeds: list[int]) -> Tensor:
+    """The stream along viewmats [b f 4 4] in bytes [b 3 t h w]."""
+    camera = Camera(viewmats, intrinsics(player.meta["K"]).expand(*viewmats.shape[:2], 3, 3))
+    return torch.cat([to_bytes(video).cpu() for video in stream(player, prompts, camera, seeds)], dim=2)
+
+
+@torch.no_grad()
+def film_truth(player: Player, scene: Scene, viewmats: Tensor) -> Tensor:
+    """The ceiling of `film`: the true room as the VAE shows it, chunk by chunk as in a stream."""
+    vae, meta = player.vae, player.meta
+    poses, K, pieces = pixel_cameras(viewmats), intrinsics(meta["K"]), []
+    encoded = decoded = None
+    for frames in torch.arange(-3, poses.shape[1]).split(4 * meta["chunk"]):  # the first latent shows one frame alone
+        hits = cast(scene.pillars, poses[:, frames[frames >= 0]], K, meta["size"][0])
+        truth = paint(hits, scene.colours, scene.looks)
+        x0, encoded = vae.encode(truth.to(next(vae.parameters()).device), encoded)
+        video, decoded = vae.decode(x0, decoded)
+        if meta.get("window"):
+            encoded, decoded = forget(encoded, meta["window"]), forget(decoded, meta["window"])
+        pieces.append(to_bytes(video.clamp(-1, 1)).cpu())
+    return torch.cat(pieces, dim=2)
+
+
+def frame_errors(video: Tensor, scene: Scene, poses: Tensor, K: Tensor) -> Tensor:
+    """`look_errors` of every frame by itself [b t 17 4], of video [b 3 t h w] in bytes seen from poses [b t 4 4]."""
+    found = []
+    for frames in torch.arange(video.shape[2]).split(16):
+        each = Scene(*(z.repeat_interleave(len(frames), 0) for z in scene))
+        hits = cast(each.pillars, poses[:, frames].flatten(0, 1)[:, None], K, video.shape[-1])
+        images = rearrange(from_bytes(video[:, :, frames]), "b c t h w -> (b t) c 1 h w")
+        found.append(look_errors(images, hits, each.colours).unflatten(0, (len(video), -1)))
+    return torch.cat(found, dim=1)
+
+
+def best_room(errors: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """frame_errors [b t 17 4] -> the looks [b 16] that explain all frames best, and each frame's error [b t]."""
+    looks = errors.sum(1).argmin(-1)  # the last, of the pillars, says nothing
+    chosen = errors.gather(3, looks[:, None, :, None].expand(-1, errors.shape[1], -1, 1)).sum((2, 3))
+    return looks[:, :N_PANELS], chosen / (4 * 3 * size**2)  # four rays a pixel
+
+
+def decibels(error: Tensor) -> Tensor:
+    """Squared error of each frame [b t] -> PSNR of all of them [b]."""
+    return 10 * torch.log10(4 / error.mean(1).clamp_min(1e-10))
+
+
+def measure_walk(video: Tensor, errors: Tensor, scene: Scene, poses: Tensor, K: Tensor) -> dict[str, Tensor]:
+    """Of each tenth of a walk [b 10]: PSNR to the walk's one room, and how far off the last frame's pose is."""
+    t = video.shape[2]
+    looks, error = best_room(errors, video.shape[-1])
+    ends = [t * n // 10 for n in range(11)]
+    last = torch.tensor(ends[1:]) - 1
+    rot, trans = read_pose(from_bytes(video[:, :, last]), scene._replace(looks=looks), poses[:, last], K)
+    tenths = [decibels(error[:, start:end]) for start, end in pairwise(ends)]
+    return {"psnr": torch.stack(tenths, dim=1), "rot_err_deg": rot, "trans_err": trans}
+
+
+def measure_return(video: Tensor, back: Tensor) -> dict[str, Tensor]:
+    """Of a walk there and back, in bytes: PSNR between the first tenth's frames and those of `back`'s last tenth that
+    show the same; and between the first tenth and the turning point, which is what standing still would score, too."""
+    video, back = video[:, :, ::4], back[:, :, ::4]  # one frame of each latent, which its pose belongs to
+    f = video.shape[2]
+    n = max(1, f // 10)
+    first, last, far = (from_bytes(z) for z in (video[:, :, :n], back[:, :, f - n :].flip(2), video[:, :, [f // 2]]))
+    return {"revisit": psnr(first, last), "revisit_elsewhere": psnr(first, far.expand_as(first))}
+
+
+def measure_stand(video: Tensor, errors: Tensor, scene: Scene, poses: Tensor, K: Tensor) -> dict[str, Tensor]:
+    """Of a camera that stands [b]: difference between neighbouring frames; in the last tenth PSNR to the one room and
+    by how much it was better in the first; how far off the last frame's pose is."""
+    looks, error = best_room(errors, video.shape[-1])
+    n = video.shape[2] // 10
+    rot, trans = read_pose(from_bytes(video[:, :, -1:]), scene._replace(looks=looks), poses[:, -1:], K)
+    change = torch.stack([(from_bytes(b) - from_bytes(a)).abs().mean((1, 2, 3)) for a, b in pairwise(video.unbind(2))])
+    return {"stand_change": change.mean(0), "stand_psnr": decibels(error[:, -n:]),
+            "stand_lost": decibels(error[:, :n]) - decibels(error[:, -n:]),
+            "stand_rot_err_deg": rot[:, 0], "stand_trans_err": trans[:, 0]}
+
+
+def measure_lengths(player: Player, scene: Scene, viewmats: Tensor, prompts: list[str], seeds: list[int],
+                    lengths: list[int]) -> tuple[dict[int, dict[str, dict[str, Tensor]]], Tensor]:
+    """For each length its numbers, each for the network's videos, for their floor and for their ceiling; and a sheet's
+    video, the longest walk's. A shorter walk is the beginning of the longest.
+
+    Floors: of a walk the truth's first frame, held; of a walk back another room's; of a camera that stands the walk.
+    """
+    K, frames = intrinsics(player.meta["K"]), player.meta["frames"]
+    poses, still = pixel_cameras(viewmats), torch.eye(4).expand_as(viewmats)
+    standing = torch.eye(4).expand_as(poses)
+    walk, true_walk = film(player, prompts, viewmats, seeds), film_truth(player, scene, viewmats)
+    first = to_bytes(render(scene, viewmats[:, :1], K, walk.shape[-1])).expand_as(walk)
+    walks = {"": walk, "_floor": first, "_ceiling": true_walk}
+    stands = {"": film(player, prompts, still, seeds), "_floor": walk, "_ceiling": film_truth(player, scene, still)}
+    walk_errors = {kind: frame_errors(video, scene, poses, K) for kind, video in walks.items()}
+    stand_errors = {kind: frame_errors(video, scene, standing, K) for kind, video in stands.items()}
+    rows = {}
+    for length in lengths:
+        f = length * frames
+        t, there = 1 + 4 * (f - 1), viewmats[:, : f // 2]
+        path = torch.cat([there, there.flip(1)], dim=1)
+        own, truth = film(player, prompts, path, seeds), film_truth(player, scene, path)
+        backs = {"": (own, own), "_floor": (own, own.roll(1, 0)), "_ceiling": (truth, truth)}
+        rows[length] = {
+            kind: measure_walk(walks[kind][:, :, :t], walk_errors[kind][:, :t], scene, poses[:, :t], K)
+            | measure_return(*backs[kind])
+            | measure_stand(stands[kind][:, :, :t], stand_errors[kind][:, :t], scene, standing[:, :t], K)
+            for kind in walks
+        }
+    return rows, walk
+
+
+def summarise(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Numbers of each video [n] or [n 10], and of PSNR what a walk loses from its best tenth to its worst (`drift`) and
+    from its first to its last (`lost`) -> means and standard errors."""
+    dB = found["psnr"]
+    best, worst = dB.mean(0).argmax(), dB.mean(0).argmin()
+    found = found | {"drift": dB[:, best] - dB[:, worst], "lost": dB[:, 0] - dB[:, -1]}
+    errors = {f"{name}_standard_error": z.std(0) / len(z) ** 0.5 for name, z in found.items()}
+    return {name: z.mean(0) for name, z in found.items()} | errors
+
+
+def score_lengths(player: Player, args: argparse.Namespace) -> tuple[list[dict], list[Tensor]]:
+    """Held-out rooms, walks of so many times the trained length -> a row each, and eight of the longest for a sheet."""
+    meta, group = player.meta, 8
+    if args.scenes < group or args.scenes % group:
+        raise ValueError(f"--scenes {args.scenes}: expected a multiple of {group}, the number of videos made together")
+    if not meta["chunk"]:
+        raise ValueError(f"--lengths {args.lengths[0]}: a bidirectional network makes videos of one length")
+    if args.given:
+        raise ValueError(f"--given {args.given}: --lengths measures walks of which nothing is given")
+    prompts, _, scene = sample_toy(args.scenes, mix(args.score_seed, 4), meta["frames"] - 1, held=True)
+    rng = torch.Generator().manual_seed(mix(args.score_seed, 6))
+    viewmats = torch.stack([long_path(rng, meta["frames"], max(args.lengths)) for _ in prompts])
+    groups, sheet = [], None
+    for i in tqdm(range(0, args.scenes, group), "score", disable=sequence_rank()[0] > 0):
+        rows = slice(i, i + group)
+        rooms, seeds = Scene(*(z[rows] for z in scene)), [mix(args.seed, 5, n) for n in range(i, i + group)]
+        found, walk = measure_lengths(player, rooms, viewmats[rows], prompts[rows], seeds, args.lengths)
+        groups.append(found)
+        if sheet is None:
+            every = math.ceil(walk.shape[2] / 16)
+            shown, poses = from_bytes(walk[:, :, ::every]), pixel_cameras(viewmats[rows])[:, ::every]
+            sheet = [explain_frames(shown, rooms, poses, intrinsics(meta["K"]))[0], shown]
+
+    table = []
+    for length in args.lengths:
+        row = {"length": length, "frames": length * meta["frames"]}
+        for kind in ("", "_floor", "_ceiling"):
+            parts = [found[length][kind] for found in groups]
+            found = summarise({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+            row |= {f"{name}{kind}": [round(x, 4) for x in z.tolist()] if z.ndim else round(z.item(), 4)
+                    for name, z in found.items()}
+        table.append(row)
+    return table, sheet
+
+
 def bench(player: Player, prompt: str, camera: Camera, given: Tensor | None = None) -> dict:
-    """One warm-up, then the best of three: frames/s over the whole path, time to the first frame, and where it goes."""
+    """One warm-up, then the best of three: frames/s over the whole path, time to the first frame, and where it goes.
+
+    last_chunk_ms is the median of the path's last tenth, state_mb what the state holds in the end: with a window, they
+    are the same for a path of any length.
+    """
     runs = []
     for _ in range(4):  # of which the first warms up
         seconds: dict[str, float] = {}
-        start, first, frames = time.perf_counter(), None, 0
-        for video in stream(player, [prompt], camera, [0], given, seconds):
+        clock, frames = [time.perf_counter()], 0
+        state = open_stream(player, [prompt], [0], given, seconds)
+        for here in whole_chunks(player, camera):
+            video, state = step(player, state, here, seconds)
             frames += video.shape[2]
-            first = first or time.perf_counter() - start
-        runs.append((time.perf_counter() - start, first, frames, seconds))
-    total, first, frames, seconds = min(runs[1:], key=lambda run: run[0])
-    return {"fps": round(frames / total, 1), "first_frame_s": round(first, 4), "frames": frames,
+            clock.append(time.perf_counter())
+        runs.append((clock, frames, seconds))
+    clock, frames, seconds = min(runs[1:], key=lambda run: run[0][-1] - run[0][0])
+    chunks = np.diff(clock)
+    return {"fps": round(frames / chunks.sum(), 1), "first_frame_s": round(chunks[0], 4), "frames": frames,
+            "last_chunk_ms": round(1000 * np.median(chunks[-math.ceil(len(chunks) / 10) :]), 1),
+            "state_mb": round(held_bytes(state) / 1e6, 3),
             "ms_per_frame": {name: round(1000 * s / frames, 2) for name, s in seconds.items()}}
+
+
+def held_bytes(state: NamedTuple) -> int:
+    """Of all memory that a state keeps alive, each once."""
+    storages, left = {}, [state]
+    while left:
+        z = left.pop()
+        if isinstance(z, Tensor):
+            storages[z.untyped_storage().data_ptr()] = z.untyped_storage().nbytes()
+        elif isinstance(z, (list, tuple, dict)):
+            left += z.values() if isinstance(z, dict) else z
+    return sum(storages.values())
 
 
 def random_player(preset: str) -> tuple[Player, Camera, Tensor | None]:
@@ -711,12 +917,22 @@ def main(args: argparse.Namespace) -> None:
     paths, prompts, player = open_paths(args, ckpt, player, text_encoder)
     meta = player.meta
 
+    if args.score and args.lengths:
+        rows, sheet = score_lengths(player, args)
+        about = {"stage": meta["stage"], "steps": meta["sampling_steps"], "window": meta.get("window", 0),
+                 "sink": meta.get("sink", 0), "absolute_positions": meta.get("absolute_positions", False),
+                 "scenes": args.scenes, "seed": args.seed, "score_seed": args.score_seed}
+        for row in rows:
+            say(json.dumps(row | about))
+        if sequence_rank()[0] == 0:
+            write_sheet(args.out.with_suffix(".png"), sheet, every=1)
+        return
     if args.bench or args.score:
         views = paths[0].viewmats
         camera = Camera(views[None], intrinsics(meta["K"]).expand(1, len(views), 3, 3))
         timing = bench(player, prompts[0], camera)
         if args.bench:
-            say(json.dumps(timing))
+            say(json.dumps(timing | {"peak_gb": peak_memory(next(player.net.parameters()).device) / 1e9}))
         if args.score:
             row, sheet = score(player, args)
             row |= {name: timing[name] for name in ("fps", "first_frame_s")}

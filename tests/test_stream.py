@@ -262,6 +262,7 @@ def test_bench_says_where_the_time_goes(chain, capsys):
     call("stream.py", "--bench", "--camera", "w*3", cwd=chain)
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["fps"] > 0 and row["first_frame_s"] > 0 and row["frames"] == 13
+    assert row["last_chunk_ms"] > 0 and 0 < row["state_mb"] < 1000 * row["peak_gb"]
     assert set(row["ms_per_frame"]) == {"prompt", "denoise", "cache", "decode"}
     assert sum(row["ms_per_frame"].values()) == pytest.approx(1000 / row["fps"], rel=0.3)
 

@@ -16,7 +16,7 @@ from model import (
     PRESETS, Camera, DiTConfig, KVCache, WanDiT, action_labels, build_vae, commit, invert_se3, move_piece, move_window,
     prefill, reread, rolling_cache, rollout, start_stream, update_cache,
 )
-from stream import TOY_PROMPT, Player, open_stream, step
+from stream import TOY_PROMPT, Player, held_bytes, open_stream, step
 
 BACKBONES = ("wan", "hy")
 META = {"frames": 8, "camera": True, "chunk": 2, "shift": 3.0, "sampler": "few_step", "sampling_steps": 2,
@@ -240,22 +240,6 @@ def test_actions_and_what_was_given_are_told_by_the_whole_walk(monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------- What does not grow
-
-
-def held_bytes(state):
-    """Of all memory that a state keeps alive, each once."""
-    storages = {}
-
-    def visit(z):
-        if isinstance(z, torch.Tensor):
-            storages[z.untyped_storage().data_ptr()] = z.untyped_storage().nbytes()
-        elif isinstance(z, dict):
-            [visit(value) for value in z.values()]
-        elif isinstance(z, (list, tuple)):
-            [visit(value) for value in z]
-
-    visit(state)
-    return sum(storages.values())
 
 
 def circle(f):
