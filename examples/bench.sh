@@ -3,11 +3,27 @@
 #
 #   examples/bench.sh plan wan-14b 64 --sp 8        on so many GPUs, counted without any, in two minutes
 #   examples/bench.sh run wan-1.3b 8                the same, and measured on the GPUs of this machine
+#   examples/bench.sh walk --window 8 --sink 1      the shipped students along 1, 10 and 50 times the trained length
 #
 # Flags after the number go to every stage. A row: preset, stage, GPUs, flags, card, GB on each, TFLOP and seconds a step
 # (for a plan, at the card's limit), and the share of the rate of a large matmul that was reached.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [ "$1" = walk ]; then  # a row: world, latent frames, ms a chunk at the end, MB of the state, GB of the process, frames/s
+    for world in tiny tiny-hy; do
+        for steps in 7 79 399; do
+            python stream.py --bench --camera "w*$steps" --ckpt "ckpt/$world/dmd.pt" "${@:2}" | python -c '
+import json, sys
+z = json.loads(sys.stdin.read())
+print("|", " | ".join([*sys.argv[1:], str(z["last_chunk_ms"]), str(z["state_mb"]), "{:.2f}".format(z["peak_gb"]),
+                       str(z["fps"])]), "|")
+' "$world" "$((steps + 1))"
+        done
+    done
+    exit
+fi
+
 how=$1 preset=$2 gpus=$3 flags=("${@:4}")
 
 row() {  # the last line of what a command prints, JSON -> a row

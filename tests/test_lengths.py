@@ -130,17 +130,16 @@ def test_a_summary_has_drift_with_its_standard_error():
 
 
 def test_lengths_are_scored(chain, tmp_path, capsys):
-    flags = ("--score", "--scenes", "8", "--out", tmp_path / "score.mp4", "--lengths", "1", "2")
+    flags = ("--score", "--scenes", "8", "--out", tmp_path / "score.mp4", "--lengths", "2")
     call("stream.py", *flags, "--window", "4", "--sink", "1", cwd=chain)
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(row["length"], row["frames"], row["window"], row["sink"]) for row in rows] == [(1, 4, 4, 1), (2, 8, 4, 1)]
-    for row in rows:
-        for name in "psnr rot_err_deg trans_err drift lost revisit revisit_elsewhere stand_change stand_psnr".split():
-            for kind in ("", "_floor", "_ceiling"):
-                value, error = row[name + kind], row[f"{name}_standard_error{kind}"]
-                values = [*value, *error] if isinstance(value, list) else [value, error]
-                assert all(math.isfinite(x) for x in values)
-                assert len(values) == (20 if name in ("psnr", "rot_err_deg", "trans_err") else 2)
+    row = json.loads(capsys.readouterr().out)
+    assert (row["length"], row["frames"], row["window"], row["sink"], row["scenes"]) == (2, 8, 4, 1, 8)
+    for name in "psnr rot_err_deg trans_err drift lost revisit revisit_elsewhere stand_change stand_psnr".split():
+        for kind in ("", "_floor", "_ceiling"):
+            value, error = row[name + kind], row[f"{name}_standard_error{kind}"]
+            values = [*value, *error] if isinstance(value, list) else [value, error]
+            assert all(math.isfinite(x) for x in values)
+            assert len(values) == (20 if name in ("psnr", "rot_err_deg", "trans_err") else 2)
     assert (tmp_path / "score.png").exists()
     assert "--given 1" in refusal("stream.py", *flags, "--given", "1", cwd=chain)
     assert "--lengths 1: a bidirectional" in refusal("stream.py", *flags, "--ckpt", "ckpt/camera.pt", cwd=chain)
