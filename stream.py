@@ -203,13 +203,16 @@ def stream(player: Player, prompts: list[str], camera: Camera, seeds: list[int],
 
 
 def whole_chunks(player: Player, camera: Camera) -> list[Camera]:
-    """A path cut into chunks, on the network's device, its last pose held until the last of them is whole."""
+    """A path cut into chunks, on the network's device, its last pose held until the last of them is whole.
+
+    Each is a copy: a state that remembers some would keep all of the path in memory.
+    """
     device = next(player.net.parameters()).device
     b, f = camera.viewmats.shape[:2]
     chunk = player.meta["chunk"] or f
     held = [z[:, -1:].expand(b, -f % chunk, *z.shape[2:]) for z in camera]
     camera = Camera(*(torch.cat([z, last], dim=1).to(device) for z, last in zip(camera, held, strict=True)))
-    return [camera.frames(slice(start, start + chunk)) for start in range(0, f, chunk)]
+    return [Camera(*(z[:, start : start + chunk].clone() for z in camera)) for start in range(0, f, chunk)]
 
 
 def encode_prompts(player: Player, prompts: list[str], given: Tensor | None, given_latents: Tensor | None,
