@@ -142,4 +142,4 @@ def test_lengths_are_scored(chain, tmp_path, capsys):
             assert len(values) == (20 if name in ("psnr", "rot_err_deg", "trans_err") else 2)
     assert (tmp_path / "score.png").exists()
     assert "--given 1" in refusal("stream.py", *flags, "--given", "1", cwd=chain)
-    assert "--lengths 1: a bidirectional" in refusal("stream.py", *flags, "--ckpt", "ckpt/camera.pt", cwd=chain)
+    assert "--lengths 2: a bidirectional" in refusal("stream.py", *flags, "--ckpt", "ckpt/camera.pt", cwd=chain)
