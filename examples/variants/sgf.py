@@ -272,7 +272,7 @@ def main(args: argparse.Namespace) -> None:
         # -- log and save (same in every stage) ----------------------------------------------------------------------
         bar.update()
         if rank == 0 and bar.n == bar.initial + 2:  # all that a step takes is there from the second on
-            print_peak(args, WORK)
+            print_peak(args, WORK, meta)
         bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
         if step % args.log_every == 0 and rank == 0:
             write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
