@@ -27,6 +27,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -52,11 +53,13 @@ from data import (
 )
 from model import (
     CARDS, PRESETS, Camera, HYPrompt, Meta, Meter, Prompt, StreamState, build, build_vae, card_name, check_window,
-    commit, extrapolate, fill_with_noise, forget, invert_se3, load_net, load_vae, next_chunk, peak_memory, reread,
-    rollout, sequence_rank, start_process_group, start_stream, timed, use_released_cache, usual_meta,
+    commit, compile_block, extrapolate, fill_with_noise, forget, invert_se3, load_net, load_vae, next_chunk,
+    peak_memory, reread, rollout, sequence_rank, start_process_group, start_stream, timed, use_released_cache,
+    usual_meta,
 )
 
 SHIPPED = Path(__file__).parent / "ckpt/tiny"
+PATH = "w*3,w+l*4"
 STAGES = ("base", "camera", "ar", "ode", "cd", "dmd")
 TOY_PROMPT = ("orange left wall, cyan right wall, blue far wall, green floor, white ceiling, "
               "near left red pillar, far right yellow pillar")
@@ -64,7 +67,7 @@ TOY_PROMPT = ("orange left wall, cyan right wall, blue far wall, green floor, wh
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__ + textwrap.fill(GRAMMAR, 100), formatter_class=HelpFormatter)
-    p.add_argument("--camera", default="w*3,w+l*4", help="a pose string or a .json file")
+    p.add_argument("--camera", help=f"a pose string or a .json file; default {PATH}")
     p.add_argument("--ckpt", type=Path, help="default ckpt/dmd.pt if there is one, else the shipped four-step model")
     p.add_argument("--vae", type=Path, help="default what lies beside the checkpoint, else the shipped one")
     p.add_argument("--text-encoder", type=Path, help="for released networks: umT5, or for HY the "
@@ -79,8 +82,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--window", type=int, help="latent frames that a chunk sees, its own with them, so that a walk may "
                    "go on for ever; 0: all; instead of the checkpoint's own")
     p.add_argument("--sink", type=int, help="with a window: how many of it are the video's first")
-    p.add_argument("--absolute-positions", action="store_true", help="with a window: as public code, never move what "
-                   "is cached nearer; past the trained length, positions are new to the network")
+    p.add_argument("--absolute-positions", action="store_true", default=None, help="with a window: as public code, "
+                   "never move what is cached nearer; past the trained length, positions are new to the network")
     p.add_argument("--keys", action="store_true", help="draw the commanded keys on the video")
     p.add_argument("--other-intrinsics", action="store_true", help="let the path's K differ from the one trained with")
     p.add_argument("--released-cache", action="store_true", help="for minWM's released DMD of HunyuanVideo-1.5: let "
@@ -126,7 +129,8 @@ class PlayerState(NamedTuple):
 @torch.no_grad()
 def open_stream(player: Player, prompts: list[str], seeds: list[int], given: Tensor | None = None,
                 seconds: dict[str, float] | None = None) -> PlayerState:
-    """The state before the first step. One prompt and one seed per video; given, seconds: as in `stream`."""
+    """The state before the first step. One prompt and one seed per video; given: as in `stream`.
+    seconds: if given, the time spent is added to its "prompt", "denoise", "cache" and "decode"."""
     net, vae, _, meta = player
     device = next(net.parameters()).device
     shape = (vae.cfg.z_dim, *(pixels // vae.cfg.stride for pixels in meta["size"]))
@@ -184,22 +188,43 @@ def decode(player: Player, state: PlayerState, x0: Tensor,
     return video.clamp(-1, 1), state._replace(feat_cache=feat_cache)
 
 
-def stream(player: Player, prompts: list[str], camera: Camera, seeds: list[int], given: Tensor | None = None,
-           seconds: dict[str, float] | None = None) -> Iterator[Tensor]:
+def stream(player: Player, prompts: list[str], camera: Camera, seeds: list[int],
+           given: Tensor | None = None) -> Iterator[Tensor]:
     """Yield video [b 3 t H W] in [-1, 1] as it is made: 1 + 4 (n - 1) frames of the first chunk of n latents, then 4 n.
 
     One prompt and one seed per video; camera: viewmats [b f 4 4], Ks [b f 3 3]. Chunks are whole, so along a path that
     ends within one the camera stands still for the rest of it, and those frames are not shown.
     given: an image or a short video [b 3 t H W] to go on from. The stream begins with it if the network was trained
     with given frames; HY also reads its first frame with the prompt, and makes it anew if it was not.
-    seconds: if given, the time spent is added to its "prompt", "denoise", "cache" and "decode".
+
+    The same as one `step` after the other, but while a chunk is decoded and its frames are taken, a thread, on a GPU
+    with a stream of its own, already denoises the next.
     """
-    state = open_stream(player, prompts, seeds, given, seconds)
+    decoded = state = open_stream(player, prompts, seeds, given)
     left = 1 + 4 * (camera.viewmats.shape[1] - 1)  # pixel frames to show
-    for here in whole_chunks(player, camera):
-        video, state = step(player, state, here, seconds)
-        yield video[:, :, :left]
-        left -= video.shape[2]
+    chunks = whole_chunks(player, camera)
+    here = torch.cuda.current_stream() if chunks[0].Ks.is_cuda else None
+    aside = torch.cuda.Stream() if here else None
+    if here:
+        aside.wait_stream(here)
+
+    def ahead(state: PlayerState, camera: Camera) -> PlayerState:
+        with torch.cuda.stream(aside):  # None, on a CPU: nothing
+            return denoise(player, state, camera)
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(ahead, state, chunks[0])
+        for following in [*chunks[1:], None]:
+            state = coming.result()
+            x0 = state.finished[0]
+            if here:
+                here.wait_stream(aside)
+                x0.record_stream(here)
+            if following:
+                coming = thread.submit(ahead, state, following)
+            video, decoded = decode(player, decoded, x0)
+            yield video[:, :, :left]
+            left -= video.shape[2]
 
 
 def whole_chunks(player: Player, camera: Camera) -> list[Camera]:
@@ -668,23 +693,25 @@ def score_lengths(player: Player, args: argparse.Namespace) -> tuple[list[dict],
 
 
 def bench(player: Player, prompt: str, camera: Camera, given: Tensor | None = None) -> dict:
-    """One warm-up, then the best of three: frames/s over the whole path, time to the first frame, and where it goes.
+    """One warm-up, then the best of three: frames/s over the whole path, time to the first frame. And, one step after
+    the other, where it goes: more in sum than a frame takes while decoding overlaps denoising.
 
     last_chunk_ms is the median of the path's last tenth, state_mb what the state holds in the end: with a window, they
     are the same for a path of any length.
     """
-    runs = []
+    clocks = []
     for _ in range(4):  # of which the first warms up
-        seconds: dict[str, float] = {}
         clock, frames = [time.perf_counter()], 0
-        state = open_stream(player, [prompt], [0], given, seconds)
-        for here in whole_chunks(player, camera):
-            video, state = step(player, state, here, seconds)
+        for video in stream(player, [prompt], camera, [0], given):
             frames += video.shape[2]
             clock.append(time.perf_counter())
-        runs.append((clock, frames, seconds))
-    clock, frames, seconds = min(runs[1:], key=lambda run: run[0][-1] - run[0][0])
-    chunks = np.diff(clock)
+        clocks.append(np.diff(clock))
+    chunks = min(clocks[1:], key=sum)
+
+    seconds: dict[str, float] = {}
+    state = open_stream(player, [prompt], [0], given, seconds)
+    for here in whole_chunks(player, camera):
+        _, state = step(player, state, here, seconds)
     return {"fps": round(frames / chunks.sum(), 1), "first_frame_s": round(chunks[0], 4), "frames": frames,
             "last_chunk_ms": round(1000 * np.median(chunks[-math.ceil(len(chunks) / 10) :]), 1),
             "state_mb": round(held_bytes(state) / 1e6, 3),
@@ -703,15 +730,31 @@ def held_bytes(state: NamedTuple) -> int:
     return sum(storages.values())
 
 
-def random_player(preset: str) -> tuple[Player, Camera, Tensor | None]:
-    """A student of noise, a camera that stands still for the length of its videos, and for HY an image."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    meta = usual_meta(preset, "dmd")
+def settings_of_preset(args: argparse.Namespace) -> Meta:
+    """Of a preset's student as usual, but for what the flags say; with --camera, as many latent frames as it has.
+
+    Raises ValueError for flags that need a checkpoint.
+    """
+    preset = args.preset or "tiny"
+    of_files = {"--ckpt": args.ckpt, "--vae": args.vae, "--image": args.image, "--released-cache": args.released_cache,
+                "--text-encoder": args.text_encoder, "--prompt": args.prompt, "--score": args.score}
+    for flag, value in of_files.items():
+        if value:
+            raise ValueError(f"{flag}: of no use with --preset, whose network is noise and reads no files")
+    meta = with_flags(usual_meta(preset, "dmd"), args)
+    return meta | ({"frames": len(read_camera(args.camera)[0].viewmats)} if args.camera else {})
+
+
+def random_player(args: argparse.Namespace) -> tuple[Player, Camera, Tensor | None]:
+    """A student of noise, a camera that stands still for all of meta's frames, and for HY an image."""
+    preset, meta, device = args.preset, settings_of_preset(args), open_device(args.sp)
     with torch.device("meta"):
         net, vae = build(preset).eval(), build_vae(preset).eval()
     net = net.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
     for part in (net, vae):
         fill_with_noise(part.to_empty(device=device).requires_grad_(False))
+    for block in net.blocks if args.compile else ():
+        compile_block(block)
     encoder, f = random_encoder(preset), meta["frames"]
     camera = Camera(torch.eye(4).expand(1, f, 4, 4), intrinsics(meta["K"]).expand(1, f, 3, 3))
     image = torch.zeros(1, 3, 1, *meta["size"]) if encoder.encode_image else None
@@ -719,9 +762,9 @@ def random_player(preset: str) -> tuple[Player, Camera, Tensor | None]:
 
 
 @torch.no_grad()
-def count_chunks(preset: str, layers: int) -> list[tuple[str, Counter]]:
+def count_chunks(preset: str, meta: Meta, layers: int) -> list[tuple[str, Counter]]:
     """What each chunk of a stream takes, but for its decoding, in a network of so many blocks (model.py, 12)."""
-    meter, meta, chunks = Meter(), usual_meta(preset, "dmd"), []
+    meter, chunks = Meter(), []
     with torch.device("meta"):
         net = PRESETS[preset].net(replace(PRESETS[preset].dit, layers=layers)).bfloat16()
     meter.attach(net, 2, recompute=False)
@@ -733,9 +776,9 @@ def count_chunks(preset: str, layers: int) -> list[tuple[str, Counter]]:
 
 
 @torch.no_grad()
-def count_decoding(preset: str) -> list[Counter]:
+def count_decoding(preset: str, meta: Meta) -> list[Counter]:
     """What the VAE's decoding of each chunk takes."""
-    meter, meta, chunks, feat_cache = Meter(), usual_meta(preset, "dmd"), [], None
+    meter, chunks, feat_cache = Meter(), [], None
     with torch.device("meta"):
         vae = build_vae(preset)
     batch = random_batch(preset, meta, 1, torch.device("meta"))
@@ -747,11 +790,11 @@ def count_decoding(preset: str) -> list[Counter]:
     return chunks
 
 
-def plan(preset: str) -> dict:
-    """Memory of a stream of the trained length on one GPU, and the least time its chunks take, at the card's rates."""
-    meta = usual_meta(preset, "dmd")
-    chunks = extrapolate(count_chunks(preset, 2), count_chunks(preset, 3), PRESETS[preset].dit.layers - 2)
-    chunks, decoding = [cost for _, cost in chunks], count_decoding(preset)
+def plan(preset: str, meta: Meta) -> dict:
+    """Memory of a stream of meta's frames on one GPU, and the least time its chunks take, at the card's rates."""
+    few, more = (count_chunks(preset, meta, layers) for layers in (2, 3))
+    chunks = [cost for _, cost in extrapolate(few, more, PRESETS[preset].dit.layers - 2)]
+    decoding = count_decoding(preset, meta)
     with torch.device("meta"):
         net, vae = (sum(p.numel() for p in part.parameters()) for part in (build(preset), build_vae(preset)))
     gb = {"weights": 2 * net / 1e9, "vae": 4 * vae / 1e9, "cache": chunks[-1]["cache"] / 1e9,
@@ -1233,6 +1276,19 @@ def beside(ckpt: Path, *names: str) -> Path | None:
     return None
 
 
+def with_flags(meta: Meta, args: argparse.Namespace) -> Meta:
+    """How a network is sampled: as it says itself, but for what the flags say."""
+    names = ("sampling_steps", "guidance", "window", "sink", "absolute_positions")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    meta = meta | given
+    if (args.sink or args.absolute_positions) and not meta.get("window"):
+        raise ValueError(f"{'--sink' if args.sink else '--absolute-positions'}: of use with --window alone")
+    if args.released_cache and meta.get("window") and not meta.get("absolute_positions"):
+        raise ValueError("--released-cache: what it reads cannot be moved along with --window; --absolute-positions")
+    check_window(meta)
+    return meta
+
+
 def open_player(args: argparse.Namespace) -> tuple[Path, Player, Path | None]:
     """The checkpoint that is played, its network with VAE and encoder, and the files of the encoder, None for words."""
     device = open_device(args.sp)
@@ -1245,19 +1301,7 @@ def open_player(args: argparse.Namespace) -> tuple[Path, Player, Path | None]:
         raise ValueError(f"{ckpt}: no VAE lies beside it; --vae names one")
     text_encoder = args.text_encoder or beside(ckpt, "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")
     encoder = load_encoder(meta["preset"], text_encoder, device)
-    if args.sampling_steps is not None:
-        meta["sampling_steps"] = args.sampling_steps
-    if args.guidance is not None:
-        meta["guidance"] = args.guidance
-    if args.window is not None:
-        meta["window"] = args.window
-    if args.sink is not None:
-        meta["sink"] = args.sink
-    if args.absolute_positions:
-        meta["absolute_positions"] = True
-    if (args.sink or args.absolute_positions) and not meta.get("window"):
-        raise ValueError(f"{'--sink' if args.sink else '--absolute-positions'}: of use with --window alone")
-    check_window(meta)
+    meta = with_flags(meta, args)
     say(f"{ckpt}: stage {meta['stage']}, trained for {meta['step']} steps; {meta['sampling_steps']} sampling steps, "
         f"guidance {meta['guidance']:g}", file=sys.stderr)
     return ckpt, Player(net, load_vae(vae, device, meta["vae_fingerprint"]), encoder, meta), text_encoder
@@ -1266,7 +1310,7 @@ def open_player(args: argparse.Namespace) -> tuple[Path, Player, Path | None]:
 def open_paths(args: argparse.Namespace, ckpt: Path, player: Player, text_encoder: Path | None):
     """The paths to walk, a prompt for each, and the player, its prompts read. Raises ValueError for any bad one."""
     net, _, encoder, meta = player
-    paths = read_camera(args.camera)
+    paths = read_camera(args.camera or PATH)
     if text_encoder and not args.prompt and not all(path.prompt for path in paths):
         raise ValueError(f"--prompt: expected a description of the world, which {ckpt} reads through {text_encoder}")
     if text_encoder and encoder.encode_image and not args.image:
@@ -1342,12 +1386,12 @@ def main(args: argparse.Namespace) -> None:
     if args.live:
         return live(args)
     if args.plan:
-        return print_plan(plan(args.preset or "tiny"))
+        return print_plan(plan(args.preset or "tiny", settings_of_preset(args)))
     if args.preset:
-        player, camera, image = random_player(args.preset)
+        player, camera, image = random_player(args)
         found = bench(player, "", camera, image)
         card, peak = card_name(), peak_memory(next(player.net.parameters()).device) / 1e9
-        return print(json.dumps({"preset": args.preset, "card": card, "peak_gb": peak} | found))
+        return say(json.dumps({"preset": args.preset, "card": card, "peak_gb": peak} | found))
     ckpt, player, text_encoder = open_player(args)
     if args.score and text_encoder:
         raise ValueError(f"--score measures the toy world, but {ckpt} reads its prompts through {text_encoder}")

@@ -4,6 +4,7 @@
 #   examples/bench.sh plan wan-14b 64 --sp 8        on so many GPUs, counted without any, in two minutes
 #   examples/bench.sh run wan-1.3b 8                the same, and measured on the GPUs of this machine
 #   examples/bench.sh walk --window 8 --sink 1      the shipped students along 1, 10 and 50 times the trained length
+#   examples/bench.sh prices --scenes 32            them with fewer steps, windows, compiled: frames/s, and what it costs
 #
 # Flags after the number go to every stage. A row: preset, stage, GPUs, flags, card, GB on each, TFLOP and seconds a step
 # (for a plan, at the card's limit), and the share of the rate of a large matmul that was reached.
@@ -19,6 +20,22 @@ z = json.loads(sys.stdin.read())
 print("|", " | ".join([*sys.argv[1:], str(z["last_chunk_ms"]), str(z["state_mb"]), "{:.2f}".format(z["peak_gb"]),
                        str(z["fps"])]), "|")
 ' "$world" "$((steps + 1))"
+        done
+    done
+    exit
+fi
+
+if [ "$1" = prices ]; then  # a row: world, flags, frames/s, seconds to the first frame, PSNR, control, degrees, units, jump
+    for world in tiny tiny-hy; do
+        for flags in "--sampling-steps 4" "--sampling-steps 2" "--sampling-steps 1" "--window 8 --sink 2" \
+                "--window 4 --sink 1" --compile; do
+            # shellcheck disable=SC2086
+            python stream.py --score --ckpt "ckpt/$world/dmd.pt" $flags "${@:2}" | python -c '
+import json, sys
+z = json.loads(sys.stdin.read())
+names = ("fps", "first_frame_s", "psnr", "counterfactual_accuracy", "rot_err_deg", "trans_err", "boundary_jump")
+print("|", " | ".join([*sys.argv[1:], *("{:.3g}".format(z[name]) for name in names)]), "|")
+' "$world" "\`$flags\`"
         done
     done
     exit

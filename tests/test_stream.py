@@ -4,6 +4,7 @@ whether the measures are right (ground truth instead of a model), and what bad i
 """
 import json
 import math
+import threading
 
 import imageio.v3 as imageio
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import stream as script
 from conftest import ROOT, SCRIPTS, call, refusal
 from data import (
     K_SQUARE, KEYS, LOOKS, N_PANELS, STEP, cast, encode_words, intrinsics, load_encoder, paint, parse_trajectory,
@@ -18,8 +20,8 @@ from data import (
 )
 from model import Camera, guide, invert_se3, load_checkpoint, load_net, load_vae, noise_levels, rollout, save_checkpoint
 from stream import (
-    TOY_PROMPT, Player, average, coverage, edge_ratio, encode_prompts, explain, measure, psnr, read_pose, sharpness,
-    standard_error, stream,
+    TOY_PROMPT, Player, average, coverage, edge_ratio, encode_prompts, explain, measure, open_stream, psnr, read_pose,
+    sharpness, standard_error, step, stream, whole_chunks,
 )
 
 CPU = torch.device("cpu")
@@ -44,11 +46,11 @@ def camera_along(viewmats, meta, b=1):
     return Camera(viewmats.expand(b, *viewmats.shape), intrinsics(meta["K"]).expand(b, len(viewmats), 3, 3))
 
 
-def walk(player, path, prompts=(TOY_PROMPT,), seeds=(0,), given=None, seconds=None):
+def walk(player, path, prompts=(TOY_PROMPT,), seeds=(0,), given=None):
     """The whole video [b 3 t H W] along a pose string or viewmats [f 4 4], and the number of pieces it came in."""
     viewmats = parse_trajectory(path) if isinstance(path, str) else path
     camera = camera_along(viewmats, player.meta, len(prompts))
-    pieces = list(stream(player, list(prompts), camera, list(seeds), given, seconds))
+    pieces = list(stream(player, list(prompts), camera, list(seeds), given))
     return torch.cat(pieces, dim=2), len(pieces)
 
 
@@ -170,11 +172,49 @@ def test_batch_of_two_equals_each_alone(chain, stage):
         torch.testing.assert_close(both[n : n + 1], walk(player, "w*3", [prompt], [seed])[0], atol=2e-5, rtol=0)
 
 
-def test_stream_times_its_parts_and_is_the_same_video(chain):
-    player, seconds = open_player(chain, "dmd"), {}
-    timed, untimed = walk(player, "w*3", seconds=seconds)[0], walk(player, "w*3")[0]
-    assert torch.equal(timed, untimed) and seconds.keys() == {"prompt", "denoise", "cache", "decode"}
-    assert min(seconds.values()) > 0
+def test_steps_are_timed_and_made_one_after_the_other_are_the_same_video(chain):
+    player, seconds, pieces = open_player(chain, "dmd"), {}, []
+    state = open_stream(player, [TOY_PROMPT], [0], None, seconds)
+    for here in whole_chunks(player, camera_along(parse_trajectory("w*3"), player.meta)):
+        video, state = step(player, state, here, seconds)
+        pieces.append(video)
+    assert torch.equal(torch.cat(pieces, dim=2), walk(player, "w*3")[0])
+    assert seconds.keys() == {"prompt", "denoise", "cache", "decode"} and min(seconds.values()) > 0
+
+
+def test_a_chunk_is_denoised_while_the_one_before_it_is_decoded(chain, monkeypatch):
+    """Each waits for the other: in one thread, neither would ever end."""
+    player, both = open_player(chain, "dmd"), threading.Barrier(2, timeout=60)
+    denoise, decode, calls = script.denoise, script.decode, []
+
+    def denoised(*of):
+        calls.append("denoise")
+        if len(calls) > 1:  # the first has nothing to wait for
+            both.wait()
+        return denoise(*of)
+
+    def decoded(*of):
+        calls.append("decode")
+        if calls.count("decode") < 4:  # the last has nothing either
+            both.wait()
+        return decode(*of)
+
+    monkeypatch.setattr(script, "denoise", denoised)
+    monkeypatch.setattr(script, "decode", decoded)
+    video, pieces = walk(player, "w*7")
+    assert pieces == 4 and video.shape[2] == 29
+
+
+def test_an_error_of_the_thread_is_heard_and_a_stream_can_be_left(chain, monkeypatch):
+    player = open_player(chain, "dmd")
+    camera = camera_along(parse_trajectory("w*7"), player.meta)
+    left = stream(player, [TOY_PROMPT], camera, [0])
+    next(left)
+    left.close()
+    assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
+    monkeypatch.setattr(script, "next_chunk", lambda *of: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(stream(player, [TOY_PROMPT], camera, [0]))
 
 
 @pytest.mark.parametrize("stage", ("camera", "ar", "dmd"))

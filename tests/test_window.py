@@ -16,7 +16,7 @@ from model import (
     PRESETS, Camera, DiTConfig, KVCache, WanDiT, action_labels, build_vae, commit, invert_se3, move_piece, move_window,
     prefill, reread, rolling_cache, rollout, start_stream, update_cache,
 )
-from stream import TOY_PROMPT, Player, held_bytes, open_stream, step
+from stream import TOY_PROMPT, Player, held_bytes, open_stream, parse_args, step, with_flags
 
 BACKBONES = ("wan", "hy")
 META = {"frames": 8, "camera": True, "chunk": 2, "shift": 3.0, "sampler": "few_step", "sampling_steps": 2,
@@ -364,6 +364,13 @@ def test_a_window_without_room_is_refused(tmp_path, flags, found):
     (tmp_path / "walk.mp4").write_text("mine")
     assert found in refusal("stream.py", "--ckpt", ROOT / "ckpt/tiny/dmd.pt", *flags, cwd=tmp_path)
     assert (tmp_path / "walk.mp4").read_text() == "mine"
+
+
+def test_what_a_released_student_reads_wrongly_is_not_moved():
+    flags = ["--released-cache", "--window", "6"]
+    with pytest.raises(ValueError, match="--released-cache"):
+        with_flags(META, parse_args(flags))
+    assert with_flags(META, parse_args([*flags, "--absolute-positions"]))["absolute_positions"]
 
 
 @pytest.mark.slow

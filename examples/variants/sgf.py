@@ -153,7 +153,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--max-grad-norm", type=float, help="gradients longer than this are scaled down to it")
     p.add_argument("--ema-decay", type=float, help="of the averaged weights, which are what --out holds")
     # -- end ---------------------------------------------------------------------------------------------------------
-    p.add_argument("--scores", type=Path, default=Path("ckpt/camera.pt"), help="camera model of any size: both scores")
+    p.add_argument("--scores", type=Path, default=Path("ckpt/camera.pt"), help="camera model of any size: both scores; "
+                   "--plan and --bench take them for as large as the student")
     p.add_argument("--fake-score-lr", type=float, help="learning rate of fake_score's AdamW")
     p.add_argument("--fake-score-updates", type=positive, help="of fake_score, per generator update")
     p.add_argument("--guidance", type=float, help="of real_score: w in null + w (cond - null); 1 is off")
