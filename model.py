@@ -898,27 +898,23 @@ def reread(net: nn.Module, meta: "Meta", state: StreamState, prompts: list[Promp
 
 
 def rollout(net: nn.Module, meta: "Meta", rng: list[torch.Generator], shape: tuple[int, ...], prompt: Prompt,
-            null: Prompt, camera: Camera, given: Tensor | None = None, seconds: dict[str, float] | None = None):
+            null: Prompt, camera: Camera, given: Tensor | None = None):
     """Yield x0 [b f c h w] chunk by chunk, each denoised after what was yielded before it.
 
     rng: one generator per video, shape: [f c h w]. meta: how the checkpoint is to be sampled.
     prompt, null: b each. What HY's says of an image, it says in both.
     given: the first latent frames [b p c h w], an image or a short video, if they are given rather than generated.
-    seconds: if given, the time spent is added to its "denoise" and "cache".
     """
     f, chunk = shape[0], meta["chunk"] or shape[0]  # bidirectional models have chunk 0: all frames at once
     prompts = [prompt] if meta["guidance"] == 1 else [prompt, null]
-    with timed(seconds, "cache"):
-        state = start_stream(net, meta, rng, shape[1:], prompts, camera.viewmats.device)
+    state = start_stream(net, meta, rng, shape[1:], prompts, camera.viewmats.device)
     for start in range(0, f, chunk):
         frames = slice(start, start + chunk)
         here = camera.frames(frames)
-        with timed(seconds, "denoise"):
-            x0 = next_chunk(net, meta, state, prompts, here, None if given is None else given[:, frames])
+        x0 = next_chunk(net, meta, state, prompts, here, None if given is None else given[:, frames])
         yield x0
         if frames.stop < f:
-            with timed(seconds, "cache"):
-                state = commit(net, meta, state, x0, prompts, here)
+            state = commit(net, meta, state, x0, prompts, here)
 
 
 @contextmanager
@@ -1055,10 +1051,11 @@ def compile_block(block: nn.Module) -> None:
     once for every kind of pass; only the length of a cache may vary.
     """
     import torch._dynamo
-    torch._dynamo.config.recompile_limit = 64  # DMD has seven: a chunk or a video, with gradient or without, ...
     forward = torch.compile(block.forward)
 
     def run(x: Tensor, *others):
+        # each thread has its own; DMD has seven kinds: a chunk or a video, with gradient or without, ...
+        torch._dynamo.config.recompile_limit = 64
         x = x.clone() if x._is_view() else x  # the first block's is a view, the others' are not: two kinds for nothing
         args = [one_piece(z) if isinstance(z, list) else z for z in others]  # the one list among them is the cache
         for piece in next(z for z in args if isinstance(z, list)):

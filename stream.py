@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import re
 import select
 import socket
 import struct
@@ -30,6 +31,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain, pairwise
 from pathlib import Path
@@ -162,7 +164,8 @@ def step(player: Player, state: PlayerState, camera: Camera,
     camera: viewmats [b n 4 4], Ks [b n 3 3] of the n latent frames of a chunk. t = 4 n, in the first step 4 n - 3.
     """
     state = denoise(player, state, camera, seconds)
-    return decode(player, state, state.finished[0], seconds)
+    video, feat_cache = decode(player, state.feat_cache, state.finished[0], seconds)
+    return video, state._replace(feat_cache=feat_cache)
 
 
 @torch.no_grad()
@@ -178,14 +181,20 @@ def denoise(player: Player, state: PlayerState, camera: Camera, seconds: dict[st
 
 
 @torch.no_grad()
-def decode(player: Player, state: PlayerState, x0: Tensor,
-           seconds: dict[str, float] | None = None) -> tuple[Tensor, PlayerState]:
-    """The other half: the video of the chunk's latents, all at once or one after the other."""
+def decode(player: Player, feat_cache: dict | None, x0: Tensor,
+           seconds: dict[str, float] | None = None) -> tuple[Tensor, dict]:
+    """The other half: the video of a chunk's latents, of all at once or one by one, and the VAE's new memory."""
     with timed(seconds, "decode"):
-        video, feat_cache = player.vae.decode(x0, state.feat_cache)
+        video, feat_cache = player.vae.decode(x0, feat_cache)
         if player.meta.get("window"):
             feat_cache = forget(feat_cache, player.meta["window"])
-    return video.clamp(-1, 1), state._replace(feat_cache=feat_cache)
+    return video.clamp(-1, 1), feat_cache
+
+
+@cache
+def stream_aside(device: torch.device) -> torch.cuda.Stream:
+    """The GPU's second stream: one for all videos, as the allocator keeps what a stream has freed for that stream."""
+    return torch.cuda.Stream(device)
 
 
 def stream(player: Player, prompts: list[str], camera: Camera, seeds: list[int],
@@ -198,33 +207,38 @@ def stream(player: Player, prompts: list[str], camera: Camera, seeds: list[int],
     with given frames; HY also reads its first frame with the prompt, and makes it anew if it was not.
 
     The same as one `step` after the other, but while a chunk is decoded and its frames are taken, a thread, on a GPU
-    with a stream of its own, already denoises the next.
+    with a stream of its own, already denoises the next. Who leaves early waits until that is done.
     """
-    decoded = state = open_stream(player, prompts, seeds, given)
+    opened = open_stream(player, prompts, seeds, given)
+    chunks, feat_cache = whole_chunks(player, camera), None
     left = 1 + 4 * (camera.viewmats.shape[1] - 1)  # pixel frames to show
-    chunks = whole_chunks(player, camera)
-    here = torch.cuda.current_stream() if chunks[0].Ks.is_cuda else None
-    aside = torch.cuda.Stream() if here else None
-    if here:
-        aside.wait_stream(here)
+    device, here, aside = chunks[0].Ks.device, None, None
+    if device.type == "cuda":
+        here, aside = torch.cuda.current_stream(device), stream_aside(device)
+        aside.wait_stream(here)  # what `opened` and `chunks` hold was made here, and is kept until `aside` has read it
 
     def ahead(state: PlayerState, camera: Camera) -> PlayerState:
         with torch.cuda.stream(aside):  # None, on a CPU: nothing
             return denoise(player, state, camera)
 
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(ahead, state, chunks[0])
-        for following in [*chunks[1:], None]:
-            state = coming.result()
-            x0 = state.finished[0]
-            if here:
-                here.wait_stream(aside)
-                x0.record_stream(here)
-            if following:
-                coming = thread.submit(ahead, state, following)
-            video, decoded = decode(player, decoded, x0)
-            yield video[:, :, :left]
-            left -= video.shape[2]
+    try:
+        on_device = {"initializer": torch.cuda.set_device, "initargs": (device,)} if here else {}
+        with ThreadPoolExecutor(1, **on_device) as thread:
+            coming = thread.submit(ahead, opened, chunks[0])
+            for following in [*chunks[1:], None]:
+                state = coming.result()
+                x0 = state.finished[0]
+                if here:
+                    here.wait_stream(aside)
+                    x0.record_stream(here)
+                if following:
+                    coming = thread.submit(ahead, state, following)
+                video, feat_cache = decode(player, feat_cache, x0)
+                yield video[:, :, :left]
+                left -= video.shape[2]
+    finally:
+        if here:
+            here.wait_stream(aside)
 
 
 def whole_chunks(player: Player, camera: Camera) -> list[Camera]:
@@ -703,15 +717,15 @@ def bench(player: Player, prompt: str, camera: Camera, given: Tensor | None = No
     for _ in range(4):  # of which the first warms up
         clock, frames = [time.perf_counter()], 0
         for video in stream(player, [prompt], camera, [0], given):
-            frames += video.shape[2]
+            frames += video.cpu().shape[2]  # as who watches: it is there
             clock.append(time.perf_counter())
         clocks.append(np.diff(clock))
     chunks = min(clocks[1:], key=sum)
 
-    seconds: dict[str, float] = {}
-    state = open_stream(player, [prompt], [0], given, seconds)
-    for here in whole_chunks(player, camera):
-        _, state = step(player, state, here, seconds)
+    for seconds in {}, {}:  # of which the first warms up
+        state = open_stream(player, [prompt], [0], given, seconds)
+        for here in whole_chunks(player, camera):
+            _, state = step(player, state, here, seconds)
     return {"fps": round(frames / chunks.sum(), 1), "first_frame_s": round(chunks[0], 4), "frames": frames,
             "last_chunk_ms": round(1000 * np.median(chunks[-math.ceil(len(chunks) / 10) :]), 1),
             "state_mb": round(held_bytes(state) / 1e6, 3),
@@ -740,9 +754,12 @@ def settings_of_preset(args: argparse.Namespace) -> Meta:
                 "--text-encoder": args.text_encoder, "--prompt": args.prompt, "--score": args.score}
     for flag, value in of_files.items():
         if value:
-            raise ValueError(f"{flag}: of no use with --preset, whose network is noise and reads no files")
+            raise ValueError(f"{flag}: of no use with --plan and --preset, whose network is noise and reads no files")
+    if args.plan and args.sp > 1:
+        raise ValueError(f"--sp {args.sp}: --plan counts a stream on one GPU")
     meta = with_flags(usual_meta(preset, "dmd"), args)
-    return meta | ({"frames": len(read_camera(args.camera)[0].viewmats)} if args.camera else {})
+    f = len(read_camera(args.camera)[0].viewmats) if args.camera else meta["frames"]
+    return meta | {"frames": f + -f % meta["chunk"]}  # chunks are whole
 
 
 def random_player(args: argparse.Namespace) -> tuple[Player, Camera, Tensor | None]:
@@ -786,6 +803,8 @@ def count_decoding(preset: str, meta: Meta) -> list[Counter]:
         for x0 in batch.x0.split(meta["chunk"], dim=1):
             with meter:
                 _, feat_cache = vae.decode(x0, feat_cache)
+                if meta.get("window"):
+                    feat_cache = forget(feat_cache, meta["window"])
             chunks.append(meter.settle())
     return chunks
 
@@ -798,7 +817,9 @@ def plan(preset: str, meta: Meta) -> dict:
     with torch.device("meta"):
         net, vae = (sum(p.numel() for p in part.parameters()) for part in (build(preset), build_vae(preset)))
     gb = {"weights": 2 * net / 1e9, "vae": 4 * vae / 1e9, "cache": chunks[-1]["cache"] / 1e9,
-          "activations": max(cost["activations"] for cost in chunks + decoding) / 1e9}
+          # the next chunk's passes run while one is decoded
+          "activations": sum(max(cost["activations"] for cost in costs) for costs in (chunks, decoding)) / 1e9}
+    cached = min(meta["frames"], meta.get("window") or meta["frames"]) - meta["chunk"]  # frames, at most
     rate, bandwidth = CARDS["H100"]
     seconds = []
     for cost, decode in zip(chunks, decoding, strict=True):
@@ -807,7 +828,7 @@ def plan(preset: str, meta: Meta) -> dict:
         # the VAE is fp32, whose convolutions run at half the rate (TF32)
         seconds.append(max(cost["flop"] / rate, reading / bandwidth) + 2 * decode["flop"] / rate)
     return {"preset": preset, "stage": "stream", "gpus": 1, "gb": gb | {"total": sum(gb.values())},
-            "cache_gb_per_frame": chunks[-1]["cache"] / 1e9 / (meta["frames"] - meta["chunk"]),
+            "cache_gb_per_frame": chunks[-1]["cache"] / 1e9 / cached if cached else 0.0,
             "tflop": [round(cost["flop"] / 1e12, 4) for cost in chunks],
             "tflop_decode": [round(cost["flop"] / 1e12, 4) for cost in decoding],
             "first_frame_s": seconds[0], "fps": 4 * meta["chunk"] / seconds[-1]}
@@ -815,7 +836,7 @@ def plan(preset: str, meta: Meta) -> dict:
 
 def print_plan(found: dict) -> None:
     """A table to read, and the same as a line of JSON."""
-    notes = {"weights": "bf16", "vae": "fp32", "activations": "of a pass, or of decoding a chunk", "total": "",
+    notes = {"weights": "bf16", "vae": "fp32", "activations": "of a pass, and of decoding a chunk", "total": "",
              "cache": f"{found['cache_gb_per_frame']:.3g} for each frame of the past"}
     print(f"a stream of {found['preset']} on one GPU: GB that it holds")
     for kind, size in found["gb"].items():
@@ -923,11 +944,10 @@ class Live:
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed {seed}: expected 0 to 2**63 - 1")
         prompt = asked.get("prompt")
+        self.driving(asked.get("viewer"))  # before an encoder is asked to work for it
         prompts = None if prompt is None else self.read(prompt)
         with self.changed:
-            viewer = self.viewers.get(asked.get("viewer"))
-            if viewer is None or viewer is not self.driver():
-                raise ValueError("this page watches: the one that was opened first has the keys")
+            viewer = self.driving(asked.get("viewer"))
             if "keys" in asked and asked.get("number", 0) > viewer.number:  # requests may overtake each other
                 viewer.tapped |= set(keys) - viewer.held
                 viewer.held, viewer.number = set(keys), asked["number"]
@@ -937,6 +957,13 @@ class Live:
                 self.orders["reset"] = True
             self.seed, self.fps, self.paused = asked.get("seed", self.seed), fps, asked.get("paused", self.paused)
             self.tell(self.status())
+
+    def driving(self, number: int | None) -> Viewer:
+        with self.changed:
+            viewer = self.viewers.get(number)
+            if viewer is None or viewer is not self.driver():
+                raise ValueError("this page watches: the one that was opened first has the keys")
+            return viewer
 
     @torch.no_grad()
     def read(self, prompt: str) -> list[Prompt]:
@@ -1038,7 +1065,8 @@ class Live:
 
         pieces, lead = [], 0.0
         for x0, pose in zip(self.state.finished[0].split(1, dim=1), poses, strict=True):
-            piece, self.state = decode(self.player, self.state, x0)
+            piece, feat_cache = decode(self.player, self.state.feat_cache, x0)
+            self.state = self.state._replace(feat_cache=feat_cache)
             shown = sum(z.shape[2] for z in pieces)
             pieces.append(piece.cpu())
             ready = time.perf_counter()
@@ -1165,7 +1193,7 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if self.path != "/input":
             self.answer(404, "error: nothing here")
-        elif not length.isdecimal() or int(length) > MOST_BYTES:
+        elif not re.fullmatch("[0-9]{1,6}", length) or int(length) > MOST_BYTES:
             self.answer(413, f"error: expected at most {MOST_BYTES} bytes")
         else:
             try:
@@ -1202,9 +1230,6 @@ def live(args: argparse.Namespace) -> None:
             meta = player.meta
             if not meta["chunk"]:
                 raise ValueError(f"{ckpt}: --live needs a network that goes on chunk by chunk; this makes all at once")
-            if not meta.get("window") and args.window is None:  # a walk without end takes one; what it was trained with
-                meta |= {"window": meta["frames"], "sink": meta.get("sink") or meta["chunk"]}
-                check_window(meta)
             if next(player.net.parameters()).device.type == "cpu":
                 torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is the browser's
             _, prompts, _ = open_paths(args, ckpt, player, text_encoder)
@@ -1243,6 +1268,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out}: expected a name that ends in .mp4 or .gif")
     if args.preset and not (args.plan or args.bench):
         raise ValueError(f"--preset {args.preset}: of use with --plan and --bench alone; a checkpoint knows its own")
+    if args.score and args.image:
+        raise ValueError("--image: with --score, --given says how many frames of the true room a video goes on from")
     if args.live and (args.plan or args.bench or args.score or args.sp > 1):
         raise ValueError("--live: expected none of --plan, --bench, --score and --sp with it")
     if not 0 <= args.port < 65536:
@@ -1281,10 +1308,13 @@ def with_flags(meta: Meta, args: argparse.Namespace) -> Meta:
     names = ("sampling_steps", "guidance", "window", "sink", "absolute_positions")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     meta = meta | given
-    if (args.sink or args.absolute_positions) and not meta.get("window"):
+    if (args.sink or args.absolute_positions) and not (meta.get("window") or args.live):
         raise ValueError(f"{'--sink' if args.sink else '--absolute-positions'}: of use with --window alone")
+    if args.live and meta["chunk"] and not meta.get("window") and args.window is None:
+        # a walk without end takes a window, of what the network was trained with
+        meta |= {"window": meta["frames"], "sink": meta.get("sink") or meta["chunk"]}
     if args.released_cache and meta.get("window") and not meta.get("absolute_positions"):
-        raise ValueError("--released-cache: what it reads cannot be moved along with --window; --absolute-positions")
+        raise ValueError("--released-cache: what it reads cannot be moved along with a window; --absolute-positions")
     check_window(meta)
     return meta
 
@@ -1411,7 +1441,7 @@ def main(args: argparse.Namespace) -> None:
     if args.bench or args.score:
         views = paths[0].viewmats
         camera = Camera(views[None], intrinsics(meta["K"]).expand(1, len(views), 3, 3))
-        timing = bench(player, prompts[0], camera)
+        timing = bench(player, prompts[0], camera, read_given(args.image, player, len(views)) if args.image else None)
         if args.bench:
             say(json.dumps(timing | {"peak_gb": peak_memory(next(player.net.parameters()).device) / 1e9}))
         if args.score:
