@@ -206,14 +206,19 @@ def stream(player: Player, prompts: list[str], camera: Camera, seeds: list[int],
     given: an image or a short video [b 3 t H W] to go on from. The stream begins with it if the network was trained
     with given frames; HY also reads its first frame with the prompt, and makes it anew if it was not.
 
-    The same as one `step` after the other, but while a chunk is decoded and its frames are taken, a thread, on a GPU
-    with a stream of its own, already denoises the next. Who leaves early waits until that is done.
+    The same as one `step` after the other, to rounding, but while a chunk is decoded and its frames are taken, a thread
+    already denoises the next: on a GPU with a stream of its own, on a CPU each with half of the cores, until the last
+    frame. Who leaves early waits for the chunk that is begun.
     """
     opened = open_stream(player, prompts, seeds, given)
     chunks, feat_cache = whole_chunks(player, camera), None
     left = 1 + 4 * (camera.viewmats.shape[1] - 1)  # pixel frames to show
     device, here, aside = chunks[0].Ks.device, None, None
+    cores = torch.get_num_threads()
+    share = max(1, cores // 2) if len(chunks) > 1 else cores  # a single chunk has nothing beside it
+    prepare = {"initializer": torch.set_num_threads, "initargs": (share,)}
     if device.type == "cuda":
+        prepare = {"initializer": torch.cuda.set_device, "initargs": (device,)}
         here, aside = torch.cuda.current_stream(device), stream_aside(device)
         aside.wait_stream(here)  # what `opened` and `chunks` hold was made here, and is kept until `aside` has read it
 
@@ -222,8 +227,9 @@ def stream(player: Player, prompts: list[str], camera: Camera, seeds: list[int],
             return denoise(player, state, camera)
 
     try:
-        on_device = {"initializer": torch.cuda.set_device, "initargs": (device,)} if here else {}
-        with ThreadPoolExecutor(1, **on_device) as thread:
+        if not here:
+            torch.set_num_threads(share)
+        with ThreadPoolExecutor(1, **prepare) as thread:
             coming = thread.submit(ahead, opened, chunks[0])
             for following in [*chunks[1:], None]:
                 state = coming.result()
@@ -237,6 +243,7 @@ def stream(player: Player, prompts: list[str], camera: Camera, seeds: list[int],
                 yield video[:, :, :left]
                 left -= video.shape[2]
     finally:
+        torch.set_num_threads(cores)
         if here:
             here.wait_stream(aside)
 

@@ -174,7 +174,7 @@ def test_the_plan_is_the_allocators_peak_within_5_percent(script, preset, recomp
 def test_so_it_is_of_a_sharded_run_at_full_width(script, preset, monkeypatch, tmp_path, capsys):
     """All that a step takes of a process, states and all; two blocks in fp32, a small picture.
 
-    So did the other stages of wan-1.3b, and hy-8b's, minutes and up to 15 GB each.
+    So did the other stages of wan-1.3b, and all of hy-8b's but dmd, which takes more than 24 GB: minutes each.
     """
     monkeypatch.setattr(torch.nn.Module, "bfloat16", lambda net: net)
     monkeypatch.setattr(model, "COMPUTE", 4)
