@@ -765,7 +765,7 @@ def settings_of_preset(args: argparse.Namespace) -> Meta:
     if args.plan and args.sp > 1:
         raise ValueError(f"--sp {args.sp}: --plan counts a stream on one GPU")
     meta = with_flags(usual_meta(preset, "dmd"), args)
-    f = len(read_camera(args.camera)[0].viewmats) if args.camera else meta["frames"]
+    f = meta["frames"] if args.camera is None else len(read_camera(args.camera)[0].viewmats)
     return meta | {"frames": f + -f % meta["chunk"]}  # chunks are whole
 
 
@@ -1347,7 +1347,7 @@ def open_player(args: argparse.Namespace) -> tuple[Path, Player, Path | None]:
 def open_paths(args: argparse.Namespace, ckpt: Path, player: Player, text_encoder: Path | None):
     """The paths to walk, a prompt for each, and the player, its prompts read. Raises ValueError for any bad one."""
     net, _, encoder, meta = player
-    paths = read_camera(args.camera or PATH)
+    paths = read_camera(PATH if args.camera is None else args.camera)
     if text_encoder and not args.prompt and not all(path.prompt for path in paths):
         raise ValueError(f"--prompt: expected a description of the world, which {ckpt} reads through {text_encoder}")
     if text_encoder and encoder.encode_image and not args.image:
