@@ -284,18 +284,26 @@ def test_plan_of_a_stream(preset, tmp_path, capsys):
     assert all(later["flop"] > earlier["flop"] for earlier, later in zip(chunks, chunks[1:]))
 
 
+@pytest.mark.slow
 def test_a_bill_of_a_stream_hears_its_flags(tmp_path, capsys):
     def bill(*flags):
-        call("stream.py", "--plan", "--preset", "tiny", *flags, cwd=tmp_path)
+        call("stream.py", "--plan", "--preset", "tiny", "--sampling-steps", "1", *flags, cwd=tmp_path)
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
-    usual, longer = bill(), bill("--camera", "w*19")
-    assert len(longer["tflop"]) == 10 and longer["gb"]["cache"] > usual["gb"]["cache"]
-    bounded = bill("--camera", "w*19", "--window", "4", "--sink", "1")
-    assert bounded["gb"]["cache"] < longer["gb"]["cache"] and bounded["tflop"][-1] == bounded["tflop"][4]
-    assert bill("--sampling-steps", "1")["tflop"][0] < usual["tflop"][0] < bill("--guidance", "2")["tflop"][0]
-    for flags in (["--ckpt", "dmd.pt"], ["--prompt", "a room"], ["--window", "1"], ["--sink", "1"]):
-        assert flags[0] in refusal("stream.py", "--plan", "--preset", "tiny", *flags, cwd=tmp_path)
+    usual, longer = bill(), bill("--camera", "w*11")
+    assert len(longer["tflop"]) == 6 and longer["gb"]["cache"] > usual["gb"]["cache"]
+    bounded = bill("--camera", "w*10", "--window", "4", "--sink", "1")
+    assert len(bounded["tflop"]) == 6 and bounded["tflop"][-1] == bounded["tflop"][3]
+    assert bounded["gb"]["cache"] < longer["gb"]["cache"]
+    assert bounded["cache_gb_per_frame"] == pytest.approx(longer["cache_gb_per_frame"], rel=0.5)
+    assert bill("--guidance", "2")["tflop"][0] > usual["tflop"][0]
+    assert len(bill("--camera", "w")["tflop"]) == 1
+
+
+@pytest.mark.parametrize("flags", [
+    ["--ckpt", "dmd.pt"], ["--prompt", "a room"], ["--window", "1"], ["--sink", "1"], ["--sp", "2"]])
+def test_what_no_bill_of_a_stream_hears_is_refused(tmp_path, flags):
+    assert flags[0] in refusal("stream.py", "--plan", "--preset", "tiny", *flags, cwd=tmp_path)
 
 
 def test_a_preset_without_a_checkpoint_is_for_bills(tmp_path):
