@@ -205,6 +205,21 @@ def test_a_chunk_is_denoised_while_the_one_before_it_is_decoded(chain, monkeypat
     assert pieces == 4 and video.shape[2] == 29
 
 
+def test_two_threads_share_the_cores_and_give_them_back(chain, monkeypatch):
+    player, denoise, decode, seen = open_player(chain, "dmd"), script.denoise, script.decode, []
+    monkeypatch.setattr(script, "denoise", lambda *of: seen.append(torch.get_num_threads()) or denoise(*of))
+    monkeypatch.setattr(script, "decode", lambda *of: seen.append(torch.get_num_threads()) or decode(*of))
+    torch.set_num_threads(2)
+    try:
+        walk(player, "w*3")
+        assert seen == [1] * 4 and torch.get_num_threads() == 2
+        seen.clear()
+        walk(player, "w")  # a single chunk has all of them
+        assert seen == [2] * 2
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_an_error_of_the_thread_is_heard_and_a_stream_can_be_left(chain, monkeypatch):
     player = open_player(chain, "dmd")
     camera = camera_along(parse_trajectory("w*7"), player.meta)
