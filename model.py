@@ -2973,8 +2973,10 @@ def plan(args: argparse.Namespace, work: Work, gpus: int) -> dict[str, Any]:
         "optimizer": 8 * sum(trained.values()) / shards,
         "ema": 4 * total * bool(trained) / shards,
         "other": 4 * total * (len(work.nets) - 1 - kept) / shards,
-        # what is outside of blocks, the block at work and the next one, in bf16; its gradients, in bf16 and as summed
-        "gathered": COMPUTE * (total - dit.layers * block) + (3 * COMPUTE + 4 if trained else 2 * COMPUTE) * block,
+        # what is outside of blocks and the block at work, with gradients, in bf16; the next one, in bf16, and the
+        # gradients of the last one, on their way in fp32
+        "gathered": COMPUTE * (total - dit.layers * block) + COMPUTE * (1 + bool(trained)) * block
+        + (COMPUTE + 4 * bool(trained)) * block * (dit.layers > 1),
         "activations": peak["activations"], "cache": peak["cache"]}
     if vars(args).get("gather"):
         held["gathered"] += COMPUTE * total
