@@ -1265,6 +1265,10 @@ def load_checkpoint(path: Path, *stages: str, preset: str | None = None,
         check_same_tensors(weights, expected, owner=meta["preset"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    for name, w in weights.items():
+        if not w.is_floating_point() or not w.float().sum().isfinite() and not w.float().isfinite().all():
+            found = "NaN or inf" if w.is_floating_point() else str(w.dtype).removeprefix("torch.")
+            raise ValueError(f"{path}: expected finite floats, {name} holds {found}")
     weights = {name: weights[name] for name in expected}  # in our order, which a fingerprint depends on
     if stage != "vae":
         meta["fingerprint"] = fingerprint(weights, numbers=1000)
@@ -2532,8 +2536,10 @@ def read_released_folder(path: Path, want_vae: bool) -> tuple[dict[str, Tensor],
     folder = find_weights(path, "vae" if want_vae else "transformer")
     weights = read_safetensors(path if path.is_file() else folder)
     config_path, config = folder / "config.json", {}
-    if config_path.exists() or not is_hy(weights):  # HY-WorldPlay's weights need none: their shapes say it all
+    if config_path.exists() or not (path.is_file() or is_hy(weights)):  # HY-WorldPlay's weights need none, either
         config = read_json(config_path)
+    elif not is_hy(weights):
+        return read_single_file(path, weights)
 
     kind = config.get("_class_name")
     if kind in VAE_CLASSES:
@@ -2556,6 +2562,20 @@ def read_released_folder(path: Path, want_vae: bool) -> tuple[dict[str, Tensor],
             raise ValueError(f"{folder}: not at 480p, or distilled, so it wants other settings than those we know: "
                              f"expected its size, shift, sampling_steps and guidance in {meta_path}")
     return describe_net(path, meta_path, weights, stage, sizes_of(config))
+
+
+def read_single_file(path: Path, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], Meta]:
+    """Wan's network or VAE as one file of safetensors with nothing beside it, as for ComfyUI: shapes say the rest."""
+    weights = renamed(weights, ((r"^(model\.)?diffusion_model\.", ""),))
+    if any("lora_" in name for name in weights):
+        raise ValueError(f"{path}: a LoRA, which is no network: expected the weights that it was merged into")
+    if "encoder.conv1.weight" in weights:
+        return weights, describe_vae(path, weights, {})
+    if "patch_embedding.weight" not in weights:
+        raise ValueError(f"{path}: expected Wan's network or VAE, or a config.json beside it that says what it is; it "
+                         f"holds {', '.join([*weights][:3]) or 'nothing'}")
+    stage = None if any("prope" in name for name in weights) else "base"
+    return describe_net(path, find_meta_json(path, path.parent), weights, stage, {})
 
 
 def read_released_file(path: Path, saved: dict) -> tuple[dict[str, Tensor], Meta]:
@@ -3249,6 +3269,7 @@ DIFFUSERS_HY_VAE = (
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # no console stops a run over a letter that it lacks
     try:
         main()
     except ValueError as error:
