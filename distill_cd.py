@@ -190,6 +190,7 @@ WORK = Work("cd", {"net": True, "ema": False, "teacher": False}, rehearse, rando
 
 if __name__ == "__main__":
     # -- run (same in every stage) ----------------------------------------------------------------------------------
+    sys.stdout.reconfigure(errors="replace")  # no console stops a run over a letter that it lacks
     try:
         args = parse_args()
         if args.plan or args.bench:

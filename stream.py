@@ -42,16 +42,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from einops import rearrange
-from imageio_ffmpeg import get_ffmpeg_exe
+from imageio_ffmpeg import count_frames_and_secs, get_ffmpeg_exe
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
     CLEAR, GRAMMAR, KEYS, LOOKS, N_PANELS, NAMED, PALETTE, PILLAR, ROOM, SURFACE_OF_PANEL, TURN, VIDEOS, CameraPath,
-    Encoder, HelpFormatter, Scene, cast, collate_prompts, explain, explain_frames, from_bytes, held_out, intrinsics,
-    load_encoder, look_errors, mix, paint, parse_trajectory, pixel_cameras, positive, pressed, psnr, random_batch,
-    random_encoder, read_camera, read_prompt, render, resize_and_crop, rotation, sample_path, sample_toy, to_bytes,
-    write_sheet,
+    Encoder, HelpFormatter, Scene, cast, collate_prompts, explain, explain_frames, first_line, from_bytes, held_out,
+    intrinsics, load_encoder, look_errors, mix, paint, parse_trajectory, pixel_cameras, positive, pressed, psnr,
+    random_batch, random_encoder, read_camera, read_picture, read_prompt, render, replacing, resize_and_crop, rotation,
+    sample_path, sample_toy, to_bytes, write_sheet,
 )
 from model import (
     CARDS, PRESETS, Camera, HYPrompt, Meta, Meter, Prompt, StreamState, build, build_vae, card_name, check_window,
@@ -284,24 +284,28 @@ def read_given(path: Path, player: Player, latent_frames: int) -> Tensor:
 
     Raises ValueError when it cannot be read, is not 1 + 4k frames long, or leaves none of `latent_frames` to make.
     """
-    several = bool(player.meta["given_prob"])  # trained with one or two given latent frames, not only with HY's image
-    if not several and player.encoder.encode_image is None:
+    if not player.meta["given_prob"] and player.encoder.encode_image is None:
         raise ValueError(f"--image {path}: this checkpoint was never trained to go on from an image")
+    return read_image(path, player.meta, latent_frames, player.encoder)
+
+
+def read_image(path: Path, meta: Meta, latent_frames: int, encoder: Encoder) -> Tensor:
+    """As `read_given`, for a checkpoint that goes on from images."""
     try:
-        if path.suffix in VIDEOS:
-            pixels = np.stack(list(imageio.imiter(path)))[..., :3]
+        if path.suffix.lower() in VIDEOS:
+            pixels = np.stack([picture[..., :3] for picture in imageio.imiter(path)])
+            video = from_bytes(rearrange(torch.from_numpy(pixels), "t h w c -> t c h w"))
         else:
-            pixels = imageio.imread(path)[None]
+            video = read_picture(path)
     except Exception as error:  # each of imageio's plugins has its own
-        raise ValueError(f"--image {path}: cannot be read ({str(error).splitlines()[0]})") from None
-    t = len(pixels)
-    if t > 1 and not several:
+        raise ValueError(f"--image {path}: cannot be read ({first_line(error)})") from None
+    t = len(video)
+    if t > 1 and encoder.encode_image is not None and not meta.get("given_prob"):
         raise ValueError(f"--image {path}: {t} frames, but this checkpoint goes on from a single one")
-    if pixels.ndim != 4 or pixels.shape[3] < 3 or t % 4 != 1 or 1 + t // 4 >= latent_frames:
-        raise ValueError(f"--image {path}: found shape {list(pixels.shape)}, expected [t h w 3] with t = 1 + 4k and "
-                         f"fewer latent frames than the path's {latent_frames}")
-    video = from_bytes(rearrange(torch.from_numpy(pixels[..., :3].copy()), "t h w c -> t c h w"))
-    return rearrange(resize_and_crop(video, player.meta["size"]), "t c h w -> 1 c t h w")
+    if t % 4 != 1 or 1 + t // 4 >= latent_frames:
+        raise ValueError(f"--image {path}: found {t} frames, expected 1 + 4k and fewer latent frames than the path's "
+                         f"{latent_frames}")
+    return rearrange(resize_and_crop(video, meta["size"]), "t c h w -> 1 c t h w")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -329,36 +333,50 @@ def draw_keys(image: np.ndarray, keys: set[str]) -> None:
 
 
 def write_video(path: Path, pieces: Iterator[np.ndarray], fps: float) -> None:
-    """Pieces [n h w 3] of bytes -> mp4 or gif. Whatever `pieces` raises at the first one leaves what was at `path`.
+    """Pieces [n h w 3] of bytes -> mp4 or gif. Whatever goes wrong leaves what was at `path`.
 
-    An mp4 grows as they come. It is a row of fragments of a second each, which can be played without what comes after:
-    if the process is killed, what it made can be watched. A gif is written at the end.
+    An mp4 grows beside it, as `path`.tmp, and gets its name when it is complete. It is a row of fragments of a second
+    each, which can be played without what comes after: if the process is killed, what it made can be watched there.
     """
     first = next(pieces)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
         if path.suffix == ".gif":
-            imageio.imwrite(path, np.concatenate([first, *pieces]), duration=1000 / fps, loop=0)
+            images = np.concatenate([first, *pieces])
+            imageio.imwrite(temporary, images, extension=".gif", duration=1000 / fps, loop=0)
             return
-        height, width = first.shape[1:3]
-        # zerolatency: x264 would hold back some fifty frames to look ahead
-        encoder = subprocess.Popen([
-            get_ffmpeg_exe(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}",
-            "-r", str(fps), "-i", "-", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "12", "-tune", "zerolatency",
-            "-g", str(math.ceil(fps)), "-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-flush_packets",
-            "1", str(path),
-        ], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-    except OSError as error:
-        raise ValueError(f"{path}: could not be written ({error})") from error
+        try:
+            encode_mp4(temporary, chain([first], pieces), fps)
+        except KeyboardInterrupt:  # what was made until then is whole
+            temporary.replace(path)
+            raise
+
+
+def encode_mp4(path: Path, pieces: Iterator[np.ndarray], fps: float) -> None:
+    """Raises OSError with what ffmpeg had to say, or if not all frames can be read back."""
+    first = next(pieces)
+    height, width = first.shape[1:3]
+    # zerolatency: x264 would hold back some fifty frames to look ahead
+    encoder = subprocess.Popen([
+        get_ffmpeg_exe(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}",
+        "-r", str(fps), "-i", "-", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "12", "-tune", "zerolatency",
+        "-g", str(math.ceil(fps)), "-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-flush_packets",
+        "1", "-f", "mp4", str(path.absolute()),
+    ], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    written = 0
     try:
         for images in chain([first], pieces):
             encoder.stdin.write(images.tobytes())
+            written += len(images)
     except BrokenPipeError:
         pass  # it ended, and says below why
     finally:
         log = encoder.communicate()[1].decode(errors="replace").splitlines()
     if encoder.returncode != 0:
-        raise ValueError(f"{path}: could not be written ({log[-1] if log else f'ffmpeg: {encoder.returncode}'})")
+        raise OSError(log[-1] if log else f"ffmpeg: {encoder.returncode}")
+    found, _ = count_frames_and_secs(path)
+    if found != written:
+        raise OSError(f"{written} frames were written, {found} can be read back")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1273,6 +1291,11 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--guidance {args.guidance}: expected a finite number")
     if args.out.suffix not in (".mp4", ".gif"):
         raise ValueError(f"--out {args.out}: expected a name that ends in .mp4 or .gif")
+    inputs = {name: value for name in ("image", "camera", "ckpt", "vae") if (value := getattr(args, name))}
+    for path in (args.out, args.out.with_suffix(".png")):
+        for name, value in inputs.items():
+            if path.exists() and Path(value).exists() and path.samefile(value):
+                raise ValueError(f"--out {args.out}: {path} would be written over, which is --{name}")
     if args.preset and not (args.plan or args.bench):
         raise ValueError(f"--preset {args.preset}: of use with --plan and --bench alone; a checkpoint knows its own")
     if args.score and args.image:
@@ -1467,6 +1490,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # no console stops a run over a letter that it lacks
     try:
         main(parse_args())
     except (ValueError, OSError) as error:

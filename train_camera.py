@@ -187,6 +187,7 @@ WORK = Work("camera", {"net": True, "ema": False}, rehearse, random_batch)
 
 if __name__ == "__main__":
     # -- run (same in every stage) ----------------------------------------------------------------------------------
+    sys.stdout.reconfigure(errors="replace")  # no console stops a run over a letter that it lacks
     try:
         args = parse_args()
         if args.plan or args.bench:

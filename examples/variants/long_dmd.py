@@ -376,6 +376,7 @@ WORK = Work("dmd", {"generator": True, "ema": False, "real_score": False, "fake_
 
 if __name__ == "__main__":
     # -- run (same in every stage) ----------------------------------------------------------------------------------
+    sys.stdout.reconfigure(errors="replace")  # no console stops a run over a letter that it lacks
     try:
         args = parse_args()
         if args.plan or args.bench:
