@@ -25,7 +25,11 @@ import io
 import json
 import math
 import re
+import struct
+import subprocess
 import sys
+import tempfile
+import textwrap
 import zlib
 from bisect import bisect_right
 from collections import Counter
@@ -39,10 +43,12 @@ from typing import IO, Any, NamedTuple
 
 import imageio.v3 as imageio
 import imageio_ffmpeg
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -69,8 +75,9 @@ KEYS = {  # key: (help text, translation along the camera's own axes, yaw, pitch
     "i": ("look up", (0, 0, 0), 0, TURN),
     "k": ("look down", (0, 0, 0), 0, -TURN),
 }
+STILL = {"still": ("stand", (0, 0, 0), 0, 0)}  # no key at all
 WORDS = {"left": "j", "right": "l", "up": "i", "down": "k"}  # HY-WorldPlay's data says right-8,a-11 for l*8,a*11
-GRAMMAR = "keys: " + ", ".join(f"{key} {text}" for key, (text, *_) in KEYS.items()) + (
+GRAMMAR = "keys: " + ", ".join(f"{key} {text}" for key, (text, *_) in (KEYS | STILL).items()) + (
     f"; each for one latent frame ({STEP} units or {math.degrees(TURN):g} degrees); w*4 or w-4 repeats, w+l is both at "
     "once, commas follow one another: 'w*4,w+l*3'")
 K_WIDE = (0.5050505, 0.89786756, 0.5, 0.5)  # 16:9, the intrinsics of minWM's training data
@@ -98,9 +105,10 @@ def parse_trajectory(text: str) -> Tensor:
         match = re.fullmatch(r"([a-z+]+)(?:[*-]([0-9]{1,4}))?", part)  # w, w*4, w-4, w+l*4
         keys = [WORDS.get(key, key) for key in match[1].split("+")] if match else []
         count = int(match[2] or 1) if match else 0
-        if count == 0 or not set(keys) <= set(KEYS):
+        if count == 0 or not (set(keys) <= set(KEYS) or keys == ["still"]):
             raise ValueError(f"trajectory {text!r}: cannot read {part!r}. {GRAMMAR}")
-        move, yaw, pitch = (torch.tensor([KEYS[key][n] for key in keys], dtype=torch.float64).sum(0) for n in (1, 2, 3))
+        move, yaw, pitch = (torch.tensor([(KEYS | STILL)[key][n] for key in keys], dtype=torch.float64).sum(0)
+                            for n in (1, 2, 3))
         step = torch.eye(4, dtype=torch.float64)
         step[:3, :3] = rotation(yaw, pitch)
         step[:3, 3] = step[:3, :3] @ move
@@ -128,17 +136,24 @@ def pixel_cameras(viewmats: Tensor) -> Tensor:
     turns about a fixed axis and its centre moves on a straight line.
     """
     c2w = invert_se3(viewmats.double())
-    a, b = c2w[:, :-1, None], c2w[:, 1:, None]
-    s = torch.arange(1, 5, dtype=torch.float64, device=viewmats.device).view(1, 1, 4, 1, 1) / 4
+    quarters = torch.arange(1, 5, dtype=torch.float64, device=viewmats.device) / 4
+    poses = invert_se3(between_poses(c2w[:, :-1, None], c2w[:, 1:, None], quarters))
+    return torch.cat([viewmats[:, :1].double(), rearrange(poses, "b f s i j -> b (f s) i j")], dim=1).float()
+
+
+def between_poses(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
+    """Camera-to-world [... 4 4], fp64, a share [...] of the way from a to b: turned about a fixed axis, moved on a
+    straight line."""
+    s = share[..., None, None]
     turn = a[..., :3, :3].mT @ b[..., :3, :3]
     angle = torch.arccos(((turn.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2).clamp(-1, 1))[..., None, None]
     axis = (turn - turn.mT) / (2 * angle.sin()).clamp_min(1e-12)  # cross-product matrix of the unit axis
-    partial = torch.eye(3, dtype=torch.float64, device=viewmats.device)
+    partial = torch.eye(3, dtype=torch.float64, device=a.device)
     partial = partial + (s * angle).sin() * axis + (1 - (s * angle).cos()) * (axis @ axis)  # Rodrigues
     R = a[..., :3, :3] @ partial
     centre = torch.lerp(a[..., :3, 3:], b[..., :3, 3:], s)
-    poses = invert_se3(F.pad(torch.cat([R, centre], dim=-1), (0, 0, 0, 1)))  # the padded row is rewritten by invert_se3
-    return torch.cat([viewmats[:, :1].double(), rearrange(poses, "b f s i j -> b (f s) i j")], dim=1).float()
+    bottom = a.new_tensor([0, 0, 0, 1]).expand(*R.shape[:-2], 1, 4)
+    return torch.cat([torch.cat([R, centre], dim=-1), bottom], dim=-2)
 
 
 def pressed(viewmats: Tensor) -> list[set[str]]:
@@ -673,6 +688,17 @@ def save_prompts(path: Path, rows: list[dict[str, Tensor]], about: dict[str, str
 # What the stages' command lines, logs and pictures share.
 
 
+def read_text(path: Path) -> str:
+    """What a person or another program wrote: UTF-8, with or without a byte-order mark. Raises ValueError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error})") from None
+    except OSError as error:
+        found = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise ValueError(f"{path}: {found}") from None
+
+
 def positive(text: str) -> int:
     """An argparse type: a whole number of at least 1."""
     number = int(text)
@@ -763,6 +789,20 @@ def from_bytes(video: Tensor) -> Tensor:
     return video.float() / 127.5 - 1
 
 
+def read_picture(path: Path) -> Tensor:
+    """An image as a viewer shows it -> [1 3 H W] in [-1, 1]: turned as its camera was held, of any colour model and
+    depth, what is transparent on white. Raises OSError or ValueError, PIL's, when it is none."""
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+    if image.mode.startswith(("I", "F")):  # 16 bits or more of grey
+        grey = np.asarray(image, dtype=np.float64)
+        top = 65535 if grey.max() > 255 else 255 if grey.max() > 1 else 1
+        image = Image.fromarray((255 * grey / top).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return from_bytes(rearrange(torch.from_numpy(np.array(image.convert("RGB"))), "h w c -> 1 c h w"))
+
+
 def write_sheet(path: Path, videos: list[Tensor], every: int = 4, most: int = 16) -> None:
     """A contact sheet. Each of `videos` [b 3 t h w] gives one strip per sample, every 4th frame, or fewer if more than
     `most` would come of it; strips of one sample stand below each other, in the order of `videos` (ground truth first,
@@ -779,12 +819,10 @@ def write_sheet(path: Path, videos: list[Tensor], every: int = 4, most: int = 16
     strips = F.pad(torch.stack(strips, dim=1), (0, 0, 0, 0, 0, 1), value=1.0)  # a white line under each strip
     sheet = to_bytes(rearrange(strips, "b s h w c -> (b s h) w c")).cpu().numpy()
     zoom = max(1, 96 // height)
-    path.parent.mkdir(parents=True, exist_ok=True)
     picture = imageio.imwrite("<bytes>", sheet.repeat(zoom, 0).repeat(zoom, 1), extension=".png")
-    try:
-        path.write_bytes(picture)
-    except OSError as error:
-        raise ValueError(f"{path}: could not be written ({error})") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(picture)
 
 
 def find_vae(data: Latents, vae: Path | None = None) -> Path:
@@ -970,7 +1008,8 @@ class CameraPath(NamedTuple):
 
 
 def read_camera(source: str) -> list[CameraPath]:
-    """A pose string, or a .json file holding one of
+    """A pose string, a recording of a camera (POSE_FILES, a pose for each pixel frame; every fourth counts), or a .json
+    file holding one of
 
         "w*4,l*3"                                     a pose string
         {"c2w": [4x4, ...], "K": [fx, fy, cx, cy]}     or "w2c", or "c2w_opengl" (y up, z backwards); one matrix per
@@ -981,21 +1020,21 @@ def read_camera(source: str) -> list[CameraPath]:
 
     Raises ValueError, naming the file and what is wrong with it. Poses are re-based so that the first is the identity.
     """
-    if not source.endswith(".json"):
+    file = Path(source)
+    if not names_a_file(source, Path()):
         return [CameraPath(parse_trajectory(source))]
+    if file.suffix.lower() != ".json":
+        return [record(read_poses(source, Path()), file)]
     try:
-        spec = json.loads(Path(source).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{source}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        spec = json.loads(read_text(file))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{source}: not JSON ({error})") from None
+    if is_recording(spec):
+        return [record(read_poses(source, Path()), file)]
     entries = spec if isinstance(spec, list) else [spec]
-    stem = Path(source).stem
-    names = [f"{stem}-{n}" for n in range(len(entries))] if len(entries) > 1 else [stem]
-    try:
+    names = [f"{file.stem}-{n}" for n in range(len(entries))] if len(entries) > 1 else [file.stem]
+    with blamed(source):
         paths = [read_path(entry, name) for entry, name in zip(entries, names)]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{source}: {error}") from None
     if not paths:
         raise ValueError(f"{source}: an empty list, expected at least one path")
     names = [path.name for path in paths]
@@ -1004,17 +1043,31 @@ def read_camera(source: str) -> list[CameraPath]:
     return paths
 
 
+def record(poses: "Poses", file: Path) -> CameraPath:
+    """The path of a camera that was recorded at every pixel frame, or at some of them."""
+    with blamed(file):
+        count = len(poses.viewmats)
+        positions = count_from_zero(poses.numbers) if poses.numbers else [*range(count)]
+        start = int(min(positions))
+        every_fourth = [*range(start, int(max(positions)) + 1, 4)]
+        viewmats, Ks, _ = poses_at(poses, positions, every_fourth)
+        if Ks is not None:
+            intrinsics(Ks[0].tolist())
+    return CameraPath((viewmats @ invert_se3(viewmats[:1])).float(), None if Ks is None else tuple(Ks[0].tolist()),
+                      file.stem)
+
+
 def read_path(spec: str | dict, name: str) -> CameraPath:
     """One path of a camera file; `name`, unless it brings its own. Raises ValueError or TypeError."""
     if isinstance(spec, str):
         return CameraPath(parse_trajectory(spec), name=name)
     if not isinstance(spec, dict):
-        raise ValueError(f"expected a pose string or an object, found {spec!r}")
+        raise ValueError(f"expected a pose string or an object, found {spec!r:.80}")
     name = str(spec.get("id", name))
     prompt = spec.get("caption", spec.get("prompt"))
     if prompt is not None and not (isinstance(prompt, str) and prompt.strip()):
         raise ValueError(f"path {name!r}: its prompt is {prompt!r}, expected a description of the world")
-    viewmats, K = read_object(spec)
+    viewmats, K, *_ = read_object(spec)
     viewmats = viewmats @ invert_se3(viewmats[:1])
     pose_key = find_worldplay_key(spec)
     if pose_key is not None:
@@ -1027,34 +1080,97 @@ def read_path(spec: str | dict, name: str) -> CameraPath:
     return CameraPath(viewmats.float(), K, name, prompt)
 
 
-def read_poses(poses: str | dict, folder: Path) -> tuple[Tensor, list | None]:
-    """The `poses` of a row, in any format of TABLE -> viewmats [n 4 4] fp64, the first the identity, and K: one or n
-    times (fx, fy, cx, cy), or None. Files lie below `folder`. Raises ValueError."""
+class Poses(NamedTuple):
+    """Cameras as a file has them."""
+    viewmats: Tensor  # [n 4 4] fp64, world-to-camera
+    K: Any = None  # (fx, fy, cx, cy) over width and height, or a list of one for each pose; None: it says none
+    numbers: list[int] | None = None  # of the pictures, if they are called by numbers
+    seconds: list[float] | None = None  # when each pose was, if it is stamped
+    lens: tuple[float, ...] = ()  # distortion k1 k2 p1 p2, as OpenCV has it
+    measured: bool = True  # False: made of pictures alone, in units that mean nothing
+
+
+BAD_INPUT = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError, RecursionError,
+             struct.error)
+
+
+@contextmanager
+def blamed(owner: str | Path) -> Iterator[None]:
+    """Whatever a user's numbers, JSON or files bring about within is one ValueError of one line that names them."""
     try:
-        if isinstance(poses, str):
-            viewmats, K = read_pose_string_or_file(poses, folder)
-        else:
-            viewmats, K = read_object(poses)
+        yield
     except OSError as error:
-        raise ValueError(f"{Path(error.filename).name}: {error.strerror}") from None
+        raise ValueError(f"{Path(error.filename or owner).name}: {error.strerror or error}") from None
     except KeyError as error:
-        raise ValueError(f"an entry has no {error}") from None
-    except (TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot be read ({error})") from None
-    one_each = isinstance(K, (list, tuple)) and len(K) > 0 and isinstance(K[0], (list, tuple))
-    Ks = K if K is None or one_each else [K]
-    return viewmats @ invert_se3(viewmats[:1]), Ks
+        raise ValueError(f"{owner}: an entry has no {error}") from None
+    except BAD_INPUT as error:
+        found = first_line(error)
+        raise ValueError(found if str(owner) in found else f"{owner}: {found}") from None
 
 
-def read_pose_string_or_file(poses: str, folder: Path) -> tuple[Tensor, Any]:
-    """By how it ends: a .json file, COLMAP's images.txt, RealEstate10K's .txt, or else it is a pose string."""
-    if poses.endswith(".json"):
-        return read_object(json.loads((folder / poses).read_text()))
-    if poses.endswith("images.txt"):
-        return read_colmap(folder / poses)
-    if poses.endswith(".txt"):
-        return read_realestate(folder / poses)
-    return parse_trajectory(poses).double(), None
+def names_a_file(poses: str, folder: Path) -> bool:
+    """Does a row's `poses` name a file or folder? Else it is a pose string, which has no dots and no slashes."""
+    return bool(re.search(r"[./\\]", poses)) or (poses.strip() != "" and (folder / poses).exists())
+
+
+def read_poses(poses: str | dict, folder: Path, clip: str = "", aspect: float = 1.0) -> Poses:
+    """The `poses` of a row, in any format of POSE_FILES, the first pose the identity. Files lie below `folder`.
+
+    clip: the video's file; of poses of several, its own are taken. aspect: its width over its height, for files that
+    leave that to the picture. Raises ValueError.
+    """
+    with blamed(poses if isinstance(poses, str) else "poses"):
+        if not isinstance(poses, str):
+            found = read_object(poses)
+        elif names_a_file(poses, folder):
+            found = read_pose_file(folder / poses, clip, aspect)
+        else:
+            found = Poses(parse_trajectory(poses).double())
+        found = found._replace(viewmats=check_poses(found.viewmats, "w2c"))
+        return found._replace(viewmats=found.viewmats @ invert_se3(found.viewmats[:1]))
+
+
+POSE_FILES = """.json       {"c2w": [4x4, ...]}, "w2c" or "c2w_opengl" (y up, z backwards), with "K" for all or each;
+            HY-WorldPlay's entries, {"extrinsic", "K"} or {"w2c", "intrinsic"}; transforms.json of nerfstudio,
+            instant-ngp or Blender; camera_extrinsics.json of ReCamMaster; in a .json or .jsonl table, an
+            object of the first two may stand in the row itself
+a folder    COLMAP's, text or binary: of the models below it, the one with the most images of the video; or
+            ScanNet's, a 4x4 camera-to-world a file
+images.txt  or images.bin: COLMAP's, cameras beside it
+.npz, .npy  "c2w", "cam_c2w" (MegaSaM), "data" and "inds" (ViPE), "w2c" or "extrinsic" (VGGT), 3x4 or 4x4,
+            with K in pixels as 3x3 "intrinsic"; .npy is camera-to-world, if not called w2c or extrinsic
+.txt        a line a frame, and its count of numbers says whose: 19 RealEstate10K, time fx fy cx cy k1 k2 and
+            3x4 world-to-camera; 8 TUM, time tx ty tz qx qy qz qw; 12 KITTI and 16 Replica, 3x4 or 4x4
+            camera-to-world"""
+
+
+def read_pose_file(path: Path, clip: str, aspect: float) -> Poses:
+    """By how it ends."""
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        return read_scannet(path, aspect) if is_scannet(path) else read_colmap(path, clip)
+    if not path.exists():
+        raise ValueError(f"{path.name}: no such file")
+    if path.name in ("images.txt", "images.bin"):
+        return read_colmap_model(path, clip)
+    if suffix == ".json":
+        spec = json.loads(read_text(path))
+        if isinstance(spec, dict) and "frames" in spec:
+            return read_transforms(spec, aspect)
+        if isinstance(spec, dict) and "frame0" in spec:
+            return read_recammaster(spec, clip)
+        return read_object(spec)
+    if suffix in (".npz", ".npy"):
+        return read_numpy(path)
+    if suffix == ".txt":
+        return read_pose_lines(path)
+    raise ValueError(f"{path.name}: no such format; expected a pose string, a folder or a file that ends in .json, "
+                     ".npz, .npy, .txt or .bin")
+
+
+def is_recording(spec: Any) -> bool:
+    """Is this JSON one that data sets have, with a pose for each frame of a video?"""
+    return isinstance(spec, dict) and ("frames" in spec or "frame0" in spec)
 
 
 MATRICES = ("c2w", "w2c", "c2w_opengl")
@@ -1063,32 +1179,42 @@ MATRICES = ("c2w", "w2c", "c2w_opengl")
 WORLDPLAY_KEYS = {"extrinsic": "K", "w2c": "intrinsic"}
 
 
-def read_object(spec: Any) -> tuple[Tensor, Any]:
+def read_object(spec: Any) -> Poses:
     """A JSON object that holds one path: a pose string, matrices or HY-WorldPlay's entries."""
     if not isinstance(spec, dict):
         raise ValueError(f"expected a pose string or an object, found {spec!r:.80}")
     if "trajectory" in spec:
-        return parse_trajectory(str(spec["trajectory"])).double(), spec.get("K")
+        return Poses(parse_trajectory(str(spec["trajectory"])).double(), spec.get("K"))
     for kind in MATRICES:
         if kind in spec:
-            return read_matrices(spec, kind)
+            poses = check_poses(torch.tensor(spec[kind], dtype=torch.float64), kind)
+            if kind == "c2w_opengl":
+                poses = poses @ OPENGL
+            return Poses(poses if kind == "w2c" else invert_se3(poses), spec.get("K"))
     pose_key = find_worldplay_key(spec)
     if pose_key is None:
         raise ValueError(f"expected 'trajectory', 'c2w', 'w2c' or 'extrinsic' entries, found {list(spec)[:4]}")
     return read_worldplay(spec, pose_key)
 
 
-def read_matrices(spec: dict, kind: str) -> tuple[Tensor, Any]:
-    """{kind: [4x4, ...], "K": optional}."""
-    poses = check_poses(torch.tensor(spec[kind], dtype=torch.float64), kind)
-    if kind == "c2w_opengl":  # OpenGL's camera has its own y and z pointing the other way
-        poses = poses @ torch.diag(poses.new_tensor([1, -1, -1, 1]))
-    return poses if kind == "w2c" else invert_se3(poses), spec.get("K")
+OPENGL = torch.diag(torch.tensor([1.0, -1, -1, 1], dtype=torch.float64))  # its camera's y and z point the other way
 
 
 def numbered_entries(spec: dict) -> list:
     """The values of {"0": ..., "1": ..., ...} in the order of their numbers: "2" before "10"."""
-    return [spec[key] for key in sorted(spec, key=lambda key: (len(key), key))]
+    return [spec[key] for key in sorted(spec, key=natural)]
+
+
+def natural(name: str) -> list:
+    """A key that sorts as people count: 2 before 10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def picture_numbers(names: list[str]) -> list[int] | None:
+    """The last number in the name of each picture; None unless each has its own."""
+    found = [re.findall(r"\d+", Path(name).stem) for name in names]
+    numbers = [int(digits[-1]) for digits in found if digits]
+    return numbers if len(set(numbers)) == len(names) else None
 
 
 def find_worldplay_key(spec: dict) -> str | None:
@@ -1101,7 +1227,7 @@ def find_worldplay_key(spec: dict) -> str | None:
     return None
 
 
-def read_worldplay(spec: dict, pose_key: str) -> tuple[Tensor, list[tuple[float, ...]]]:
+def read_worldplay(spec: dict, pose_key: str) -> Poses:
     """HY-WorldPlay's entries, each a pose and its 3x3 K in pixels."""
     entries, K_key = numbered_entries(spec), WORLDPLAY_KEYS[pose_key]
     matrices = [entry.get(pose_key) for entry in entries]
@@ -1109,68 +1235,409 @@ def read_worldplay(spec: dict, pose_key: str) -> tuple[Tensor, list[tuple[float,
         raise ValueError(f"entry {matrices.index(None)} has no {pose_key!r}")
     poses = check_poses(torch.tensor(matrices, dtype=torch.float64), pose_key)
     Ks = [normalise_intrinsics(entry.get(K_key), K_key) for entry in entries]
-    return poses if pose_key == "w2c" else invert_se3(poses), Ks
+    return Poses(poses if pose_key == "w2c" else invert_se3(poses), Ks)
 
 
-def normalise_intrinsics(K: list | None, name: str) -> tuple[float, ...]:
-    """HY-WorldPlay's 3x3, in pixels -> (fx/W, fy/H, cx/W, cy/H). Its rule: the image is twice the principal point."""
-    matrix = torch.tensor(K or [], dtype=torch.float64)
+def normalise_intrinsics(K: list | Tensor | None, name: str) -> tuple[float, ...]:
+    """A 3x3, in pixels -> (fx/W, fy/H, cx/W, cy/H). HY-WorldPlay's rule: the image is twice the principal point."""
+    matrix = torch.as_tensor(K if K is not None else [], dtype=torch.float64)
     if matrix.shape != (3, 3) or not (matrix[:2, 2] > 0).all():
         raise ValueError(f"expected a 3x3 {name!r} in pixels with a principal point, found {matrix.tolist()}")
     width, height = 2 * matrix[0, 2].item(), 2 * matrix[1, 2].item()
     return matrix[0, 0].item() / width, matrix[1, 1].item() / height, 0.5, 0.5
 
 
-def read_colmap(path: Path) -> tuple[Tensor, list[tuple[float, ...]]]:
-    """COLMAP's images.txt, with cameras.txt beside it: an image's line is id qw qx qy qz tx ty tz camera name, and
-    quaternion and translation are world-to-camera. Images count in the order of their names."""
-    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-    cameras = read_colmap_cameras(path.with_name("cameras.txt"))
-    images = {}
-    for line in lines[::2]:  # every second line holds an image's points, and may be empty
-        if line.strip():
-            _, *pose, camera, name = line.split(maxsplit=9)
-            w, x, y, z, tx, ty, tz = map(float, pose)
-            viewmat = [[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y), tx],
-                       [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x), ty],
-                       [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y), tz], [0, 0, 0, 1]]
-            images[name] = (viewmat, cameras[camera])
-    viewmats = torch.tensor([images[name][0] for name in sorted(images)], dtype=torch.float64)
-    return check_poses(viewmats, "w2c"), [images[name][1] for name in sorted(images)]
+def quaternion_matrix(wxyz: Tensor) -> Tensor:
+    """[n 4], w first, of any length -> rotations [n 3 3] fp64."""
+    w, x, y, z = (wxyz / wxyz.norm(dim=-1, keepdim=True)).unbind(-1)
+    rows = [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
+            2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
+            2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]
+    return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
 
 
-COLMAP_FOCALS = {  # camera models that are pinholes if all their distortion is zero: how many focal lengths each has
-    "SIMPLE_PINHOLE": 1, "PINHOLE": 2, "SIMPLE_RADIAL": 1, "RADIAL": 1, "OPENCV": 2,
-}
+def to_square(poses: Tensor) -> Tensor:
+    """[n 3 4] or [n 4 4] -> [n 4 4]."""
+    if poses.ndim == 3 and poses.shape[1:] == (3, 4):
+        poses = torch.cat([poses, poses.new_tensor([0, 0, 0, 1]).expand(len(poses), 1, 4)], dim=1)
+    return poses
 
 
-def read_colmap_cameras(path: Path) -> dict[str, tuple[float, ...]]:
-    """COLMAP's cameras.txt -> (fx/W, fy/H, cx/W, cy/H) by id. A line is: id model width height, then the model's
-    parameters in pixels, focal lengths first, then cx cy, then distortion."""
-    cameras: dict[str, tuple[float, ...]] = {}
-    for line in path.read_text().splitlines():
-        if not line.strip() or line.startswith("#"):
-            continue
-        name, model, *numbers = line.split()
-        width, height, *parameters = map(float, numbers)
-        focals = COLMAP_FOCALS.get(model)
-        if focals is None or any(abs(k) > 1e-3 for k in parameters[focals + 2 :]):
-            raise ValueError(f"cameras.txt: camera {name} is {model} {parameters}, expected no distortion: undistort")
-        cx, cy = parameters[focals : focals + 2]
-        cameras[name] = (parameters[0] / width, parameters[focals - 1] / height, cx / width, cy / height)
+class ColmapImage(NamedTuple):
+    """An image of a COLMAP model: its pose, world-to-camera, and the camera that took it."""
+    wxyz: list[float]
+    centre: list[float]
+    camera: int
+
+
+COLMAP_MODELS = (  # by COLMAP's number: name, focal lengths, parameters
+    ("SIMPLE_PINHOLE", 1, 3), ("PINHOLE", 2, 4), ("SIMPLE_RADIAL", 1, 4), ("RADIAL", 1, 5), ("OPENCV", 2, 8),
+    ("OPENCV_FISHEYE", 2, 8), ("FULL_OPENCV", 2, 12), ("FOV", 2, 5), ("SIMPLE_RADIAL_FISHEYE", 1, 4),
+    ("RADIAL_FISHEYE", 1, 5), ("THIN_PRISM_FISHEYE", 2, 12))
+UNDISTORTED = ("SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV")  # whose lens we know
+
+
+def read_colmap(folder: Path, clip: str) -> Poses:
+    """Of all models below a folder the one with the most images of this clip."""
+    models = [file for file in sorted(folder.rglob("images.*")) if file.name in ("images.bin", "images.txt")]
+    if not models:
+        raise ValueError(f"{folder.name}: no images.txt or images.bin of COLMAP below it, and no poses of ScanNet's")
+    return max((read_colmap_model(file, clip) for file in models), key=lambda poses: len(poses.viewmats))
+
+
+def read_colmap_model(path: Path, clip: str) -> Poses:
+    """images.txt or .bin, with cameras beside it. Images count by the numbers in their names, in their natural order;
+    of a model of several videos, those of the folder or prefix that is called as the clip."""
+    binary = path.suffix == ".bin"
+    cameras = (colmap_cameras_bin if binary else colmap_cameras_txt)(path.with_name("cameras" + path.suffix))
+    images = (colmap_images_bin if binary else colmap_images_txt)(path, cameras)
+    stem = Path(clip).stem
+    own = [name for name in images if stem and (stem in Path(name).parts or Path(name).name.startswith(stem))]
+    names = sorted(own or images, key=natural)
+    if not names:
+        raise ValueError(f"{path.name}: no images in it")
+    R = quaternion_matrix(torch.tensor([images[name].wxyz for name in names], dtype=torch.float64))
+    t = torch.tensor([images[name].centre for name in names], dtype=torch.float64)
+    viewmats = to_square(torch.cat([R, t[..., None]], dim=-1))
+    for name in names:
+        if images[name].camera not in cameras:
+            raise ValueError(f"{path.name}: image {name} was taken by camera {images[name].camera}, of which "
+                             f"cameras{path.suffix} says nothing")
+    found = [colmap_lens(path, images[name].camera, *cameras[images[name].camera]) for name in names]
+    lenses = {lens for _, lens in found}
+    if len(lenses) > 1:
+        raise ValueError(f"{path.name}: its images were taken through {len(lenses)} lenses: undistort")
+    return Poses(check_poses(viewmats, "w2c"), [K for K, _ in found], picture_numbers(names), lens=lenses.pop(),
+                 measured=False)
+
+
+def colmap_lens(path: Path, camera: int, model: str, width: float, height: float,
+                parameters: list[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """A camera -> (fx/W, fy/H, cx/W, cy/H), and its distortion k1 k2 p1 p2, () if there is none. Parameters are in
+    pixels, focal lengths first, then cx cy, then distortion."""
+    known = {name: (focals, count) for name, focals, count in COLMAP_MODELS}
+    focals, count = known.get(model, (1, 0))
+    lens = parameters[focals + 2 :]
+    if len(parameters) != count or (model not in UNDISTORTED and any(lens)):
+        raise ValueError(f"cameras{path.suffix}: camera {camera} is {model} {parameters}, expected one of "
+                         f"{', '.join(UNDISTORTED)}: undistort")
+    if not (width > 0 and height > 0):
+        raise ValueError(f"cameras{path.suffix}: camera {camera} has pictures of {width:g}x{height:g} pixels")
+    cx, cy = parameters[focals : focals + 2]
+    K = (parameters[0] / width, parameters[focals - 1] / height, cx / width, cy / height)
+    return K, tuple((lens + [0.0] * 4)[:4]) if any(lens) else ()
+
+
+def colmap_cameras_txt(path: Path) -> dict[int, tuple]:
+    """A line is: id model width height, then the model's parameters."""
+    cameras = {}
+    for n, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip() and not line.startswith("#"):
+            with blamed(f"{path.name} line {n}"):
+                name, model, *numbers = line.split()
+                width, height, *parameters = map(float, numbers)
+                cameras[int(name)] = (model, width, height, parameters)
     return cameras
 
 
-def read_realestate(path: Path) -> tuple[Tensor, list[list[float]]]:
-    """RealEstate10K: a line per frame, time fx fy cx cy k1 k2 and a 3x4 world-to-camera, below the video's URL."""
-    lines = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("http")]
-    rows = [[float(number) for number in line.split()] for line in lines]
-    for n, row in enumerate(rows):
-        if len(row) != 19 or abs(row[5]) > 1e-3 or abs(row[6]) > 1e-3:
-            raise ValueError(f"line {n} of the poses: expected time fx fy cx cy k1 k2 (no distortion) and 12 numbers, "
-                             f"found {len(row)} numbers, k {row[5:7]}")
-    viewmats = torch.tensor([[row[7:11], row[11:15], row[15:19], [0, 0, 0, 1]] for row in rows], dtype=torch.float64)
-    return check_poses(viewmats, "w2c"), [row[1:5] for row in rows]
+def colmap_images_txt(path: Path, cameras: dict) -> dict[str, ColmapImage]:
+    """An image's line is id qw qx qy qz tx ty tz camera name. After it comes one with its points, x y id each, which
+    may be empty, and which some programs leave out."""
+    images: dict[str, ColmapImage] = {}
+    points_next = False
+    for n, line in enumerate(read_text(path).split("\n"), 1):
+        fields = line.split()
+        if line.startswith("#") or (not fields and not points_next):
+            continue
+        if points_next and (not fields or (len(fields) % 3 == 0 and all(map(is_number, fields)))):
+            points_next = False
+            continue
+        with blamed(f"{path.name} line {n}"):
+            _, *pose, camera, name = line.strip().split(maxsplit=9)
+            pose = [float(number) for number in pose]
+            images[name] = ColmapImage(pose[:4], pose[4:], int(camera))
+        points_next = True
+    return images
+
+
+def is_number(text: str) -> bool:
+    with suppress(ValueError):
+        return math.isfinite(float(text))
+    return False
+
+
+def colmap_cameras_bin(path: Path) -> dict[int, tuple]:
+    data, cameras = path.read_bytes(), {}
+    (count,), at = struct.unpack_from("<Q", data), 8
+    for _ in range(count):
+        name, model, width, height = struct.unpack_from("<iiQQ", data, at)
+        model_name, _, parameters = COLMAP_MODELS[model]
+        cameras[name] = (model_name, width, height, [*struct.unpack_from(f"<{parameters}d", data, at + 24)])
+        at += 24 + 8 * parameters
+    return cameras
+
+
+def colmap_images_bin(path: Path, cameras: dict) -> dict[str, ColmapImage]:
+    data, images = path.read_bytes(), {}
+    (count,), at = struct.unpack_from("<Q", data), 8
+    for _ in range(count):
+        _, *pose, camera = struct.unpack_from("<i7di", data, at)
+        end = data.index(b"\0", at + 64)
+        name = data[at + 64 : end].decode()
+        (points,) = struct.unpack_from("<Q", data, end + 1)
+        images[name] = ColmapImage(pose[:4], pose[4:], camera)
+        at = end + 9 + 24 * points
+    return images
+
+
+def read_transforms(spec: dict, aspect: float) -> Poses:
+    """transforms.json of nerfstudio, instant-ngp and Blender: OpenGL's camera-to-world; pixels, or angles of view."""
+    frames = sorted(spec["frames"], key=lambda frame: natural(str(frame.get("file_path", ""))))
+    matrices = torch.tensor([frame["transform_matrix"] for frame in frames], dtype=torch.float64)
+    c2w = check_poses(to_square(matrices), "transform_matrix") @ OPENGL
+    Ks, lenses = [], set()
+    for frame in frames:
+        own = spec | frame
+        if "fl_x" in own and "w" in own:
+            w, h, fl_x = own["w"], own["h"], own["fl_x"]
+            K = (fl_x / w, own.get("fl_y", fl_x) / h, own.get("cx", w / 2) / w, own.get("cy", h / 2) / h)
+        elif "camera_angle_x" in own:
+            fx = 0.5 / math.tan(own["camera_angle_x"] / 2)
+            K = (fx, 0.5 / math.tan(own["camera_angle_y"] / 2) if "camera_angle_y" in own else fx * aspect, 0.5, 0.5)
+        else:
+            K = None
+        Ks.append(K)
+        lenses.add(tuple(float(own.get(k, 0)) for k in ("k1", "k2", "p1", "p2")))
+        if any(own.get(k) for k in ("k3", "k4")) or "FISHEYE" in str(own.get("camera_model", "")):
+            raise ValueError(f"a lens of {own.get('camera_model')} with k3 or k4: undistort")
+    if len(lenses) > 1:
+        raise ValueError(f"its pictures were taken through {len(lenses)} lenses: undistort")
+    lens = lenses.pop() if lenses else ()
+    numbers = picture_numbers([str(frame.get("file_path", "")) for frame in frames])
+    return Poses(invert_se3(c2w), None if None in Ks else Ks, numbers, lens=lens if any(lens) else ())
+
+
+def read_recammaster(spec: dict, clip: str) -> Poses:
+    """camera_extrinsics.json of ReCamMaster and SynCamMaster: of each frame and camera a 4x4 in words, transposed, in
+    Unreal's axes (x forward, y right, z up) and centimetres. Of several cameras, the one called as the clip."""
+    names = sorted(spec, key=natural)
+    cameras = sorted(spec[names[0]])
+    camera = cameras[0] if len(cameras) == 1 else Path(clip).stem
+    if camera not in cameras:
+        raise ValueError(f"poses of {', '.join(cameras)[:80]}, none called as the clip {clip!r}")
+    words = [spec[name][camera] for name in names]
+    rows = [[float(x) for x in re.findall(r"[-+.\deE]+", text)] for text in words]
+    c2w = torch.tensor(rows, dtype=torch.float64).view(-1, 4, 4).mT
+    c2w = c2w[:, :, [1, 2, 0, 3]] * c2w.new_tensor([1, -1, 1, 1])  # columns: right, down, forward, centre
+    c2w[:, :3, 3] /= 100
+    # Unreal's world is left-handed: what is left of that in every pose falls out between two of them
+    return Poses(invert_se3(check_poses(torch.linalg.solve(c2w[:1], c2w), camera)), None, picture_numbers(names))
+
+
+NUMPY_C2W, NUMPY_W2C = ("c2w", "cam_c2w", "poses", "data"), ("w2c", "extrinsic", "extrinsics", "viewmats")
+
+
+def read_numpy(path: Path) -> Poses:
+    """.npz or .npy, beside the latter intrinsics.npy and indexes.txt (SpatialVID)."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        arrays = dict(loaded) if path.suffix.lower() == ".npz" else {}
+    except Exception as error:  # numpy's, zipfile's and tokenize's are of many kinds
+        raise ValueError(f"{path.name}: cannot be read ({first_line(error)})") from None
+    with blamed(path.name):
+        if not arrays:
+            inverse = any(word in path.stem.lower() for word in ("w2c", "extrinsic"))
+            arrays["w2c" if inverse else "c2w"] = loaded
+            for name, file in ("intrinsics", path.with_name("intrinsics.npy")), ("inds", path.with_name("indexes.txt")):
+                if file.exists():
+                    arrays[name] = np.load(file) if file.suffix == ".npy" else np.array(read_text(file).split(), int)
+        kind = next((name for name in NUMPY_C2W + NUMPY_W2C if name in arrays), None)
+        if kind is None:
+            raise ValueError(f"expected one of {', '.join(NUMPY_C2W + NUMPY_W2C)}, found {', '.join(arrays)}")
+        poses = torch.from_numpy(np.asarray(arrays[kind], dtype=np.float64))
+        if poses.ndim == 4 and len(poses) == 1:  # VGGT's, of a batch of one
+            poses = poses[0]
+        poses = check_poses(to_square(poses), kind)
+        K = next((arrays[name] for name in ("intrinsic", "intrinsics", "K") if name in arrays), None)
+        Ks = None if K is None else numpy_intrinsics(np.asarray(K, dtype=np.float64), len(poses))
+        inds = arrays["inds"].astype(int).tolist() if "inds" in arrays else None
+        return Poses(poses if kind in NUMPY_W2C else invert_se3(poses), Ks, inds,
+                     measured=kind not in ("extrinsic", "extrinsics"))
+
+
+def numpy_intrinsics(K: np.ndarray, count: int) -> list:
+    """3x3 or fx fy cx cy, in pixels or over width and height, one or one each -> (fx, fy, cx, cy), one or one each."""
+    K = K.reshape(-1, *K.shape[-2:]) if K.shape[-2:] == (3, 3) else K.reshape(-1, K.shape[-1])
+    if K.shape[1:] == (3, 3):
+        K = np.stack([K[:, 0, 0], K[:, 1, 1], K[:, 0, 2], K[:, 1, 2]], axis=1)
+    if K.shape[1:] != (4,) or len(K) not in (1, count):
+        raise ValueError(f"expected one K or {count}, as 3x3 or fx fy cx cy, found shape {list(K.shape)}")
+    if (K[:, 2:] > 1).any():  # in pixels
+        K = np.concatenate([K[:, :2] / (2 * K[:, 2:]), np.full_like(K[:, 2:], 0.5)], axis=1)
+    return K.tolist()
+
+
+def is_scannet(folder: Path) -> bool:
+    return bool(scannet_poses(folder))
+
+
+def scannet_poses(folder: Path) -> list[Path]:
+    """Files of a pose each: pose/0.txt of ScanNet, frame-000000.pose.txt of 7-Scenes."""
+    files = [*folder.glob("pose/*.txt"), *folder.glob("*.pose.txt")]
+    if folder.name == "pose":
+        files += folder.glob("*.txt")
+    return sorted(files, key=lambda file: natural(file.name))
+
+
+def read_scannet(folder: Path, aspect: float) -> Poses:
+    """A 4x4 camera-to-world a file; where the camera was lost it holds no numbers, and counts as none. K, 4x4 and in
+    pixels, is in intrinsic/intrinsic_color.txt, if anywhere."""
+    c2w, numbers = [], []
+    for file in scannet_poses(folder):
+        with blamed(file.name):
+            matrix = torch.tensor([float(number) for number in read_text(file).split()], dtype=torch.float64).view(4, 4)
+            if matrix.isfinite().all():
+                c2w.append(matrix)
+                numbers.append(int(re.findall(r"\d+", file.name)[-1]))
+    K = None
+    for file in folder.glob("intrinsic/intrinsic_color.txt"):
+        with blamed(file.name):
+            numbers_of_K = [float(number) for number in read_text(file).split()]
+            K = normalise_intrinsics(torch.tensor(numbers_of_K).view(4, 4)[:3, :3], "intrinsic_color")
+    if not c2w:
+        raise ValueError(f"{folder.name}: no pose in it holds numbers")
+    return Poses(invert_se3(check_poses(torch.stack(c2w), folder.name)), K, numbers)
+
+
+def read_pose_lines(path: Path) -> Poses:
+    """A line a frame; what it is, its count of numbers tells."""
+    rows, counts = [], {8: "TUM", 12: "KITTI", 16: "Replica", 19: "RealEstate10K"}
+    for n, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip() and not line.startswith(("#", "http")):
+            with blamed(f"{path.name} line {n}"):
+                rows.append([float(number) for number in line.replace(",", " ").split()])
+                if len(rows[-1]) not in counts or len(rows[-1]) != len(rows[0]):
+                    each = ", ".join(f"{count} ({name})" for count, name in counts.items())
+                    raise ValueError(f"found {len(rows[-1])} numbers, expected in every line {each}")
+    if not rows:
+        raise ValueError(f"{path.name}: no poses in it")
+    table = torch.tensor(rows, dtype=torch.float64)
+    if table.shape[1] == 8:
+        R = quaternion_matrix(table[:, [7, 4, 5, 6]])
+        c2w = to_square(torch.cat([R, table[:, 1:4, None]], dim=-1))
+        return Poses(invert_se3(check_poses(c2w, path.name)), seconds=table[:, 0].tolist())
+    if table.shape[1] < 19:
+        return Poses(invert_se3(check_poses(to_square(table.view(len(table), -1, 4)), path.name)))
+    lenses = {(k1, k2, 0.0, 0.0) for k1, k2 in table[:, 5:7].tolist()}
+    if len(lenses) > 1:
+        raise ValueError(f"{path.name}: {len(lenses)} different k1 k2, expected one lens")
+    lens = lenses.pop()
+    viewmats = check_poses(to_square(table[:, 7:].view(-1, 3, 4)), "w2c")
+    return Poses(viewmats, table[:, 1:5].tolist(), lens=lens if any(lens) else ())
+
+
+# When a pose was: which pixel frame of the video, a fraction if between two.
+
+MAX_GAP = 8  # pixel frames over which a pose is interpolated
+
+
+def count_from_zero(numbers: list[int]) -> list[int]:
+    """Numbers of pictures -> of pixel frames: programs count them from 1, if none is called 0."""
+    return [number - (min(numbers) > 0) for number in numbers]
+
+
+def frame_positions(poses: Poses, frames: int, fps: float, pose_fps: float | None = None) -> list[float]:
+    """Of a video with so many pixel frames, so many a second: where each pose is. pose_fps: poses come so often, from
+    frame 0 on. Raises ValueError when nothing tells, or more than one thing would do."""
+    n, latent_frames = len(poses.viewmats), 1 + (frames - 1) // 4
+    if pose_fps:
+        return [i * fps / pose_fps for i in range(n)]
+    if n == frames:
+        return [*range(n)]
+    if poses.numbers:
+        positions = count_from_zero(poses.numbers)
+        every = round(frames / n)
+        if positions == [*range(n)] and every > 1 and abs(frames - every * n) < every:
+            raise ValueError(f"{n} poses, numbered one after the other, but {frames} frames: of the first {n}, or of "
+                             f"every {every}th? A column pose_fps says which, {fps:g} or {fps / every:g}")
+        if max(positions) >= frames:
+            raise ValueError(f"a pose of picture {max(poses.numbers)}, but {frames} frames")
+        return positions
+    if poses.seconds:
+        first, last = min(poses.seconds), max(poses.seconds)
+        if last <= frames / fps + 0.5:
+            return [t * fps for t in poses.seconds]
+        if all(t == int(t) for t in poses.seconds) and last < frames:  # DROID's and DPVO's are numbers of frames
+            return poses.seconds
+        if last - first <= frames / fps + 0.5:  # of a clock
+            return [(t - first) * fps for t in poses.seconds]
+        raise ValueError(f"time stamps from {first:g} to {last:g}, but {frames / fps:.3g} seconds of video")
+    if n == latent_frames:
+        return [4 * i for i in range(n)]
+    raise ValueError(f"{n} poses, but {frames} frames: expected {frames}, or {latent_frames}, one per latent frame; a "
+                     "column pose_fps says how many there are a second")
+
+
+def poses_at(poses: Poses, positions: list[float], frames: list[int]) -> tuple[Tensor, Tensor | None, int]:
+    """What the camera was at some pixel frames: viewmats [t 4 4] fp64, K [t 4] fp64 if the file has them, and how many
+    of these are interpolated. Raises ValueError over a gap of more than MAX_GAP frames."""
+    order = sorted(range(len(positions)), key=positions.__getitem__)
+    at = [positions[i] for i in order]
+    before, share, made = [], [], 0
+    for frame in frames:
+        n = bisect_right(at, frame + 1e-3) - 1
+        if n < 0 or (n == len(at) - 1 and frame > at[-1] + 0.5):
+            raise ValueError(f"they {'begin after' if n < 0 else 'end before'} frame {frame} of the video")
+        after = min(n + 1, len(at) - 1)
+        gap = at[after] - at[n]
+        between = abs(frame - at[n]) > 1e-3 and gap > 0
+        if between and gap > MAX_GAP:
+            raise ValueError(f"none between frames {at[n]:g} and {at[after]:g} of the video, more than {MAX_GAP} apart")
+        before.append(n)
+        share.append((frame - at[n]) / gap if between else 0.0)
+        made += between
+    index = torch.tensor(order)
+    a, b = index[before], index[[min(n + 1, len(at) - 1) for n in before]]
+    s = torch.tensor(share, dtype=torch.float64)
+    c2w = invert_se3(poses.viewmats)
+    viewmats = torch.where((s > 0)[:, None, None], invert_se3(between_poses(c2w[a], c2w[b], s)), poses.viewmats[a])
+    if poses.K is None:
+        return viewmats, None, made
+    each = isinstance(poses.K[0], (list, tuple))
+    Ks = torch.tensor(poses.K if each else [poses.K], dtype=torch.float64)
+    if len(Ks) not in (1, len(at)):
+        raise ValueError(f"found {len(Ks)} intrinsics (K), but {len(at)} poses: expected 1 or one each")
+    if len(Ks) == 1:
+        return viewmats, Ks.expand(len(frames), 4), made
+    return viewmats, torch.lerp(Ks[a], Ks[b], s[:, None]), made
+
+
+def distort(xy: Tensor, lens: tuple[float, ...]) -> Tensor:
+    """Where a lens k1 k2 p1 p2 shows what a pinhole would show at xy [... 2], both as tangents of angles (OpenCV)."""
+    k1, k2, p1, p2 = lens
+    x, y = xy.unbind(-1)
+    r = x * x + y * y
+    radial = 1 + k1 * r + k2 * r * r
+    return torch.stack([x * radial + 2 * p1 * x * y + p2 * (r + 2 * x * x),
+                        y * radial + p1 * (r + 2 * y * y) + 2 * p2 * x * y], dim=-1)
+
+
+def corner_shift(K: list[float], lens: tuple[float, ...], size: list[int]) -> float:
+    """By how many pixels of a picture of `size` = [h, w] a lens moves its corners."""
+    K = torch.tensor(K, dtype=torch.float64)
+    corners = (torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]], dtype=torch.float64) - K[2:]) / K[:2]
+    shift = (distort(corners, lens) - corners) * K[:2] * torch.tensor([size[1], size[0]])
+    return shift.norm(dim=-1).max().item()
+
+
+def undistort(video: Tensor, K: list[float], lens: tuple[float, ...]) -> Tensor:
+    """Pictures [t 3 H W] through a lens -> as a pinhole of the same K (over width and height) would show them."""
+    height, width = video.shape[2:]
+    y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+    K = torch.tensor(K)
+    seen = distort((torch.stack([x, y], dim=-1) - K[2:]) / K[:2], lens) * K[:2] + K[2:]
+    grid = (2 * seen - 1).float().expand(len(video), height, width, 2)
+    return F.grid_sample(video.float(), grid, padding_mode="border", align_corners=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1593,18 +2060,17 @@ def encode_first_frame(image: Tensor, siglip: SigLIP) -> Tensor:
 # training compares, meta["frames"].
 
 VIDEOS = (".mp4", ".gif", ".webm", ".mov", ".avi", ".mkv")
-TABLE = """a table of the videos, .jsonl, .json (a list of objects) or .csv, with the columns
+TABLE = f"""a table of the videos, .jsonl, .json (a list of objects) or .csv, with the columns
   file      below the folder
   caption   what it shows
-  poses     where the camera was. Either a pose string, as for stream.py, or a file, beside the table:
-              .json       {"c2w": [4x4, ...]}, "w2c" or "c2w_opengl" (y up, z backwards), with "K" for all or for each;
-                          HY-WorldPlay's entries, {"extrinsic", "K"} or {"w2c", "intrinsic"}; in a .json or .jsonl
-                          table, such an object may stand in the row itself
-              images.txt  COLMAP's text format, cameras.txt beside it; images in the order of their names
-              .txt        RealEstate10K: a line a frame, time fx fy cx cy k1 k2 and 3x4 world-to-camera
-            As many poses as the video has frames, or one per latent frame: of frames 0, 4, 8 ...
+  poses     where the camera was. Either a pose string, as for stream.py, or a file or folder, beside the table:
+{textwrap.indent(POSE_FILES, " " * 14)}
+            As many poses as the video has frames, or one per latent frame: of frames 0, 4, 8 ... Or of some frames, if
+            numbers in the names of pictures or time stamps say of which: up to {MAX_GAP} frames between two poses are
+            interpolated, and only the frames that are used need any.
   K         optional: fx/W fy/H cx/W cy/H of the video, instead of what the poses' file says
-  start     optional: the first frame to use, so that a long video can stand in several rows"""
+  start     optional: the first frame to use, so that a long video can stand in several rows
+  pose_fps  optional: how many poses there are a second, from the first frame on"""
 UNUSABLE = {  # why a clip can never be used: what it means
     "unlisted": "no row of the table names it",
     "video": "missing, damaged, too short, or of too few frames a second",
@@ -1633,6 +2099,7 @@ class Clip(NamedTuple):
     caption: str
     poses: str | dict
     K: str | list | None
+    pose_fps: str | float | None = None
 
 
 class ClipFormat(NamedTuple):
@@ -1659,18 +2126,16 @@ def parse_table(text: str, suffix: str) -> Any:
     """A table's text -> what should be a list of objects, one per row."""
     if suffix == ".csv":
         return list(csv.DictReader(io.StringIO(text)))
-    if suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    if suffix == ".jsonl":  # a string may hold other line breaks than this one
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     return json.loads(text)
 
 
 def read_table(path: Path) -> list[Clip]:
     """Raises ValueError, naming the row, for what is not a table. What is wrong with one clip alone is for later."""
     try:
-        rows = parse_table(path.read_text(encoding="utf-8-sig"), path.suffix)  # spreadsheets write a byte-order mark
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file, expected {TABLE.splitlines()[0]} file, caption, poses") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
+        rows = parse_table(read_text(path), path.suffix.lower())
+    except (json.JSONDecodeError, RecursionError, csv.Error) as error:
         raise ValueError(f"{path}: not {path.suffix} ({error})") from None
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path}: expected a list of rows with the columns file, caption, poses")
@@ -1683,7 +2148,7 @@ def read_table(path: Path) -> list[Clip]:
         if not start.isdecimal():
             raise ValueError(f"{path}: row {n} starts at {start!r}, expected the number of a frame")
         caption = str(row["caption"] or "").strip()
-        clips.append(Clip(str(row["file"]), int(start), caption, row["poses"], row.get("K")))
+        clips.append(Clip(str(row["file"]), int(start), caption, row["poses"], row.get("K"), row.get("pose_fps")))
     return clips
 
 
@@ -1725,42 +2190,102 @@ def sample_frame_indices(start: int, own_fps: float, wanted: ClipFormat) -> list
     return [start + math.floor(n * own_fps / wanted.fps + 0.5) for n in range(pixel_frames)]
 
 
-def open_video(path: Path) -> tuple[Any, dict[str, Any]]:
-    """A generator of its pixel frames, bytes [h w 3], as many as are stored; and a dict of its "size" (width, height)
-    and "fps". Raises ValueError when it is missing or damaged."""
+@lru_cache(maxsize=1)
+def find_ffmpeg() -> str:
+    """Raises ValueError if there is none, or one that cannot do what is asked of it: no video is to blame for that."""
+    try:
+        ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+        command = [ffmpeg, "-v", "error", "-f", "lavfi", "-i", "color=size=16x16:duration=0.1", *FRAMES_AS_STORED,
+                   "-f", "null", "-"]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"ffmpeg: cannot be run ({error})") from None
+    if done.returncode:
+        wrong = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[0]
+        raise ValueError(f"ffmpeg: {ffmpeg} cannot be used ({wrong}); expected version 5.1 or newer, as comes with "
+                         "imageio-ffmpeg; IMAGEIO_FFMPEG_EXE names another")
+    return ffmpeg
+
+
+FRAMES_AS_STORED = ["-fps_mode", "passthrough"]  # ffmpeg would drop and repeat some, to keep an even pace
+
+
+def open_video(path: Path) -> dict[str, Any]:
+    """Its "size" (width, height), as it is shown, and its "fps". Raises ValueError when it is missing or damaged."""
     if not path.is_file():
         raise ValueError("no such file")
-    reader = imageio_ffmpeg.read_frames(path, output_params=["-fps_mode", "passthrough"])
+    find_ffmpeg()
     try:
-        return reader, next(reader)
+        reader = imageio_ffmpeg.read_frames(path, output_params=FRAMES_AS_STORED)
+        about = next(reader)
+        reader.close()
+    except OSError as error:
+        if error.errno:  # of the machine
+            raise
+        raise ValueError(f"not a video ({(str(error).strip().splitlines() or ['?'])[-1].strip()})") from None
     except Exception as error:  # of any kind, with all that ffmpeg had to say
-        raise ValueError(f"not a video ({str(error).strip().splitlines()[-1].strip()})") from None
+        raise ValueError(f"not a video ({(str(error).strip().splitlines() or ['?'])[-1].strip()})") from None
+    return about
 
 
-def read_clip(path: Path, start: int, wanted: ClipFormat, count_all: bool = False) -> tuple[Tensor, dict[str, Any]]:
+@contextmanager
+def decoded_frames(path: Path, width: int, height: int) -> Iterator[tuple[Iterator[bytes], Callable[[], str]]]:
+    """The pixel frames of a video, as many as are stored, each h w 3 bytes; and what ffmpeg had to complain of in the
+    end: it makes up what it cannot read, and says so only there."""
+    with tempfile.TemporaryFile() as log:
+        command = [find_ffmpeg(), "-v", "error", "-nostdin", "-i", str(path.absolute()), "-map", "0:v:0",
+                   *FRAMES_AS_STORED, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+        decoder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+
+        def complaints() -> str:
+            status = decoder.wait()
+            log.seek(0)
+            lines = [line for line in log.read().decode(errors="replace").splitlines()
+                     if line.strip() and "non monotonically increasing dts" not in line]  # of our way to write it
+            if status < 0:  # killed: by the machine, which is short of something
+                raise OSError(f"{path}: ffmpeg was killed by signal {-status}")
+            return lines[0].strip() if lines else f"ffmpeg: {status}" if status else ""
+
+        try:
+            yield iter(lambda: decoder.stdout.read(3 * width * height), b""), complaints
+        finally:
+            decoder.stdout.close()
+            decoder.kill()
+            decoder.wait()
+
+
+def read_clip(path: Path, start: int, wanted: ClipFormat, count_all: bool = False, K: list[float] | None = None,
+              lens: tuple[float, ...] = ()) -> tuple[Tensor, dict[str, Any]]:
     """A clip [t 3 h w] uint8, and what the file is: its fps, height, width and how many pixel frames were read, which
-    is all of them with count_all. Raises ValueError when the file is missing, damaged, too short or too slow."""
-    reader, about = open_video(path)
+    is all of them with count_all. Raises ValueError when the file is missing, damaged, too short or too slow.
+
+    K, lens: of the pictures in the file; what the lens did to them is undone.
+    """
+    about = open_video(path)
     (width, height), own_fps = about["size"], about["fps"]
     if own_fps < 0.998 * wanted.fps:  # 23.976 is as good as 24
         raise ValueError(f"{own_fps:g} frames a second, fewer than --fps {wanted.fps:g}")
     indices = sample_frame_indices(start, own_fps, wanted)
     video: list[Tensor] = []
-    count = 0
-    try:
-        for frame in reader:
+    count, wrong = 0, ""
+    with decoded_frames(path, width, height) as (frames, complaints):
+        for frame in frames:
+            if len(frame) < 3 * width * height:
+                break
             # `while`: a video that is a little slower than --fps shows a frame twice now and then
             while len(video) < len(indices) and indices[len(video)] == count:
                 pixels = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
-                picture = rearrange(pixels, "(h w c) -> 1 c h w", h=height, c=3)
-                video.append(resize_and_crop(picture.float(), wanted.size).round().byte())
+                picture = rearrange(pixels, "(h w c) -> 1 c h w", h=height, c=3).float()
+                if lens:
+                    picture = undistort(picture, K, lens)
+                video.append(resize_and_crop(picture, wanted.size).round().byte())
             count += 1
             if len(video) == len(indices) and not count_all:
                 break
-    except RuntimeError as error:
-        raise ValueError(f"damaged after {count} frames ({str(error).splitlines()[0]})") from None
-    finally:
-        reader.close()
+        else:
+            wrong = complaints()
+    if wrong:
+        raise ValueError(f"damaged, of {count} frames ({wrong})")
     if len(video) < len(indices):
         raise ValueError(f"{count} frames at {own_fps:g} a second, --frames {wanted.latent_frames} at {wanted.fps:g} "
                          f"needs {indices[-1] + 1}")
@@ -1798,7 +2323,8 @@ def read_surveys(folder: Path) -> dict[str, dict]:
         for line in path.read_text().splitlines():
             with suppress(json.JSONDecodeError):  # the last line of a run that was killed
                 survey = json.loads(line)
-                surveys[json.dumps(survey["of"])] = survey
+                if "error" not in survey:
+                    surveys[json.dumps(survey["of"])] = survey
     return surveys
 
 
@@ -1819,7 +2345,8 @@ def survey_clips(clips: list[Clip], folder: Path, out: Path, rank: int, world_si
             try:
                 survey = {"of": key} | survey_clip(path, clip.start, wanted)
             except ValueError as error:
-                survey = {"of": key, "error": str(error)}
+                surveys.append({"of": key, "error": str(error)})  # not remembered: what was wrong may be mended
+                continue
             with appending(out / f"survey-{rank}.jsonl") as log:
                 log.write("\n" + json.dumps(survey))  # the line break first: what stands there may be half a line
         surveys.append(survey)
@@ -1909,31 +2436,6 @@ def encode_captions(captions: Iterable[str], encoder: Encoder, tables: list[Path
 # Pass 2: judge each clip, alone and beside all others.
 
 
-def poses_per_frame(viewmats: Tensor, pixel_frames: int) -> Tensor:
-    """Poses [n 4 4] of each of a video's pixel frames, or of its latent frames -> one per pixel frame, fp64."""
-    n, latent_frames = len(viewmats), 1 + (pixel_frames - 1) // 4
-    if n not in (pixel_frames, latent_frames):
-        raise ValueError(f"{n} poses, but {pixel_frames} frames: expected {pixel_frames}, or {latent_frames}, one per "
-                         "latent frame")
-    return viewmats if n == pixel_frames else pixel_cameras(viewmats[None])[0].double()
-
-
-def intrinsics_per_frame(Ks: list, pixel_frames: int) -> Tensor:
-    """One K, or one for each pixel or latent frame -> [pixel_frames 4] fp64. Raises ValueError when one is out of
-    range."""
-    for K in Ks:
-        intrinsics(K)
-    stored, latent_frames = torch.tensor(Ks, dtype=torch.float64), 1 + (pixel_frames - 1) // 4
-    if len(Ks) not in (1, pixel_frames, latent_frames):
-        raise ValueError(f"found {len(Ks)} intrinsics (K), but {pixel_frames} frames: expected 1, {pixel_frames} or "
-                         f"{latent_frames}")
-    if len(Ks) in (1, pixel_frames):
-        return stored.expand(pixel_frames, 4)
-    # in latent frames: between two of them, K changes evenly
-    position = (torch.arange(pixel_frames) / 4).clamp_max(latent_frames - 1).double()
-    return torch.lerp(stored[position.floor().long()], stored[position.ceil().long()], position.frac()[:, None])
-
-
 def camera_steps(viewmats: Tensor) -> tuple[Tensor, Tensor]:
     """How far a camera [n 4 4] moves and turns from each pose to the next: units and radians [n - 1]."""
     c2w = invert_se3(viewmats.double())
@@ -1955,6 +2457,9 @@ class Track(NamedTuple):
     viewmats: Tensor  # [t 4 4] fp64
     K: Tensor  # [t 4] fp64, of the frames as they are cut
     Ks: Tensor  # [f 3 3] fp32, the same per latent frame
+    lens: tuple[list[float], tuple[float, ...]] | None  # K and distortion of the file's pictures, if it shows
+    interpolated: int  # of the t poses
+    measured: bool  # False: in units that mean nothing
 
 
 class ClipCamera(NamedTuple):
@@ -1962,6 +2467,7 @@ class ClipCamera(NamedTuple):
     viewmats: Tensor  # [f 4 4] fp32
     Ks: Tensor  # [f 3 3] fp32
     scale: float  # factor on translations, already applied
+    lens: tuple[list[float], tuple[float, ...]] | None  # to be undone in its pictures
 
 
 class Unusable(ValueError):
@@ -1974,25 +2480,19 @@ class Unusable(ValueError):
 
 @contextmanager
 def unusable(reason: str) -> Iterator[None]:
-    """A ValueError within is an Unusable for this reason."""
+    """Whatever a user's numbers bring about within is an Unusable for this reason."""
     try:
-        yield
+        with blamed(reason):
+            yield
     except ValueError as error:
-        raise Unusable(reason, str(error)) from None
+        raise Unusable(reason, str(error).removeprefix(f"{reason}: ")) from None
 
 
-def find_intrinsics(clip: Clip, from_poses: list | None, flag: list[float] | None) -> list:
-    """Those of the table, else of the poses' file, else of --K: a list of one K or several. Raises ValueError if there
-    are none."""
+def table_intrinsics(clip: Clip) -> list[float] | None:
+    """K of the table, before that of the poses' file, or None."""
     if isinstance(clip.K, str) and clip.K.strip():  # a cell of a .csv
-        return [[float(number) for number in clip.K.strip("[ ]").replace(",", " ").split()]]
-    if clip.K:
-        return [clip.K]
-    if from_poses:
-        return from_poses
-    if flag:
-        return [flag]
-    raise ValueError("none: expected a K in the table, in the file of the poses, or --K")
+        return [float(number) for number in clip.K.strip("[ ]").replace(",", " ").split()]
+    return clip.K or None
 
 
 def clip_track(clip: Clip, survey: dict, bad_captions: dict[str, str], args: argparse.Namespace) -> Track:
@@ -2003,24 +2503,45 @@ def clip_track(clip: Clip, survey: dict, bad_captions: dict[str, str], args: arg
         raise Unusable("caption", "empty")
     if clip.caption in bad_captions:
         raise Unusable("caption", bad_captions[clip.caption])
+    height, width = survey["height"], survey["width"]
     indices = sample_frame_indices(clip.start, survey["fps"], clip_format(args))
     with unusable("poses"):
-        viewmats, from_poses = read_poses(clip.poses, args.table.parent)
-        viewmats = poses_per_frame(viewmats, survey["frames"])
-        if indices[-1] >= len(viewmats):
-            raise ValueError(f"they end before frame {indices[-1]} of the video")
+        poses = read_poses(clip.poses, args.table.parent, clip.file, width / height)
+        if not poses.measured and args.scale == 1:
+            raise ValueError("they were made of pictures, in units that mean nothing, so not --scale 1: 'clip' gives "
+                             "each clip the step of the pose strings, 'set' all clips together")
+        pose_fps = float(clip.pose_fps) if clip.pose_fps else None
+        if pose_fps is not None and not 0 < pose_fps < math.inf:
+            raise ValueError(f"pose_fps {clip.pose_fps}: expected how many there are a second")
+        positions = frame_positions(poses, survey["frames"], survey["fps"], pose_fps)
+        viewmats, K, interpolated = poses_at(poses._replace(K=None), positions, indices)
     with unusable("intrinsics"):
-        K = intrinsics_per_frame(find_intrinsics(clip, from_poses, args.K), survey["frames"])[indices]
-        K = crop_intrinsics(K, survey["height"], survey["width"], args.size)
+        K = table_intrinsics(clip)
+        if K is None and poses.K is not None:
+            each = isinstance(poses.K[0], (list, tuple))
+            for one in poses.K if each else [poses.K]:
+                intrinsics(one)
+            K = poses_at(poses, positions, indices)[1]
+        else:
+            K = K or args.K
+            if K is None:
+                raise ValueError("none: expected a K in the table, in the file of the poses, or --K")
+            intrinsics(K)
+            K = torch.tensor([K], dtype=torch.float64).expand(len(indices), 4)
+        own = K[0].tolist()
+        lens = (own, poses.lens) if poses.lens and corner_shift(own, poses.lens, args.size) >= 1 else None
+        K = crop_intrinsics(K, height, width, args.size)
         Ks = torch.stack([intrinsics(k) for k in K[::4].tolist()])
-    return Track(viewmats[indices] @ invert_se3(viewmats[indices[:1]]), K, Ks)
+    return Track(viewmats @ invert_se3(viewmats[:1]), K, Ks, lens, interpolated, poses.measured)
 
 
-def translation_factors(tracks: dict[int, Track], scale: str | float) -> dict[int, float]:
-    """What --scale makes of each clip's translations: STEP over its own median step, over that of all, or a number."""
+def translation_factors(tracks: dict[int, Track], scale: str | float | None) -> dict[int, float]:
+    """What --scale makes of each clip's translations: STEP over its own median step, over that of all, or a number. If
+    none was given, 1 where they were measured and else STEP over the clip's own."""
     steps = {n: median_step(track.viewmats[::4]) for n, track in tracks.items()}
-    if scale == "clip":
-        return {n: STEP / step if step else 1.0 for n, step in steps.items()}
+    if scale in ("clip", None):
+        own = {n: STEP / step if step else 1.0 for n, step in steps.items()}
+        return {n: 1.0 if scale is None and tracks[n].measured else factor for n, factor in own.items()}
     if scale == "set":
         moving = [step for step in steps.values() if step] or [STEP]
         scale = float(f"{STEP / torch.tensor(moving).median().item():.6g}")
@@ -2110,6 +2631,7 @@ def judge(clips: list[Clip], surveys: list[dict], bad_captions: dict[str, str],
     tracks: dict[int, Track] = {}
     for n, (clip, survey) in enumerate(zip(clips, surveys, strict=True)):
         report.append({"file": clip.file, "start": clip.start, "kept": False, "class": None, "reasons": {}})
+        report[n] |= {name: value for name, value in survey.items() if name not in ("of", "hash", "error")}
         try:
             tracks[n] = clip_track(clip, survey, bad_captions, args)
         except Unusable as error:
@@ -2119,11 +2641,11 @@ def judge(clips: list[Clip], surveys: list[dict], bad_captions: dict[str, str],
     for n, scale in translation_factors(tracks, args.scale).items():
         viewmats = tracks[n].viewmats.clone()
         viewmats[:, :3, 3] *= scale
-        cameras[n] = ClipCamera(viewmats[::4].float(), tracks[n].Ks, scale)
+        cameras[n] = ClipCamera(viewmats[::4].float(), tracks[n].Ks, scale, tracks[n].lens)
         report[n]["reasons"] = find_doubts(surveys[n], viewmats, tracks[n].K, args.size)
         path = cameras[n].viewmats
-        report[n] |= {"class": action_class(path), "path": pose_string(path), "scale": scale}
-        report[n] |= {name: value for name, value in surveys[n].items() if name not in ("of", "hash")}
+        report[n] |= {"class": action_class(path), "path": pose_string(path), "scale": scale,
+                      "interpolated": tracks[n].interpolated}
 
     # beside the others: only clips that are sound so far can make another superfluous
     sound = [n for n, row in enumerate(report) if is_sound(row, *args.keep)]
@@ -2194,6 +2716,7 @@ class ShardPlan(NamedTuple):
     viewmats: Tensor  # [n f 4 4]
     Ks: Tensor  # [n f 3 3]
     scales: Tensor  # [n]
+    lenses: list  # of each clip: what is to be undone in its pictures
 
 
 def plan_shards(clips: list[Clip], surveys: list[dict], report: list[dict], cameras: dict[int, ClipCamera],
@@ -2211,7 +2734,8 @@ def plan_shards(clips: list[Clip], surveys: list[dict], report: list[dict], came
         Ks = torch.stack([cameras[n].Ks for n in rows])
         scales = torch.tensor([cameras[n].scale for n in rows])
         file = args.out / f"latents-{start:06d}.safetensors"
-        plans[file] = ShardPlan([clips[n] for n in rows], sources, viewmats, Ks, scales)
+        lenses = [cameras[n].lens for n in rows]
+        plans[file] = ShardPlan([clips[n] for n in rows], sources, viewmats, Ks, scales, lenses)
     return plans
 
 
@@ -2273,6 +2797,9 @@ def open_run(args: argparse.Namespace) -> Run:
     """Read the table, load VAE and text encoder, join the other processes. Raises ValueError if they do not fit."""
     if args.table is None:
         args.table = find_table(args.videos)
+    if args.table.resolve().parent == args.out.resolve() and args.table.name == "report.jsonl":
+        raise ValueError(f"--table {args.table}: the report would be written over it; choose another --out")
+    find_ffmpeg()
     clips = read_table(args.table)
     _, vae_meta = load_checkpoint(args.vae, "vae")
     preset = vae_meta["preset"]
@@ -2320,7 +2847,7 @@ def describe_folder(run: Run, cameras: list[ClipCamera]) -> dict[str, Any]:
     args = run.args
     Ks = torch.cat([camera.Ks for camera in cameras]).double()  # [n 3 3]
     K = Ks[:, [0, 1, 0, 1], [0, 1, 2, 2]].median(0).values.tolist()  # fx, fy, cx, cy
-    scale = cameras[0].scale if args.scale == "set" else args.scale  # "set" is one number for all
+    scale = cameras[0].scale if args.scale == "set" else args.scale or "measured"  # "set" is one number for all
     meta = {"preset": run.vae_meta["preset"], "K": [round(k, 7) for k in K], "size": args.size, "fps": args.fps,
             "frames": args.frames, "vae": str(args.vae), "vae_fingerprint": run.vae_meta["fingerprint"],
             "scale": scale, "negative": run.negative, "encoder": run.encoder.name,
@@ -2333,10 +2860,10 @@ def describe_folder(run: Run, cameras: list[ClipCamera]) -> dict[str, Any]:
 def encode_shard(run: Run, plan: ShardPlan, prompt_ids: dict[str, int], bar: tqdm) -> dict[str, Tensor]:
     """A shard's tensors. Raises ValueError, naming the video, when it cannot be read any more or encodes to NaN."""
     latents, vision = [], []
-    for clip in plan.clips:
+    for clip, lens in zip(plan.clips, plan.lenses, strict=True):
         path = run.args.videos / clip.file
         try:
-            video, _ = read_clip(path, clip.start, clip_format(run.args))
+            video, _ = read_clip(path, clip.start, clip_format(run.args), False, *(lens or ()))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         with torch.no_grad():
@@ -2548,9 +3075,9 @@ def add_video_flags(p: argparse.ArgumentParser) -> None:
     own.add_argument("--fps", type=float, default=FPS, help="frames a second to take; a video must have as many")
     own.add_argument("--K", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"),
                      help="intrinsics of clips that bring none, over the width and height of the video")
-    own.add_argument("--scale", type=translation_scale, default=1.0, help=f"factor on all translations (1 for pose "
-                     f"strings); or 'set': the one that makes the median step of the whole folder {STEP} units, for "
-                     "metric poses; or 'clip': one for each clip, for poses whose scale is arbitrary (COLMAP's)")
+    own.add_argument("--scale", type=translation_scale, help=f"factor on all translations; or 'set': the one that "
+                     f"makes the median step of the whole folder {STEP} units, for metric poses; or 'clip': one for "
+                     "each clip, for poses whose scale is arbitrary. Default: 1, and 'clip' for COLMAP's and VGGT's")
     own.add_argument("--text-encoder", type=Path, help="umT5, or for HY the folder of HunyuanVideo-1.5; without it "
                      "prompts are read word by word, as the toy's")
     own.add_argument("--negative", help="the prompt that guidance steers away from; default empty, or Wan's for umT5")
@@ -2609,6 +3136,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # no console stops a run over a letter that it lacks
     try:
         main(parse_args())
     except (ValueError, OSError) as error:

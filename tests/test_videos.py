@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from conftest import MINIATURE, call, refusal, run
 from data import (
-    DOUBTFUL, K_SQUARE, STEP, UNUSABLE, ClipFormat, Encoder, action_class, camera_steps, crop_intrinsics, draw_path,
-    encode_captions, find_duplicates, intrinsics, intrinsics_per_frame, invert_se3, median_step, open_latents,
-    parse_args, parse_trajectory, pixel_cameras, pose_string, poses_per_frame, read_poses, render, resize_and_crop,
+    DOUBTFUL, K_SQUARE, STEP, UNUSABLE, ClipFormat, Encoder, Poses, action_class, camera_steps, crop_intrinsics,
+    draw_path, encode_captions, find_duplicates, frame_positions, intrinsics, invert_se3, median_step, open_latents,
+    parse_args, parse_trajectory, pixel_cameras, pose_string, poses_at, read_poses, render, resize_and_crop,
     resize_crop_size, sample_frame_indices, sample_toy, save_prompts, to_bytes,
 )
 from model import PRESETS, WanVAE, fingerprint, fresh_weights, save_checkpoint
@@ -164,7 +164,7 @@ def test_every_format_of_poses_gives_the_cameras_of_the_direct_set(toy, form):
     rows = range(FORMATS.index(form), COUNT, len(FORMATS))
     torch.testing.assert_close(made["viewmats"][rows], direct["viewmats"][rows], atol=1e-6, rtol=0)
     torch.testing.assert_close(made["Ks"][rows], direct["Ks"][rows], atol=1e-6, rtol=0)
-    assert made["viewmats"].dtype == made["Ks"].dtype == torch.float32 and (made["scales"] == 1).all()
+    assert made["viewmats"].dtype == made["Ks"].dtype == torch.float32 and (made["scales"] - 1).abs().max() < 1e-5
 
 
 def test_latents_are_those_of_the_direct_set_but_for_compression(toy):
@@ -178,7 +178,7 @@ def test_latents_are_those_of_the_direct_set_but_for_compression(toy):
 def test_the_folder_says_what_training_compares(toy):
     made, direct = open_latents(toy / "data/videos"), open_latents(toy / "data/toy")
     compared = {name: value for name, value in direct.meta.items() if name != "prompts"}  # the mark of its table
-    assert made.meta == compared | {"scale": 1.0, "negative": "", "encoder": "words"}
+    assert made.meta == compared | {"scale": "measured", "negative": "", "encoder": "words"}
     assert made.starts == [0, 6, 12, 16] and made.prompts.metadata()["prompts"] == direct.prompts.metadata()["prompts"]
     assert torch.equal(made.prompts.get_tensor("embeds"), direct.prompts.get_tensor("embeds"))
     assert torch.equal(tensors(toy / "data/videos")["prompt_ids"], torch.arange(COUNT))
@@ -296,7 +296,7 @@ def test_each_broken_clip_is_in_the_report_with_its_reason(toy, broken):
     ("slow", "8 frames a second, fewer than --fps 16"), ("no caption", "empty"), ("long caption", "33 words"),
     ("count", "12 poses, but 13 frames: expected 13, or 4"), ("mirrored", "it mirrors"),
     ("nan", "pose 5 is not a rigid transform (SE(3)): it holds NaN"), ("string", "cannot read 'q'"),
-    ("no poses", "nowhere.json: No such file"),
+    ("no poses", "nowhere.json: no such file"),
     ("pixels", "not pixels"), ("no K", "--K"), ("swapped", "factor of 0.56"), ("jump", "at frame 6 "),
     ("scale", "1.6 units"), ("small", "16x16"), ("copy", "good.mp4"), ("left out", "table.jsonl"),
 ])
@@ -440,7 +440,7 @@ def test_a_full_disk_leaves_the_report_before(toy, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--scale", "2", "--keep", "scale"], "its scale is 1.0, now 2.0"), (["--negative", "ugly"], "its negative"),
+    (["--scale", "2", "--keep", "scale"], "its scale is measured, now 2.0"), (["--negative", "ugly"], "its negative"),
     (["--at-most", "1"], "not a shard of this run"), (["--shard-size", "16"], "not a shard of this run"),
     (["--table", "clips/reversed.jsonl"], "of other clips or cameras"),
 ])
@@ -499,27 +499,31 @@ def test_a_point_of_the_picture_is_where_its_intrinsics_say(height, width):
 
 def test_intrinsics_may_differ_from_frame_to_frame():
     zoom = [[0.5 + n / 100, 0.5, 0.5, 0.5] for n in range(13)]
-    assert intrinsics_per_frame(zoom, 13)[:, 0].tolist() == [k[0] for k in zoom]
-    per_latent = intrinsics_per_frame(zoom[::4], 13)
-    torch.testing.assert_close(per_latent, torch.tensor(zoom, dtype=torch.float64))
-    assert intrinsics_per_frame(zoom[:1], 13).shape == (13, 4)
-    with pytest.raises(ValueError, match="found 5 intrinsics .K., but 13 frames: expected 1, 13 or 4"):
-        intrinsics_per_frame(zoom[:5], 13)
+    poses = Poses(torch.eye(4, dtype=torch.float64).repeat(13, 1, 1), zoom)
+    assert poses_at(poses, [*range(13)], [*range(13)])[1][:, 0].tolist() == [k[0] for k in zoom]
+    per_latent = Poses(poses.viewmats[::4], zoom[::4])
+    found = poses_at(per_latent, frame_positions(per_latent, 13, 16), [*range(13)])[1]
+    torch.testing.assert_close(found, torch.tensor(zoom, dtype=torch.float64))
+    assert poses_at(poses._replace(K=zoom[0]), [*range(13)], [0, 5])[1].shape == (2, 4)
+    with pytest.raises(ValueError, match="found 5 intrinsics .K., but 13 poses: expected 1 or one each"):
+        poses_at(poses._replace(K=zoom[:5]), [*range(13)], [0])
 
 
 def test_poses_are_per_frame_or_per_latent_frame():
-    viewmats = parse_trajectory("w*2,w+l").double()
-    torch.testing.assert_close(poses_per_frame(viewmats, 13)[::4], viewmats, atol=1e-6, rtol=0)
-    torch.testing.assert_close(poses_per_frame(viewmats, 16)[:13:4], viewmats, atol=1e-6, rtol=0)
-    assert torch.equal(poses_per_frame(viewmats, 4), viewmats)
+    poses = Poses(parse_trajectory("w*2,w+l").double())
+    for frames in (13, 16):
+        assert frame_positions(poses, frames, 16) == [0, 4, 8, 12]
+    found, _, made = poses_at(poses, [0, 4, 8, 12], [*range(13)])
+    torch.testing.assert_close(found.float(), pixel_cameras(poses.viewmats[None].float())[0], atol=1e-6, rtol=0)
+    assert torch.equal(found[::4], poses.viewmats) and made == 9
+    assert frame_positions(poses, 4, 16) == [0, 1, 2, 3]
     for frames in (12, 17):
         with pytest.raises(ValueError, match=f"4 poses, but {frames} frames"):
-            poses_per_frame(viewmats, frames)
+            frame_positions(poses, frames, 16)
 
 
 @pytest.mark.parametrize("line, says", [
-    ("0 0.5 0.9 0.5 0.5 0.2 0 1 0 0 0 0 1 0 0 0 0 1 0", "no distortion"), ("0 0.5 0.9", "found 3 numbers"),
-    ("zero 0.5", "zero"), ("", "4x4"),
+    ("0 0.5 0.9", "poses.txt line 1: found 3 numbers"), ("zero 0.5", "poses.txt line 1: .*zero"), ("", "no poses"),
 ])
 def test_bad_realestate_poses_are_named(tmp_path, line, says):
     (tmp_path / "poses.txt").write_text(line)
@@ -528,15 +532,16 @@ def test_bad_realestate_poses_are_named(tmp_path, line, says):
 
 
 @pytest.mark.parametrize("camera, says", [
-    ("1 SIMPLE_RADIAL 640 480 500 320 240 0.1", "undistort"), ("1 FISHEYE 640 480 500 500 320 240", "FISHEYE"),
-    ("2 PINHOLE 640 480 500 500 320 240", "no '1'"), ("1 PINHOLE 640 480 500 500 320 240", None),
+    ("1 OPENCV_FISHEYE 640 480 500 500 320 240 0.1 0 0 0", "undistort"),
+    ("1 FISHEYE 640 480 500 500 320 240", "FISHEYE"), ("1 PINHOLE 640 480 500", "PINHOLE"),
+    ("2 PINHOLE 640 480 500 500 320 240", "camera 1, of which"), ("1 PINHOLE 640 480 500 500 320 240", None),
     ("1 SIMPLE_PINHOLE 640 480 500 320 240", None),
 ])
 def test_colmap_cameras_must_be_pinholes(tmp_path, camera, says):
     (tmp_path / "images.txt").write_text("1 1 0 0 0 0 0 0 1 a.png\n\n2 1 0 0 0 0 0 -1 1 b.png\n")
     (tmp_path / "cameras.txt").write_text(camera + "\n")
     if says is None:
-        viewmats, K = read_poses("images.txt", tmp_path)
+        viewmats, K, *_ = read_poses("images.txt", tmp_path)
         assert viewmats[1, :3, 3].tolist() == [0, 0, -1] and K == [(500 / 640, 500 / 480, 0.5, 0.5)] * 2
     else:
         with pytest.raises(ValueError, match=says):
