@@ -2085,6 +2085,7 @@ DOUBTFUL = {  # why a clip is dropped unless --keep names the reason
     "jump": "between two frames the camera moves over ten times the usual and a whole step, or turns over 15 degrees",
     "cut": "between two frames the picture changes over six times the usual",
     "static": "the picture stands still and the camera does not, or the reverse",
+    "disagree": "what moves in its pictures is not what its poses say",
     "dark": "under 6 % bright on average",
     "bright": "over half of it is blown out",
     "duplicate": "it looks like an earlier clip",
@@ -2292,26 +2293,134 @@ def read_clip(path: Path, start: int, wanted: ClipFormat, count_all: bool = Fals
     return torch.cat(video), {"frames": count, "fps": own_fps, "height": height, "width": width}
 
 
+# Do the pictures agree with the poses? Patches that two pictures share lie on each other's epipolar lines and in front
+# of both cameras, if the cameras are right. To find them takes pictures alone: pass 1 does, and pass 2 judges.
+
+MATCH_HEIGHT, MATCH_PAIRS = 96, 6  # rows of a picture, pairs of a clip
+MATCH_LEAST, MATCH_MOST = 15, 40  # patches of a pair
+REACH, HALF = 10, 4  # pixels that a patch is looked for on either side, and half its width
+
+
+def match_size(size: list[int]) -> list[int]:
+    """Of a picture of `size`, as large as is needed to match it."""
+    return [MATCH_HEIGHT, round(MATCH_HEIGHT * size[1] / size[0])]
+
+
+def match_patches(a: Tensor, b: Tensor) -> Tensor:
+    """Pictures [h w], grey, 0 to 1 -> where they show the same, [n 4]: x y in a, x y in b, over width and height."""
+    h, w = a.shape
+    if min(h, w) <= 2 * (REACH + HALF) + 1:
+        return a.new_zeros(0, 4)
+    margin, patch, window = REACH + HALF, 2 * HALF + 1, 2 * (REACH + HALF) + 1
+    y, x = torch.meshgrid(torch.linspace(margin, h - 1 - margin, 12).long(),
+                          torch.linspace(margin, w - 1 - margin, round(12 * w / h)).long(), indexing="ij")
+    y, x = y.flatten(), x.flatten()
+    own = a.unfold(0, patch, 1).unfold(1, patch, 1)[y - HALF, x - HALF].flatten(1)  # [n 81]
+    clear = own.std(1) > 0.03
+    own, y, x = own[clear], y[clear], x[clear]
+    around = b.unfold(0, window, 1).unfold(1, window, 1)[y - margin, x - margin]
+    others = around.unfold(1, patch, 1).unfold(2, patch, 1).flatten(3).flatten(1, 2)  # [n 441 81]
+    own, others = (F.normalize(z - z.mean(-1, keepdim=True), dim=-1) for z in (own, others))
+    steps = torch.arange(-REACH, REACH + 1)
+    far = (steps[:, None].square() + steps.square()).sqrt().flatten()
+    # along an edge many places look alike: of them the nearest
+    likeness, best = (torch.einsum("np,nkp->nk", own, others) - 1e-3 * far).max(1)
+    dy, dx = best // (2 * REACH + 1) - REACH, best % (2 * REACH + 1) - REACH
+    found = torch.stack([(x + 0.5) / w, (y + 0.5) / h, (x + dx + 0.5) / w, (y + dy + 0.5) / h], dim=1)
+    return found[likeness > 0.9]
+
+
+HYPOTHESES = {  # what else the poses may have been meant as: viewmats [n 4 4] -> viewmats
+    "as given": lambda viewmats: viewmats,
+    "inverted": invert_se3,
+    "with OpenGL's axes": lambda viewmats: OPENGL @ viewmats,
+    "inverted, with OpenGL's axes": lambda viewmats: OPENGL @ invert_se3(viewmats),
+    "in reverse order": lambda viewmats: viewmats.flip(0),
+}
+
+
+def disagreement(match: Tensor, a: Tensor, b: Tensor, K: Tensor) -> float:
+    """Of matches [n 4] seen from viewmats a and b [4 4], all fp64: the median distance from epipolar lines, in pixels
+    of MATCH_HEIGHT rows, and two for the share that lies behind a camera."""
+    one, two = (F.pad((xy - K[2:]) / K[:2], (0, 1), value=1.0) for xy in (match[:, :2], match[:, 2:]))
+    T = b @ invert_se3(a[None])[0]
+    R, t = T[:3, :3], T[:3, 3]
+    pixels = K[1] * MATCH_HEIGHT
+    turned = one @ R.mT
+    if t.norm() < 1e-4:  # a turn: every ray is known
+        behind = (turned[:, 2] <= 0).double().mean()
+        return ((turned[:, :2] / turned[:, 2:] - two[:, :2]).norm(dim=1).median() * pixels + 2 * behind).item()
+    E = torch.linalg.cross(t.expand(3, 3), R.mT, dim=-1).mT  # [t]x R
+    line_two, line_one = one @ E.mT, two @ E
+    slope = line_two[:, :2].square().sum(1) + line_one[:, :2].square().sum(1)
+    distance = (two * line_two).sum(1).abs() / slope.sqrt()  # Sampson's
+    depth = torch.linalg.lstsq(torch.stack([turned, -two], dim=-1), -t.expand(len(one), 3)[..., None]).solution[..., 0]
+    return (distance.median() * pixels + 2 * (depth <= 0).any(1).double().mean()).item()
+
+
+def agreement(matches: list, viewmats: Tensor, K: Tensor) -> dict[str, float]:
+    """How far the pictures of a clip disagree with each reading of its poses: the median over its pairs of pictures,
+    {} when too little was found. matches: of each pair its first latent frame and its patches; viewmats [f 4 4] and
+    K [f 4], fp64."""
+    moving = [(i, torch.tensor(found, dtype=torch.float64)) for i, found in matches
+              if len(found) >= MATCH_LEAST and shift(found, 0.5) >= 1]
+    if len(moving) < 2:
+        return {}
+    costs = {}
+    for name, reading in HYPOTHESES.items():
+        poses = reading(viewmats)
+        found = sorted(disagreement(match, poses[i], poses[i + 1], K[i]) for i, match in moving)
+        costs[name] = found[len(found) // 2]
+    return costs
+
+
+def shift(match: list, share: float) -> float:
+    """By how many pixels of MATCH_HEIGHT rows this share of a pair's patches moved at most."""
+    one, two = torch.tensor(match, dtype=torch.float64).split(2, dim=1)
+    return (MATCH_HEIGHT * (two - one).norm(dim=1)).quantile(share).item()
+
+
+def best_reading(costs: dict[str, float]) -> str | None:
+    """The reading of the poses that the pictures are clear about, "as given" first; None if they are not, "none" if
+    they agree with none."""
+    if not costs:
+        return None
+    best = min(costs, key=costs.get)
+    if costs["as given"] < 1.5 or costs["as given"] < 2 * costs[best]:
+        return "as given" if costs["as given"] < 3 else "none"
+    return best
+
+
 # Pass 1: look at every clip.
 
 
 def survey_clip(path: Path, start: int, wanted: ClipFormat) -> dict[str, Any]:
-    """What can be said of a clip from its pixels alone. Raises as read_clip does.
-
-    Of the file its frames (pixel frames), fps, height and width; of brightness, between 0 and 1, its mean, the share
-    that is blown out, and how much it changes from latent frame to latent frame (motion) and from pixel frame to pixel
-    frame (change, the largest, and usual_change, the median); and a hash, three thumbnails [3 64].
-    """
+    """What can be said of a clip from its pixels alone: of the file what read_clip says, of the pictures what look_at
+    does. Raises as read_clip does."""
     video, about = read_clip(path, start, wanted, count_all=True)
+    return about | look_at(video, wanted)
+
+
+def look_at(video: Tensor, wanted: ClipFormat) -> dict[str, Any]:
+    """Of a clip's pictures [t 3 h w], bytes: of brightness, between 0 and 1, its mean, the share that is blown out, and
+    how much it changes from pixel frame to pixel frame (change, the largest, and usual_change, the median); the patches
+    that pairs of latent frames share (matches); and a hash, three thumbnails [3 64]."""
     grey = video.float().mean(1) / 255  # [t h w]
     small = F.adaptive_avg_pool2d(grey, 32)
     change = small.diff(dim=0).abs().mean((1, 2))  # [t - 1]
     last = len(grey) - 1
+    at_latents = F.interpolate(grey[::4, None], match_size(wanted.size), mode="bilinear", antialias=True)[:, 0]
+    starts = torch.linspace(0, max(0, len(at_latents) - 2), min(MATCH_PAIRS, len(at_latents) - 1)).long().tolist()
+    matches = []
+    for i in starts:
+        found = match_patches(at_latents[i], at_latents[i + 1])
+        some = torch.linspace(0, len(found) - 1, min(len(found), MATCH_MOST)).long()
+        matches.append([i, [[round(z, 4) for z in row] for row in found[some].tolist()]])
     # not of the first frames: one image may be the start of many clips
     thumbnails = F.adaptive_avg_pool2d(grey[[last // 2, 3 * last // 4, last]], 8)
-    return about | {
+    return {
         "mean": grey.mean().item(), "blown": (grey > 0.98).float().mean().item(),
-        "motion": (small[4::4] - small[:-4:4]).abs().mean().item(),
+        "matches": matches,
         "change": change.max().item(), "usual_change": change.median().item(),
         "hash": (255 * thumbnails.flatten(1)).round().int().tolist()}
 
@@ -2323,7 +2432,7 @@ def read_surveys(folder: Path) -> dict[str, dict]:
         for line in path.read_text().splitlines():
             with suppress(json.JSONDecodeError):  # the last line of a run that was killed
                 survey = json.loads(line)
-                if "error" not in survey:
+                if "matches" in survey:  # older ones remember failures, and saw less
                     surveys[json.dumps(survey["of"])] = survey
     return surveys
 
@@ -2576,12 +2685,19 @@ def find_doubts(survey: dict, viewmats: Tensor, K: Tensor, size: list[int]) -> d
         doubts["dark"] = f"{survey['mean']:.1%} bright on average"
     elif survey["blown"] > 0.5:
         doubts["bright"] = f"{survey['blown']:.0%} of its pixels are blown out"
-    else:  # what can be seen at all, can be seen to move
+    elif seen := [found for _, found in survey["matches"] if len(found) >= MATCH_LEAST]:
         length, angle = camera_steps(viewmats[::4])
-        moves, motion = (length / STEP + angle / TURN).mean().item(), survey["motion"]  # moves: times a key's step
-        if (moves > 0.5 and motion < 0.004) or (moves < 0.1 and motion > 0.02):
+        moves = (length / STEP + angle / TURN).mean().item()  # times a key's step
+        most, all_but = (torch.tensor([shift(found, share) for found in seen]).median().item() for share in (0.5, 0.95))
+        if (moves > 0.5 and all_but < 0.5) or (moves < 0.1 and most >= 1):
             doubts["static"] = (f"from one latent frame to the next, the camera moves {moves:.2g} of a key's step and "
-                                f"the picture changes by {motion:.2%}")
+                                f"most of the picture {most:.2g} pixels of {MATCH_HEIGHT} rows")
+    if not doubts:
+        costs = agreement(survey["matches"], viewmats[::4], K[::4])
+        if (reading := best_reading(costs)) not in ("as given", None):
+            found = f"{costs[reading]:.2g} {reading}" if reading in costs else "no other reading fits"
+            doubts["disagree"] = (f"patches are {costs['as given']:.2g} pixels from where its poses have them, "
+                                  f"{found}; is it another convention?")
     return doubts
 
 
@@ -2631,7 +2747,7 @@ def judge(clips: list[Clip], surveys: list[dict], bad_captions: dict[str, str],
     tracks: dict[int, Track] = {}
     for n, (clip, survey) in enumerate(zip(clips, surveys, strict=True)):
         report.append({"file": clip.file, "start": clip.start, "kept": False, "class": None, "reasons": {}})
-        report[n] |= {name: value for name, value in survey.items() if name not in ("of", "hash", "error")}
+        report[n] |= {name: value for name, value in survey.items() if name not in ("of", "hash", "error", "matches")}
         try:
             tracks[n] = clip_track(clip, survey, bad_captions, args)
         except Unusable as error:
@@ -2644,6 +2760,7 @@ def judge(clips: list[Clip], surveys: list[dict], bad_captions: dict[str, str],
         cameras[n] = ClipCamera(viewmats[::4].float(), tracks[n].Ks, scale, tracks[n].lens)
         report[n]["reasons"] = find_doubts(surveys[n], viewmats, tracks[n].K, args.size)
         path = cameras[n].viewmats
+        report[n]["reading"] = best_reading(agreement(surveys[n]["matches"], viewmats[::4], tracks[n].K[::4]))
         report[n] |= {"class": action_class(path), "path": pose_string(path), "scale": scale,
                       "interpolated": tracks[n].interpolated}
 
@@ -2691,6 +2808,11 @@ def print_report(report: list[dict], keep: list[str]) -> None:
     for name, count in found.most_common():
         print(f"{titles[name]:16}{count:8}{sound[name]:8}{kept[name]:8}")
     print(f"{'all':16}{found.total():8}{sound.total():8}{kept.total():8}")
+
+    votes = Counter(row["reading"] for row in report if row.get("reading"))
+    if votes:
+        print("the pictures agree with the poses " + ", ".join(
+            f"{name} in {count}" for name, count in votes.most_common()) + f" of {votes.total()} clips that tell")
 
     meanings = UNUSABLE | DOUBTFUL | {SURPLUS: "more than --at-most of its class"}
     dropped = []

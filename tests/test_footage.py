@@ -5,6 +5,7 @@ them, tables from spreadsheets, and files of every kind that are broken.
 tests/room is a clip of 41 frames, rendered with photographs of scikit-image (CC0 and public domain) as textures; beside
 it the true cameras and what pycolmap 4.2.1 made of its frames.
 """
+import contextlib
 import json
 import math
 import random
@@ -17,14 +18,15 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
 from conftest import ROOT, call, refusal
 from data import (
-    MAX_GAP, Poses, between_poses, camera_steps, corner_shift, distort, find_ffmpeg, frame_positions, invert_se3,
-    open_latents, parse_trajectory, pixel_cameras, pose_string, poses_at, pressed, read_camera, read_picture,
-    read_poses, read_table, undistort,
+    MAX_GAP, ClipFormat, Poses, between_poses, camera_steps, corner_shift, distort, find_doubts, find_ffmpeg,
+    frame_positions, invert_se3, look_at, open_latents, parse_trajectory, pixel_cameras, pose_string, poses_at, pressed,
+    read_camera, read_picture, read_poses, read_table, undistort,
 )
 from model import build, load_checkpoint, save_checkpoint
 from stream import read_image, write_video
@@ -311,6 +313,8 @@ def edited(folder, keep=lambda n: True, name="{}.png"):
     (folder / "images.txt").write_text("# as COLMAP has it\n" + "".join(sorted(kept)))
 
 
+OPENCV = torch.diag(torch.tensor([1.0, -1, -1, 1], dtype=torch.float64))
+SIDEWAYS = torch.tensor([[0, 1.0, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.float64)
 TRUTH = torch.tensor(json.loads((ROOM / "truth.json").read_text())["w2c"], dtype=torch.float64)
 
 
@@ -331,6 +335,38 @@ def test_a_real_reconstruction_gives_the_true_path(tmp_path, keep, name):
     assert (found[:, :3, 3] - true[:, :3, 3]).norm(dim=-1).max() < 0.005
     _, angle = camera_steps(torch.stack([found, true], dim=1).flatten(0, 1))
     assert math.degrees(angle[::2].max()) < 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reading, change", [
+    (None, lambda w2c: w2c), ("inverted", invert_se3), ("with OpenGL's axes", lambda w2c: OPENCV @ w2c),
+    ("in reverse order", lambda w2c: w2c.flip(0)), ("none", lambda w2c: SIDEWAYS @ w2c),
+])
+def test_the_pictures_say_which_convention_the_poses_have(tmp_path, capsys, reading, change):
+    poses = read_poses("colmap", ROOM)
+    with contextlib.suppress(SystemExit):
+        make_room(tmp_path, {"w2c": change(poses.viewmats).tolist(), "K": poses.K[0]}, "--scale", "clip")
+    report, = map(json.loads, (tmp_path / "data/videos/report.jsonl").read_text().splitlines())
+    assert report["reading"] == (reading or "as given")
+    assert set(report["reasons"]) == ({"disagree"} if reading else set())
+    assert f"agree with the poses {reading or 'as given'} in 1 of 1" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moves, said, doubted", [
+    (False, "w*3", True), (True, "still*3", True), (False, "still*3", False), (True, "d*3", False),
+])
+def test_a_still_camera_is_told_from_a_lively_picture(moves, said, doubted):
+    """A street of noise, in front of which something large moves on its own."""
+    rng = torch.Generator().manual_seed(0)
+    street = F.interpolate(torch.rand(1, 3, 24, 48, generator=rng), scale_factor=4, mode="bicubic")[0].clamp(0, 1)
+    frames = [street[:, :, 2 * t * moves :][:, :, :96].clone() for t in range(13)]
+    for t, frame in enumerate(frames):
+        frame[:, 40:80, 4 * t : 4 * t + 30] = torch.rand(3, 40, 30, generator=rng)
+    path, K = parse_trajectory(said), torch.tensor([[0.5, 0.5, 0.5, 0.5]], dtype=torch.float64).expand(13, 4)
+    survey = look_at((torch.stack(frames) * 255).byte(), ClipFormat(4, 16, [96, 96])) | {"height": 96, "width": 96}
+    doubts = find_doubts(survey, pixel_cameras(path[None])[0].double(), K, [96, 96])
+    assert ("static" in doubts) == doubted
 
 
 @pytest.mark.slow
@@ -405,7 +441,7 @@ def test_what_is_transparent_shows_white(tmp_path):
     assert picture[:, 0, 0].tolist() == [1, -1, -1] and picture[:, 3, 3].tolist() == [1, 1, 1]
 
 
-# -------------------------------------------------------------------------------------------- Tools, tables, final names
+# ------------------------------------------------------------------------------------------- Tools, tables, final names
 
 
 OLD_FFMPEG = """#!/bin/bash

@@ -272,6 +272,7 @@ def broken(toy):
     add("scale", base, "scale", {"c2w": scaled.tolist()})
     add("frozen", base[:, :1].expand_as(base), "static")
     add("tripod", base, "static", {"c2w": torch.eye(4).repeat(13, 1, 1).tolist()})
+    add("inverted", base, "disagree", {"w2c": c2w.tolist()})
     add("cut", cut, "cut")
     add("dark", (base.float() / 12).byte(), "dark")
     add("bright", (base.float() * 3 + 190).clamp(0, 255).byte(), "bright")
@@ -310,7 +311,7 @@ def test_the_printed_table_counts_and_names_what_was_dropped(toy, broken, tmp_pa
     call("data.py", "--videos", "broken", "--out", tmp_path / "out", *FLAGS, cwd=toy)
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines()]
-    assert ["all", "25", "1", "1"] in lines and ["unusable", "14", "0", "0"] in lines
+    assert ["all", "26", "1", "1"] in lines and ["unusable", "14", "0", "0"] in lines
     assert "dropped 5: poses, " in out and "dropped 2: static, " in out and "jump.mp4 from 0: jump: at frame 6" in out
 
 
