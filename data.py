@@ -494,6 +494,7 @@ class Latents(NamedTuple):
     folder: Path
     shards: list  # of safetensors' files
     starts: list[int]  # first row of each shard, and the total
+    rows: list[int]  # those that count: what was dropped from a folder stays in its shard
     prompts: Any  # safetensors' file of the encoded prompts
     ends: dict[str, list[int]]  # of each prompt in it
     meta: dict  # preset, size, fps, frames, K, vae, vae_fingerprint as in Meta; prompt_length, and how it was made
@@ -511,9 +512,10 @@ def open_latents(folder: str | Path, preset: str | None = None) -> Latents:
         prompts = safe_open(folder / "prompts.safetensors", "pt")
     except SafetensorError as error:
         raise ValueError(f"{folder}: a file is truncated or not safetensors ({error})") from None
-    table = json.loads((prompts.metadata() or {}).get("prompts", "[]"))
+    about = prompts.metadata() or {}
+    table, dropped = json.loads(about.get("prompts", "[]")), json.loads(about.get("dropped", "{}"))
     mark, by_id = prompts_mark(table), dict(enumerate(table))
-    starts = [0]
+    starts, counting = [0], []
     for file, shard in zip(files, shards, strict=True):
         missing = {"latents", "viewmats", "Ks", "prompt_ids"} - set(shard.keys())
         if missing or "meta" not in (shard.metadata() or {}):
@@ -522,7 +524,10 @@ def open_latents(folder: str | Path, preset: str | None = None) -> Latents:
         rows = [by_id.get(i) for i in shard.get_tensor("prompt_ids").tolist()] if captions else []
         if captions != rows or json.loads(shard.metadata()["meta"]).get("prompts", mark) != mark:
             raise ValueError(f"{file}: a shard of another folder, made for other prompts than {folder} has")
-        starts.append(starts[-1] + shard.get_slice("prompt_ids").get_shape()[0])
+        count = shard.get_slice("prompt_ids").get_shape()[0]
+        gone = {*dropped.get(file.name, [])}
+        counting += [starts[-1] + row for row in range(count) if row not in gone]
+        starts.append(starts[-1] + count)
     if preset:
         net, dit = PRESETS[preset].net, PRESETS[preset].dit
         column = net.text_column
@@ -536,7 +541,10 @@ def open_latents(folder: str | Path, preset: str | None = None) -> Latents:
     if not columns:
         raise ValueError(f"{folder}/prompts.safetensors: no table of prompts; data.py makes the folder anew")
     ends = {name: prompts.get_tensor(f"{name}_ends").tolist() for name in columns}
-    return Latents(folder, shards, starts, prompts, ends, json.loads(shards[0].metadata()["meta"]))
+    if not counting:
+        raise ValueError(f"{folder}: all of its rows were dropped")
+    meta = json.loads(shards[0].metadata()["meta"]) | json.loads(about.get("meta", "{}"))  # of a shard, of the folder
+    return Latents(folder, shards, starts, counting, prompts, ends, meta)
 
 
 def check_data(data: Latents, source: Meta, path: Path) -> Meta:
@@ -548,7 +556,10 @@ def check_data(data: Latents, source: Meta, path: Path) -> Meta:
     kind = {name: data.meta[name] for name in ("K", "size", "fps", "frames")}
     for name in ("vae_fingerprint", *(kind if source["from"] else ())):
         if data.meta[name] != source[name]:
-            raise ValueError(f"{data.folder}: has {name} {data.meta[name]}, but {path} was trained with {source[name]}")
+            differs = f"{data.folder}: has {name} {data.meta[name]}, but {path} was trained with {source[name]}"
+            if name in ("vae_fingerprint", "size"):
+                raise ValueError(differs)
+            print(f"{differs}; it goes on with the former")
     plain = {name: value for name, value in source.items() if name not in ("timed_text", "released_cache")}
     return plain | kind
 
@@ -603,11 +614,11 @@ def get_batch(data: Latents, seed: int, step: int, part: tuple[int, int], size: 
     given_prob: None gives no frames; a folder of ODE pairs says itself which are given.
     Raises ValueError when a latent is not finite.
     """
-    total, (n, parts) = data.starts[-1], part
+    total, (n, parts) = len(data.rows), part
     ids, rng = [], []
     for slot in range(n * size, (n + 1) * size):
         epoch, position = divmod(step * parts * size + slot, total)
-        ids.append(shuffled(total, seed, epoch)[position])
+        ids.append(data.rows[shuffled(total, seed, epoch)[position]])
         rng.append(torch.Generator().manual_seed(mix(seed, 2, step, slot)))
     rows = [read_row(data, row) for row in ids]
     for row, sample in zip(ids, rows, strict=True):
@@ -2840,44 +2851,85 @@ class ShardPlan(NamedTuple):
     scales: Tensor  # [n]
     lenses: list  # of each clip: what is to be undone in its pictures
 
+    def only(self, rows: list[int]) -> "ShardPlan":
+        return ShardPlan(*([z[row] for row in rows] if isinstance(z, list) else z[rows] for z in self))
+
+
+class Shard(NamedTuple):
+    """What an earlier run wrote."""
+    sources: list[list]
+    prompt_ids: list[int]
+    viewmats: Tensor
+    Ks: Tensor
+
+
+def read_shards(out: Path, meta: dict) -> dict[Path, Shard]:
+    """All that a folder holds. Raises ValueError for a shard that is damaged, no video's, or of other settings."""
+    shards = {}
+    for file in sorted(out.glob("latents-*.safetensors")):
+        try:
+            with safe_open(file, "pt") as shard:
+                about = shard.metadata() or {}
+                viewmats, Ks, prompt_ids = (shard.get_tensor(name) for name in ("viewmats", "Ks", "prompt_ids"))
+        except SafetensorError as error:
+            raise ValueError(f"{file}: truncated or not safetensors ({error}); delete it, it is made again") from None
+        if "clips" not in about:
+            raise ValueError(f"{file}: made by another run, not of videos; delete it, or choose another --out")
+        old = json.loads(about.get("meta", "{}"))
+        for name in meta:
+            if name != "vae" and old.get(name) != meta[name]:  # the VAE's file may have moved
+                raise ValueError(f"{file}: made by another run, its {name} is {old.get(name)}, now {meta[name]}; "
+                                 "delete it, or choose another --out")
+        shards[file] = Shard(json.loads(about["clips"]), prompt_ids.tolist(), viewmats, Ks)
+    return shards
+
+
+Plans = dict[Path, ShardPlan]
+
 
 def plan_shards(clips: list[Clip], surveys: list[dict], report: list[dict], cameras: dict[int, ClipCamera],
-                args: argparse.Namespace) -> dict[Path, ShardPlan]:
-    """The kept clips, --shard-size to a file."""
-    kept = [n for n in range(len(clips)) if report[n]["kept"]]
-    plans = {}
-    for start in range(0, len(kept), args.shard_size):
-        rows = kept[start : start + args.shard_size]
-        sources = []
-        for n in rows:
-            size_in_bytes, _ = surveys[n]["of"][2]
-            sources.append([clips[n].file, clips[n].start, clips[n].caption, size_in_bytes])
-        viewmats = torch.stack([cameras[n].viewmats for n in rows])
-        Ks = torch.stack([cameras[n].Ks for n in rows])
-        scales = torch.tensor([cameras[n].scale for n in rows])
+                shards: dict[Path, Shard], args: argparse.Namespace) -> tuple[Plans, dict[str, list[int]]]:
+    """The kept clips that no shard holds yet, --shard-size to a file; and which rows of the shards count no more, since
+    their clip was dropped, or is now another or seen by another camera. A folder grows, and no shard is written twice.
+    """
+    kept = {n: [clips[n].file, clips[n].start, clips[n].caption, surveys[n]["of"][2][0]]
+            for n in range(len(clips)) if report[n]["kept"]}
+    wanted = {json.dumps(source): n for n, source in kept.items()}
+    dropped: dict[str, list[int]] = {}
+    for file, shard in shards.items():
+        for row, source in enumerate(shard.sources):
+            n = wanted.get(json.dumps(source))
+            if n is not None and all(
+                    old.shape == new.shape and torch.allclose(old, new, atol=1e-5)
+                    for old, new in ((shard.viewmats[row], cameras[n].viewmats), (shard.Ks[row], cameras[n].Ks))):
+                del wanted[json.dumps(source)]
+            else:
+                dropped.setdefault(file.name, []).append(row)
+    rest, plans, start = list(wanted.values()), {}, 0
+    while rest:
         file = args.out / f"latents-{start:06d}.safetensors"
-        lenses = [cameras[n].lens for n in rows]
-        plans[file] = ShardPlan([clips[n] for n in rows], sources, viewmats, Ks, scales, lenses)
-    return plans
+        start += args.shard_size
+        if file in shards:
+            continue
+        rows, rest = rest[: args.shard_size], rest[args.shard_size :]
+        plans[file] = ShardPlan(
+            [clips[n] for n in rows], [kept[n] for n in rows], torch.stack([cameras[n].viewmats for n in rows]),
+            torch.stack([cameras[n].Ks for n in rows]), torch.tensor([cameras[n].scale for n in rows]),
+            [cameras[n].lens for n in rows])
+    return plans, dropped
 
 
-def check_shard(file: Path, meta: dict, plan: ShardPlan) -> None:
-    """Raises ValueError when a shard is there, but is not what this run would write."""
-    try:
-        with safe_open(file, "pt") as shard:
-            about = shard.metadata() or {}
-            stored = [shard.get_tensor(name) for name in ("viewmats", "Ks")]
-    except SafetensorError as error:
-        raise ValueError(f"{file}: truncated or not safetensors ({error}); delete it to have it made again") from None
-    old_meta, old_sources = json.loads(about.get("meta", "{}")), json.loads(about.get("clips", "{}"))
-    for name in meta:
-        if name != "vae" and old_meta.get(name) != meta[name]:  # the VAE's file may have moved
-            raise ValueError(f"{file}: made by another run, its {name} is {old_meta.get(name)}, now {meta[name]}; "
-                             "delete it, or choose another --out")
-    same_cameras = all(old.shape == new.shape and torch.allclose(old, new, atol=1e-5)
-                       for old, new in zip(stored, (plan.viewmats, plan.Ks), strict=True))
-    if old_sources != plan.sources or not same_cameras:
-        raise ValueError(f"{file}: made by another run, of other clips or cameras; delete it, or choose another --out")
+def number_captions(shards: dict[Path, Shard], plans: Plans, blank: str) -> list[str]:
+    """The table of prompts: shards count in it, so what they hold keeps its number; new captions take what is free."""
+    known: dict[int, str] = {}
+    for shard in shards.values():
+        known |= {i: source[2] for source, i in zip(shard.sources, shard.prompt_ids, strict=True)}
+    captions = dict.fromkeys(clip.caption for plan in plans.values() for clip in plan.clips)
+    table, new = [], [caption for caption in captions if caption not in {*known.values()}]
+    while new or len(table) <= max(known, default=-1):
+        i = len(table)
+        table.append(known[i] if i in known else new.pop(0) if new else blank)
+    return table
 
 
 def encode_clip(vae: Any, video: Tensor, device: torch.device) -> Tensor:
@@ -2964,78 +3016,110 @@ def look(run: Run) -> tuple[list[dict], dict[str, str]]:
     return surveys, {caption: error for _, theirs in everyones for caption, error in theirs.items()}
 
 
-def describe_folder(run: Run, cameras: list[ClipCamera]) -> dict[str, Any]:
-    """The meta of every shard: what training compares, and how the folder was made; cameras of what is kept."""
+def describe_shards(run: Run) -> dict[str, Any]:
+    """The meta of every shard: what a folder's shards share, and how they were made."""
     args = run.args
-    Ks = torch.cat([camera.Ks for camera in cameras]).double()  # [n 3 3]
-    K = Ks[:, [0, 1, 0, 1], [0, 1, 2, 2]].median(0).values.tolist()  # fx, fy, cx, cy
-    scale = cameras[0].scale if args.scale == "set" else args.scale or "measured"  # "set" is one number for all
-    meta = {"preset": run.vae_meta["preset"], "K": [round(k, 7) for k in K], "size": args.size, "fps": args.fps,
-            "frames": args.frames, "vae": str(args.vae), "vae_fingerprint": run.vae_meta["fingerprint"],
-            "scale": scale, "negative": run.negative, "encoder": run.encoder.name,
-            "prompt_length": run.encoder.length}
+    meta = {"preset": run.vae_meta["preset"], "size": args.size, "fps": args.fps, "frames": args.frames,
+            "vae": str(args.vae), "vae_fingerprint": run.vae_meta["fingerprint"], "negative": run.negative,
+            "encoder": run.encoder.name, "prompt_length": run.encoder.length}
     if run.encoder.encode_image:
         meta["image_share"] = args.image_share
     return meta
 
 
-def encode_shard(run: Run, plan: ShardPlan, prompt_ids: dict[str, int], bar: tqdm) -> dict[str, Tensor]:
-    """A shard's tensors. Raises ValueError, naming the video, when it cannot be read any more or encodes to NaN."""
-    latents, vision = [], []
-    for clip, lens in zip(plan.clips, plan.lenses, strict=True):
-        path = run.args.videos / clip.file
+def describe_folder(args: argparse.Namespace, cameras: list[ClipCamera]) -> dict[str, Any]:
+    """What changes with a clip more: the usual K, and the factor on translations; cameras of what is kept."""
+    Ks = torch.cat([camera.Ks for camera in cameras]).double()  # [n 3 3]
+    K = Ks[:, [0, 1, 0, 1], [0, 1, 2, 2]].median(0).values.tolist()  # fx, fy, cx, cy
+    scale = cameras[0].scale if args.scale == "set" else args.scale or "measured"  # "set" is one number for all
+    return {"K": [round(k, 7) for k in K], "scale": scale}
+
+
+def encode_shard(run: Run, plan: ShardPlan, prompt_ids: dict[str, int],
+                 bar: tqdm) -> tuple[ShardPlan, dict[str, Tensor], dict[str, str]]:
+    """What a shard holds in the end, its tensors, and by file and start what was wrong with the clips that it lacks: a
+    video that cannot be read any more, or that encodes to NaN, costs itself alone."""
+    latents, vision, good, failed = [], [], [], {}
+    for row, (clip, lens) in enumerate(zip(plan.clips, plan.lenses, strict=True)):
+        bar.update()
         try:
-            video, _ = read_clip(path, clip.start, clip_format(run.args), False, *(lens or ()))
+            video, _ = read_clip(run.args.videos / clip.file, clip.start, clip_format(run.args), False, *(lens or ()))
+            with torch.no_grad():
+                z = encode_clip(run.vae, video, run.device)
+            if not z.isfinite().all():
+                raise ValueError("its latents hold NaN or inf")
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        with torch.no_grad():
-            latents.append(encode_clip(run.vae, video, run.device))
-        if not latents[-1].isfinite().all():
-            raise ValueError(f"{path}: its latents hold NaN or inf")
+            failed[json.dumps([clip.file, clip.start])] = str(error)
+            continue
+        latents.append(z)
+        good.append(row)
         if run.encoder.encode_image:
             # by the clip and not by its place among those kept, or a clip more would change the images of all others
             has_image = clip_number(clip) < run.args.image_share * 2**32
             tokens = run.encoder.encode_image(from_bytes(video[:1].to(run.device)))[0]
             vision.append(tokens.half().cpu() * has_image)
-        bar.update()
+    plan = plan.only(good)
+    if not good:
+        return plan, {}, failed
     tensors = {"latents": torch.stack(latents), "viewmats": plan.viewmats, "Ks": plan.Ks,
                "prompt_ids": torch.tensor([prompt_ids[clip.caption] for clip in plan.clips]), "scales": plan.scales}
     if run.encoder.encode_image:
         tensors["vision"] = torch.stack(vision)
-    return tensors
+    return plan, tensors, failed
 
 
-def encode(run: Run, plans: dict[Path, ShardPlan], meta: dict) -> None:
-    """Pass 3, shared by all ranks: write the shards that are missing, and the table of prompts."""
+def encode(run: Run, plans: Plans, captions: list[str], meta: dict, about: dict) -> dict[str, str]:
+    """Pass 3, shared by all ranks: write the shards that are missing, and the table of prompts, which says what else is
+    to be known `about` the folder -> what was wrong with clips that could not be encoded, by file and start."""
     out, rank = run.args.out, run.rank
     final, unfinished, *_ = prompt_tables(out)
-    missing = [file for file in plans if not file.exists()]
-    captions = list(dict.fromkeys(clip.caption for plan in plans.values() for clip in plan.clips))
     prompt_ids = {caption: i for i, caption in enumerate(captions)}
     run.gather(None)  # no process writes before all have agreed
-    if rank == 0 and (missing or not final.exists()):
-        about = {"prompts": json.dumps(captions), "null": run.negative, "encoder": run.encoder.name}
+    about = {"prompts": json.dumps(captions), "null": run.negative, "encoder": run.encoder.name} | about
+    if rank == 0 and (plans or not final.exists() or prompt_metadata(final) != about):
         embeds = read_prompts(prompt_tables(out), run.encoder.name)
-        save_prompts(unfinished, [embeds[prompt] for prompt in [*captions, run.negative]], about)
+        null = embeds[run.negative]  # stands for captions that nothing needs any more
+        save_prompts(unfinished, [embeds.get(prompt, null) for prompt in captions] + [null], about)
         final.unlink(missing_ok=True)
-    mine = missing[rank :: run.world_size]
+    mine, failed = list(plans)[rank :: run.world_size], {}
     with tqdm(total=sum(len(plans[file].clips) for file in mine), desc="encode", disable=rank > 0) as bar:
         for file in mine:
-            tensors = encode_shard(run, plans[file], prompt_ids, bar)
-            save_shard(file, tensors, {"meta": json.dumps(meta), "clips": json.dumps(plans[file].sources)})
-    run.gather(None)
+            made, tensors, wrong = encode_shard(run, plans[file], prompt_ids, bar)
+            failed |= wrong
+            if tensors:
+                save_shard(file, tensors, {"meta": json.dumps(meta), "clips": json.dumps(made.sources)})
+    failed = {clip: wrong for theirs in run.gather(failed) for clip, wrong in theirs.items()}
     if rank == 0:
         if unfinished.exists():
             unfinished.replace(final)
         for log in out.glob("prompts-*"):
             log.unlink()
-        print(f"{out}: {sum(len(plan.clips) for plan in plans.values())} clips in {len(plans)} files, {len(missing)} "
-              f"of them new; python data.py --inspect {out}")
+    return failed
+
+
+def prompt_metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as table:
+        return table.metadata() or {}
+
+
+def write_report(out: Path, report: list[dict]) -> None:
+    with replacing(out / "report.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in report))
 
 
 def make_from_videos(args: argparse.Namespace) -> None:
-    """A folder of videos and its table -> a folder of latents, and report.jsonl on every clip."""
+    """A folder of videos and its table -> a folder of latents, and report.jsonl on every clip. What the folder holds
+    already stays; what is new is added."""
     run = open_run(args)
+    meta = describe_shards(run)
+    shards = read_shards(args.out, meta)
+    if shards and (args.out / "prompts.safetensors").exists():
+        before = json.loads(prompt_metadata(args.out / "prompts.safetensors").get("meta", "{}")).get("scale")
+        if args.scale == "set" and isinstance(before, float):
+            args.scale = before  # of the clips that are there
+        elif before not in (None, args.scale or "measured"):
+            raise ValueError(f"{args.out}: made with --scale {before}, now {args.scale or 'measured'}; choose another "
+                             "--out")
 
     # 1. look
     surveys, bad_captions = look(run)
@@ -3045,22 +3129,27 @@ def make_from_videos(args: argparse.Namespace) -> None:
     report += find_unlisted(run.clips, args)
     if run.rank == 0:
         print_report(report, args.keep)
-    plans = plan_shards(run.clips, surveys, report, cameras, args)
-    existing = sorted(args.out.glob("latents-*.safetensors"))
-    for file in existing:
-        if file not in plans:
-            raise ValueError(f"{file}: not a shard of this run; delete it, or choose another --out")
-    meta = describe_folder(run, [cameras[n] for n in cameras if report[n]["kept"]]) if plans else {}
-    for file in existing:
-        check_shard(file, meta, plans[file])
-    if run.rank == 0:  # only now: the report of another run is not overwritten either
-        with replacing(args.out / "report.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in report))
-    if not plans:
+        write_report(args.out, report)
+    kept = [cameras[n] for n in cameras if report[n]["kept"]]
+    if not kept:
         raise ValueError(f"{args.out}: none of {len(report)} clips can be kept; report.jsonl says why")
+    plans, dropped = plan_shards(run.clips, surveys, report, cameras, shards, args)
 
     # 3. encode
-    encode(run, plans, meta)
+    about = {"meta": json.dumps(describe_folder(args, kept))} | ({"dropped": json.dumps(dropped)} if dropped else {})
+    failed = encode(run, plans, number_captions(shards, plans, run.negative), meta, about)
+    if run.rank == 0:
+        for row in report:
+            if wrong := failed.get(json.dumps([row["file"], row["start"]])):
+                row["kept"], row["reasons"] = False, row["reasons"] | {"video": wrong}
+                print(f"{row['file']} from {row['start']}: could not be encoded ({wrong})")
+        if failed:
+            write_report(args.out, report)
+        new = sum(file.exists() for file in plans)
+        print(f"{args.out}: {len(kept) - len(failed)} clips in {len(shards) + new} files, {new} of them new; python "
+              f"data.py --inspect {args.out}")
+        if not shards and not new:
+            raise ValueError(f"{args.out}: none of {len(report)} clips could be encoded; report.jsonl says why")
 
 
 # Pictures of a folder of latents.
@@ -3109,9 +3198,9 @@ def inspect(folder: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae = load_vae(find_vae(data), device, data.meta["vae_fingerprint"])
     prompts = json.loads(data.prompts.metadata()["prompts"])
-    total = data.starts[-1]
+    total = len(data.rows)
     print(f"{folder}: {total} rows, {data.meta}")
-    shown = sorted({round(n * (total - 1) / 23) for n in range(24)})
+    shown = sorted({data.rows[round(n * (total - 1) / 23)] for n in range(24)})
     for first in range(0, len(shown), 8):
         strips = []
         for n in shown[first : first + 8]:

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from conftest import MINIATURE, call, refusal, run
 from data import (
     DOUBTFUL, K_SQUARE, STEP, UNUSABLE, ClipFormat, Encoder, Poses, action_class, camera_steps, crop_intrinsics,
-    draw_path, encode_captions, find_duplicates, frame_positions, intrinsics, invert_se3, median_step, open_latents,
-    parse_args, parse_trajectory, pixel_cameras, pose_string, poses_at, read_poses, render, resize_and_crop,
-    resize_crop_size, sample_frame_indices, sample_toy, save_prompts, to_bytes,
+    draw_path, encode_captions, find_duplicates, frame_positions, get_batch, intrinsics, invert_se3, median_step,
+    open_latents, parse_args, parse_trajectory, pixel_cameras, pose_string, poses_at, read_poses, read_row, render,
+    resize_and_crop, resize_crop_size, sample_frame_indices, sample_toy, save_prompts, to_bytes,
 )
 from model import PRESETS, WanVAE, fingerprint, fresh_weights, save_checkpoint
 
@@ -441,18 +441,104 @@ def test_a_full_disk_leaves_the_report_before(toy, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--scale", "2", "--keep", "scale"], "its scale is measured, now 2.0"), (["--negative", "ugly"], "its negative"),
-    (["--at-most", "1"], "not a shard of this run"), (["--shard-size", "16"], "not a shard of this run"),
-    (["--table", "clips/reversed.jsonl"], "of other clips or cameras"),
+    (["--scale", "2", "--keep", "scale"], "made with --scale measured, now 2.0"),
+    (["--negative", "ugly"], "its negative"),
+    (["--fps", "15"], "its fps"), (["--frames", "3"], "its frames is 4, now 3"),
 ])
 def test_shards_of_other_settings_are_refused_by_name(toy, tmp_path, flags, says):
     shutil.copytree(toy / "data/videos", tmp_path / "out")
     before = stamps(tmp_path / "out")
     (tmp_path / "out/report.jsonl").write_text("the earlier run's")
-    write_table(toy / "clips/reversed.jsonl", table(toy)[::-1])
     message = refusal("data.py", "--videos", "clips", "--out", tmp_path / "out", *FLAGS, *flags, cwd=toy)
-    assert says in message and "latents-0000" in message and stamps(tmp_path / "out") == before
+    assert says in message and stamps(tmp_path / "out") == before
     assert (tmp_path / "out/report.jsonl").read_text() == "the earlier run's"
+
+
+def grow(toy, out, rows, *flags):
+    """data.py on other rows, into what an earlier run made: the files that it wrote, and the folder."""
+    write_table(toy / "clips/other.jsonl", rows)
+    before = stamps(out)
+    call("data.py", "--videos", "clips", "--table", "clips/other.jsonl", "--out", out, *FLAGS, *flags, cwd=toy)
+    now = stamps(out)
+    return {name for name in now if name.startswith("latents") and now[name] != before.get(name)}, open_latents(out)
+
+
+def caption_of(data, row):
+    return json.loads(data.prompts.metadata()["prompts"])[int(read_row(data, row)["prompt_ids"])]
+
+
+def test_a_folder_grows_and_no_shard_is_written_twice(toy, tmp_path, capsys):
+    """One row more, one less, one of a broken file, one with another caption, in another order."""
+    out, rows = tmp_path / "out", table(toy)
+    shutil.copytree(toy / "data/videos", out)
+    count, K = len(open_latents(out).rows), open_latents(out).meta["K"]
+    (toy / "clips/broken.mp4").write_bytes((toy / "clips" / rows[0]["file"]).read_bytes()[:2000])
+    changed = rows[4] | {"caption": "called otherwise"}
+    others = [rows[0] | {"file": "broken.mp4"}, *rows[:4][::-1], changed, *rows[6:]]  # without the sixth
+    made, data = grow(toy, out, others)
+    assert made == {"latents-000018.safetensors"} and "1 of them new" in capsys.readouterr().out
+    assert len(data.rows) == count - 1 and data.meta["K"] == K
+    captions = [caption_of(data, row) for row in data.rows]
+    assert sorted(captions) == sorted(row["caption"] for row in others[1:])
+    old = [name for name in stamps(toy / "data/videos") if "latents" in name]
+    assert all(same(out / name, toy / "data/videos" / name) for name in old)
+    report = {row["file"]: row for row in map(json.loads, (out / "report.jsonl").read_text().splitlines())}
+    assert not report["broken.mp4"]["kept"]
+    made, data = grow(toy, out, rows)  # and back: nothing is made but what was never there
+    assert made == set() and sorted(data.rows) == [*range(count)]
+    batch = get_batch(data, 0, 0, (0, 1), count, torch.device("cpu"))
+    assert sorted(batch.ids) == [*range(count)]
+    (toy / "clips/broken.mp4").unlink()
+
+
+def test_rows_that_were_dropped_are_not_trained_on(toy, tmp_path):
+    out, rows = tmp_path / "out", table(toy)
+    shutil.copytree(toy / "data/videos", out)
+    _, data = grow(toy, out, rows[8:])
+    assert len(data.rows) == 8 and {*get_batch(data, 0, 0, (0, 1), 8, torch.device("cpu")).ids} == {*range(8, 16)}
+
+
+def test_a_clip_that_cannot_be_encoded_costs_itself_alone(toy, tmp_path, monkeypatch, capsys):
+    import data as module
+    real, rows = module.read_clip, table(toy)
+    spoilt = rows[2]["file"]
+
+    def read(path, start, wanted, count_all=False, *lens):
+        if path.name == spoilt and not count_all:
+            raise ValueError("damaged while nobody looked")
+        return real(path, start, wanted, count_all, *lens)
+
+    monkeypatch.setattr("runpy.run_path", lambda *_, **__: module.main(module.parse_args()))
+    monkeypatch.setattr(module, "read_clip", read)
+    write_table(toy / "clips/other.jsonl", rows[:5])
+    flags = ("--videos", "clips", "--table", "clips/other.jsonl", "--out", tmp_path / "out", *FLAGS)
+    call("data.py", *flags, cwd=toy)
+    assert "damaged while nobody looked" in capsys.readouterr().out
+    assert len(open_latents(tmp_path / "out").rows) == 4
+    found = {row["file"]: row for row in map(json.loads, (tmp_path / "out/report.jsonl").read_text().splitlines())}
+    assert not found[spoilt]["kept"] and found[spoilt]["reasons"] == {"video": "damaged while nobody looked"}
+    monkeypatch.setattr(module, "read_clip", real)
+    call("data.py", *flags, cwd=toy)  # mended: it alone is added
+    data = open_latents(tmp_path / "out")
+    assert len(data.rows) == 5 and len(data.shards) == 2
+
+
+def test_training_goes_on_with_a_second_folder(toy, tmp_path, capsys):
+    """Of other intrinsics and another length: said in a line. Of another size: refused."""
+    rows = [row | {"K": [0.7, 0.7, 0.5, 0.5]} for row in table(toy)[:4]]
+    write_table(toy / "clips/other.jsonl", rows)
+    flags = ("--videos", "clips", "--table", "clips/other.jsonl", "--vae", "ckpt/vae.pt")
+    call("data.py", *flags, "--out", tmp_path / "second", "--frames", "3", "--keep", *DOUBTFUL, cwd=toy)
+    call("data.py", *flags, "--out", tmp_path / "large", "--frames", "3", "--size", "48", "--keep", *DOUBTFUL, cwd=toy)
+    short = ("--data", "data/videos", "--steps", "1", *MINIATURE)
+    call("train_camera.py", "--no-camera", *short, "--out", tmp_path / "base.pt", cwd=toy)
+    call("train_camera.py", "--init", tmp_path / "base.pt", *short, "--out", tmp_path / "first.pt", cwd=toy)
+    capsys.readouterr()
+    more = ("--init", tmp_path / "first.pt", "--steps", "1", *MINIATURE, "--out", tmp_path / "ar.pt")
+    call("train_ar.py", "--data", tmp_path / "second", *more, cwd=toy)
+    said = capsys.readouterr().out
+    assert "has K [0.7" in said and "has frames 3" in said and "goes on with the former" in said
+    assert "has size" in refusal("train_ar.py", "--data", tmp_path / "large", *more, cwd=toy)
 
 
 @pytest.mark.parametrize("make", ["truncate", "foreign"])
