@@ -560,8 +560,8 @@ def check_data(data: Latents, source: Meta, path: Path) -> Meta:
             if name in ("vae_fingerprint", "size"):
                 raise ValueError(differs)
             print(f"{differs}; it goes on with the former")
-    plain = {name: value for name, value in source.items() if name not in ("timed_text", "released_cache")}
-    return plain | kind
+    plain = {name: value for name, value in source.items() if name not in ("timed_text", "released_cache", "caption")}
+    return plain | kind | ({"caption": data.meta["caption"]} if "caption" in data.meta else {})
 
 
 def mix(*numbers: int) -> int:
@@ -868,6 +868,8 @@ def write_samples(out: Path, step: int, net: nn.Module, meta: Meta, data: Latent
     decoder = open_vae(path, device, data.meta["vae_fingerprint"])
     video = torch.cat([decoder.decode(z[None])[0] for z in x0])
     write_sheet(folder / f"sheet-{step:06d}.png", [decoder.decode(batch.x0[:4])[0], video[:4]])
+    if "caption" in data.meta:
+        return  # own videos, of which nobody knows the truth
     prompts = json.loads((data.prompts.metadata() or {}).get("prompts", "[]"))
     ids = [int(read_row(data, row)["prompt_ids"]) for row in batch.ids]
     try:
@@ -2073,7 +2075,7 @@ def encode_first_frame(image: Tensor, siglip: SigLIP) -> Tensor:
 VIDEOS = (".mp4", ".gif", ".webm", ".mov", ".avi", ".mkv")
 TABLE = f"""a table of the videos, .jsonl, .json (a list of objects) or .csv, with the columns
   file      below the folder
-  caption   what it shows
+  caption   what it shows; or a .txt of the same name beside the video says so
   poses     where the camera was. Either a pose string, as for stream.py, or a file or folder, beside the table:
 {textwrap.indent(POSE_FILES, " " * 14)}
             As many poses as the video has frames, or one per latent frame: of frames 0, 4, 8 ... Or of some frames, if
@@ -2153,15 +2155,23 @@ def read_table(path: Path) -> list[Clip]:
         raise ValueError(f"{path}: expected a list of rows with the columns file, caption, poses")
     clips = []
     for n, row in enumerate(rows):
-        if not isinstance(row, dict) or not {"file", "caption", "poses"} <= set(row):
+        if not isinstance(row, dict) or not {"file", "poses"} <= set(row):
             found = list(row) if isinstance(row, dict) else repr(row)
-            raise ValueError(f"{path}: row {n} needs the columns file, caption, poses, and has {found}")
+            raise ValueError(f"{path}: row {n} needs the columns file, poses, and a caption, and has {found}")
         start = str(row.get("start") or 0)
         if not start.isdecimal():
             raise ValueError(f"{path}: row {n} starts at {start!r}, expected the number of a frame")
-        caption = str(row["caption"] or "").strip()
+        caption = str(row.get("caption") or "").strip()
         clips.append(Clip(str(row["file"]), int(start), caption, row["poses"], row.get("K"), row.get("pose_fps")))
     return clips
+
+
+def with_caption(clip: Clip, folder: Path) -> Clip:
+    """Its caption from the .txt beside its video, if the table has none."""
+    beside = (folder / clip.file).with_suffix(".txt")
+    if clip.caption or not beside.is_file():
+        return clip
+    return clip._replace(caption=" ".join(read_text(beside).split()))
 
 
 def clip_number(clip: Clip) -> int:
@@ -2967,14 +2977,21 @@ def clip_format(args: argparse.Namespace) -> ClipFormat:
     return ClipFormat(args.frames, args.fps, args.size)
 
 
-def open_run(args: argparse.Namespace) -> Run:
-    """Read the table, load VAE and text encoder, join the other processes. Raises ValueError if they do not fit."""
+def open_table(args: argparse.Namespace) -> list[Clip]:
+    """Its rows, captions beside the videos read; --out is made."""
     if args.table is None:
         args.table = find_table(args.videos)
-    if args.table.resolve().parent == args.out.resolve() and args.table.name == "report.jsonl":
+    if args.table.resolve() == (args.out / "report.jsonl").resolve():
         raise ValueError(f"--table {args.table}: the report would be written over it; choose another --out")
     find_ffmpeg()
-    clips = read_table(args.table)
+    clips = [with_caption(clip, args.videos) for clip in read_table(args.table)]
+    args.out.mkdir(parents=True, exist_ok=True)
+    return clips
+
+
+def open_run(args: argparse.Namespace) -> Run:
+    """Read the table, load VAE and text encoder, join the other processes. Raises ValueError if they do not fit."""
+    clips = open_table(args)
     _, vae_meta = load_checkpoint(args.vae, "vae")
     preset = vae_meta["preset"]
     rank, world_size, device = start_process_group()
@@ -2988,7 +3005,6 @@ def open_run(args: argparse.Namespace) -> Run:
                          f"pixels, this VAE's times patches of {dit.patch}")
     if args.text_encoder is None and dit.text_dim != TEXT_DIM:
         raise ValueError(f"--text-encoder: expected the one of {preset}, whose VAE {args.vae} is")
-    args.out.mkdir(parents=True, exist_ok=True)
     return Run(args, clips, vae, vae_meta, encoder, negative, rank, world_size, device, group)
 
 
@@ -3027,12 +3043,13 @@ def describe_shards(run: Run) -> dict[str, Any]:
     return meta
 
 
-def describe_folder(args: argparse.Namespace, cameras: list[ClipCamera]) -> dict[str, Any]:
-    """What changes with a clip more: the usual K, and the factor on translations; cameras of what is kept."""
+def describe_folder(args: argparse.Namespace, caption: str, cameras: list[ClipCamera]) -> dict[str, Any]:
+    """What changes with a clip more: the usual K, the factor on translations, and a caption to show what was learnt;
+    cameras of what is kept."""
     Ks = torch.cat([camera.Ks for camera in cameras]).double()  # [n 3 3]
     K = Ks[:, [0, 1, 0, 1], [0, 1, 2, 2]].median(0).values.tolist()  # fx, fy, cx, cy
     scale = cameras[0].scale if args.scale == "set" else args.scale or "measured"  # "set" is one number for all
-    return {"K": [round(k, 7) for k in K], "scale": scale}
+    return {"K": [round(k, 7) for k in K], "scale": scale, "caption": caption}
 
 
 def encode_shard(run: Run, plan: ShardPlan, prompt_ids: dict[str, int],
@@ -3107,6 +3124,16 @@ def write_report(out: Path, report: list[dict]) -> None:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in report))
 
 
+def dry_run(args: argparse.Namespace) -> None:
+    """What make_from_videos would say of every clip, without VAE and text encoder; it goes on from this look."""
+    clips = open_table(args)
+    report, _ = judge(clips, survey_clips(clips, args.videos, args.out, 0, 1, clip_format(args)), {}, args)
+    report += find_unlisted(clips, args)
+    print_report(report, args.keep)
+    write_report(args.out, report)
+    print(f"{args.out}/report.jsonl: {sum(row['kept'] for row in report)} of {len(report)} clips would be kept")
+
+
 def make_from_videos(args: argparse.Namespace) -> None:
     """A folder of videos and its table -> a folder of latents, and report.jsonl on every clip. What the folder holds
     already stays; what is new is added."""
@@ -3130,13 +3157,14 @@ def make_from_videos(args: argparse.Namespace) -> None:
     if run.rank == 0:
         print_report(report, args.keep)
         write_report(args.out, report)
-    kept = [cameras[n] for n in cameras if report[n]["kept"]]
+    kept = [n for n in cameras if report[n]["kept"]]
     if not kept:
         raise ValueError(f"{args.out}: none of {len(report)} clips can be kept; report.jsonl says why")
     plans, dropped = plan_shards(run.clips, surveys, report, cameras, shards, args)
 
     # 3. encode
-    about = {"meta": json.dumps(describe_folder(args, kept))} | ({"dropped": json.dumps(dropped)} if dropped else {})
+    about = {"meta": json.dumps(describe_folder(args, run.clips[kept[0]].caption, [cameras[n] for n in kept]))}
+    about |= {"dropped": json.dumps(dropped)} if dropped else {}
     failed = encode(run, plans, number_captions(shards, plans, run.negative), meta, about)
     if run.rank == 0:
         for row in report:
@@ -3292,6 +3320,8 @@ def add_video_flags(p: argparse.ArgumentParser) -> None:
     own.add_argument("--text-encoder", type=Path, help="umT5, or for HY the folder of HunyuanVideo-1.5; without it "
                      "prompts are read word by word, as the toy's")
     own.add_argument("--negative", help="the prompt that guidance steers away from; default empty, or Wan's for umT5")
+    own.add_argument("--dry-run", action="store_true", help="look and judge alone, with report.jsonl: nothing is "
+                     "encoded, and neither VAE nor text encoder is needed")
     own.add_argument("--keep", nargs="+", choices=DOUBTFUL, metavar="REASON",
                      help="do not drop clips for: " + ", ".join(DOUBTFUL))
     own.add_argument("--at-most", type=positive, metavar="N", help="clips to keep of one action class, the key pressed "
@@ -3340,6 +3370,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     if args.inspect:
         inspect(args.inspect)
+    elif args.videos and args.dry_run:
+        dry_run(args)
     elif args.videos:
         make_from_videos(args)
     else:

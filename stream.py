@@ -1259,7 +1259,7 @@ def live(args: argparse.Namespace) -> None:
                 torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is the browser's
             _, prompts, _ = open_paths(args, ckpt, player, text_encoder)
             given = read_given(args.image, player, meta["frames"]) if args.image else None
-            walk = Live(player, prompts[0], args.seed, given, toy=text_encoder is None)
+            walk = Live(player, prompts[0], args.seed, given, toy=text_encoder is None and "caption" not in meta)
             for _ in range(3):  # warm up, so that the first frames are not late
                 walk.chunk(set(), 0)
             walk.leads.clear(), walk.times.clear()
@@ -1379,7 +1379,7 @@ def open_paths(args: argparse.Namespace, ckpt: Path, player: Player, text_encode
         if (intrinsics(path.K or meta["K"]) - intrinsics(meta["K"])).abs().max() > 1e-3 and not args.other_intrinsics:
             raise ValueError(f"{args.camera}: K {path.K}, but {ckpt} was trained with {meta['K']}; "
                              "--other-intrinsics to insist")
-    prompts = [args.prompt or path.prompt or TOY_PROMPT for path in paths]
+    prompts = [args.prompt or path.prompt or meta.get("caption") or TOY_PROMPT for path in paths]
     texts = {prompt: encoder.encode_text(prompt) for prompt in dict.fromkeys([*prompts, encoder.null])}
     found = next(iter(texts[encoder.null].values())).shape[-1]
     if found != net.cfg.text_dim:
@@ -1429,6 +1429,8 @@ def walk(args: argparse.Namespace, player: Player, path: CameraPath, prompt: str
 
     sheet = [torch.cat(shown, dim=2)]
     try:
+        if "caption" in meta:
+            raise ValueError("a network of other videos")
         colours, pillars = read_prompt(prompt)
     except ValueError:
         pass  # not a room of the toy world: there is no ground truth to show

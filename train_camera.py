@@ -129,7 +129,8 @@ def main(args: argparse.Namespace) -> None:
     net, ema = shard(net, weights, device, train=True, compiled=args.compile), shard(ema, weights, device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=args.betas, weight_decay=0.01, fused=True)
     nets, optimizers = {"net": net, "ema": ema}, {"net": optimizer}
-    meta: Meta = {name: data.meta[name] for name in ("K", "size", "fps", "frames", "vae_fingerprint")}
+    known = ("K", "size", "fps", "frames", "vae_fingerprint", "caption")  # the last of own videos alone
+    meta: Meta = {name: data.meta[name] for name in known if name in data.meta}
     meta |= {"stage": "base" if args.no_camera else "camera", "preset": args.preset, "camera": not args.no_camera,
              "given_prob": 0.0 if args.no_camera else args.given_prob, "chunk": 0, "shift": args.shift,
              "sampler": "euler", "sampling_steps": args.sampling_steps, "guidance": args.guidance,

@@ -23,6 +23,7 @@ from data import (
     resize_and_crop, resize_crop_size, sample_frame_indices, sample_toy, save_prompts, to_bytes,
 )
 from model import PRESETS, WanVAE, fingerprint, fresh_weights, save_checkpoint
+from stream import TOY_PROMPT
 
 COUNT, FRAMES = 16, 4
 FLAGS = ("--frames", FRAMES, "--shard-size", 6)
@@ -178,7 +179,8 @@ def test_latents_are_those_of_the_direct_set_but_for_compression(toy):
 def test_the_folder_says_what_training_compares(toy):
     made, direct = open_latents(toy / "data/videos"), open_latents(toy / "data/toy")
     compared = {name: value for name, value in direct.meta.items() if name != "prompts"}  # the mark of its table
-    assert made.meta == compared | {"scale": "measured", "negative": "", "encoder": "words"}
+    own = {"scale": "measured", "negative": "", "encoder": "words", "caption": table(toy)[0]["caption"]}
+    assert made.meta == compared | own
     assert made.starts == [0, 6, 12, 16] and made.prompts.metadata()["prompts"] == direct.prompts.metadata()["prompts"]
     assert torch.equal(made.prompts.get_tensor("embeds"), direct.prompts.get_tensor("embeds"))
     assert torch.equal(tensors(toy / "data/videos")["prompt_ids"], torch.arange(COUNT))
@@ -489,6 +491,44 @@ def test_a_folder_grows_and_no_shard_is_written_twice(toy, tmp_path, capsys):
     batch = get_batch(data, 0, 0, (0, 1), count, torch.device("cpu"))
     assert sorted(batch.ids) == [*range(count)]
     (toy / "clips/broken.mp4").unlink()
+
+
+def test_a_dry_run_says_the_same_and_encodes_nothing(toy, tmp_path, capsys):
+    flags = ("--videos", "clips", "--table", "clips/table.jsonl", "--out", tmp_path / "out", *FLAGS)
+    call("data.py", *flags, "--dry-run", "--vae", "nowhere.pt", cwd=toy)
+    assert "16 of 16 clips would be kept" in capsys.readouterr().out
+    assert report(tmp_path / "out") == report(toy / "data/videos")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"report.jsonl", "survey-0.jsonl"}
+
+
+def test_a_caption_may_lie_beside_its_video(toy, tmp_path):
+    rows = [{name: value for name, value in row.items() if name != "caption"} for row in table(toy)[:2]]
+    beside = (toy / "clips" / rows[0]["file"]).with_suffix(".txt")
+    beside.write_text("\ufeffa room,\nseen from inside\n", encoding="utf-8")
+    write_table(toy / "clips/other.jsonl", rows)
+    call("data.py", "--videos", "clips", "--table", "clips/other.jsonl", "--out", tmp_path / "out", *FLAGS, cwd=toy)
+    beside.unlink()
+    data = open_latents(tmp_path / "out")
+    assert [caption_of(data, row) for row in data.rows] == ["a room, seen from inside"]
+    assert data.meta["caption"] == "a room, seen from inside"
+    assert report(tmp_path / "out")[rows[1]["file"]]["reasons"] == {"caption": "empty"}
+
+
+def test_a_network_of_other_videos_is_shown_no_toy_room(toy, tmp_path, capsys):
+    """Its prompt is a caption of its own folder, and no sheet has a room for the truth."""
+    write_table(toy / "clips/other.jsonl", [table(toy)[0] | {"caption": TOY_PROMPT}])
+    flags = ("--videos", "clips", "--table", "clips/other.jsonl", "--vae", "ckpt/vae.pt")
+    wide = ("--out", tmp_path / "wide", "--frames", "4", "--size", "32x48", "--keep", *DOUBTFUL)
+    call("data.py", *flags, *wide, cwd=toy)
+    short = ("--data", tmp_path / "wide", "--steps", "1", *MINIATURE)
+    call("train_camera.py", "--no-camera", *short, "--out", tmp_path / "base.pt", cwd=toy)
+    call("train_camera.py", "--init", tmp_path / "base.pt", *short, "--out", tmp_path / "camera.pt", cwd=toy)
+    call("train_ar.py", "--init", tmp_path / "camera.pt", *short, "--out", tmp_path / "ar.pt", cwd=toy)
+    capsys.readouterr()
+    call("stream.py", "--ckpt", tmp_path / "ar.pt", "--vae", "ckpt/vae.pt", "--camera", "w", "--sampling-steps", "1",
+         "--out", tmp_path / "walk.mp4", cwd=toy)
+    assert "explains them best" not in capsys.readouterr().out
+    assert imageio.imread(tmp_path / "walk.png").shape[0] < 2 * 32 * 3  # one strip
 
 
 def test_rows_that_were_dropped_are_not_trained_on(toy, tmp_path):
