@@ -2830,11 +2830,7 @@ def print_report(report: list[dict], keep: list[str]) -> None:
         print(f"{titles[name]:16}{count:8}{sound[name]:8}{kept[name]:8}")
     print(f"{'all':16}{found.total():8}{sound.total():8}{kept.total():8}")
 
-    votes = Counter(row["reading"] for row in report if row.get("reading"))
-    if votes:
-        print("the pictures agree with the poses " + ", ".join(
-            f"{name} in {count}" for name, count in votes.most_common()) + f" of {votes.total()} clips that tell")
-
+    print_votes(report)
     meanings = UNUSABLE | DOUBTFUL | {SURPLUS: "more than --at-most of its class"}
     dropped = []
     for row in report:
@@ -2847,6 +2843,14 @@ def print_report(report: list[dict], keep: list[str]) -> None:
         print(f"  {row['file']} from {row['start']}: {why}")
     if len(dropped) > 20:
         print(f"  and {len(dropped) - 20} more, all in report.jsonl")
+
+
+def print_votes(report: list[dict]) -> None:
+    """What most clips say of their poses' convention."""
+    votes = Counter(row["reading"] for row in report if row.get("reading"))
+    if votes:
+        said = ", ".join(f"{name} in {count}" for name, count in votes.most_common())
+        print(f"the pictures agree with the poses {said} of {votes.total()} clips that tell")
 
 
 # Pass 3: encode what is kept.
@@ -3183,18 +3187,23 @@ def make_from_videos(args: argparse.Namespace) -> None:
 # Pictures of a folder of latents.
 
 
-def draw_path(viewmats: Tensor, K: Tensor, h: int, w: int) -> Tensor:
+def draw_path(viewmats: Tensor, K: Tensor, h: int, w: int, side: bool = False) -> Tensor:
     """A camera path [f 4 4] from above -> picture [3 h w] in [-1, 1]: x to the right and z up the page, from blue to
-    red, a tick in the direction of each view; grey, the field of view of the first (K [3 3])."""
+    red, a tick in the direction of each view; grey, the field of view of the first (K [3 3]). Or from the side: z to
+    the right, and what is up is up."""
+    def on_page(points: Tensor) -> Tensor:
+        return torch.stack([points[..., 2], -points[..., 1]], dim=-1) if side else points[..., [0, 2]]
+
     c2w = invert_se3(viewmats)
-    centres, ahead = c2w[:, [0, 2], 3], c2w[:, [0, 2], 2]  # x and z, in world units
+    centres, ahead = on_page(c2w[:, :3, 3]), on_page(c2w[:, :3, 2])
     lo, hi = centres.amin(0), centres.amax(0)
     pixels_per_unit = 0.6 * min(h, w) / (hi - lo).max().clamp_min(4 * STEP)
     middle, tick = (lo + hi) / 2, 0.12 * min(h, w) / pixels_per_unit
     progress = torch.linspace(0, 1, len(centres))[:, None]
     colours = torch.lerp(torch.tensor([-0.5, 0.2, 1.0]), torch.tensor([1.0, 0.0, -0.5]), progress)
-    edges = torch.tensor([[(x - K[0, 2]) / K[0, 0], 0, 1] for x in (0, 1)])  # rays through the image's left and right
-    lines = [(centres[0], centres[0] + 2 * tick * ray[[0, 2]], torch.zeros(3)) for ray in edges @ c2w[0, :3, :3].T]
+    # rays through the image's left and right, or its top and bottom
+    edges = torch.tensor([[0, (y - K[1, 2]) / K[1, 1], 1] if side else [(y - K[0, 2]) / K[0, 0], 0, 1] for y in (0, 1)])
+    lines = [(centres[0], centres[0] + 2 * tick * on_page(ray), torch.zeros(3)) for ray in edges @ c2w[0, :3, :3].T]
     lines += [(a, b, colour) for a, b, colour in zip(centres, centres[1:], colours[1:])]
     lines += [(a, a + tick * direction, colour) for a, direction, colour in zip(centres, ahead, colours)]
     picture = torch.full((3, h, w), -0.8)
@@ -3207,7 +3216,8 @@ def draw_path(viewmats: Tensor, K: Tensor, h: int, w: int) -> Tensor:
 
 @torch.no_grad()
 def draw_row(vae: Any, row: dict[str, Tensor], height: int, device: torch.device) -> Tensor:
-    """A row of a latents folder -> its path from above, then every fourth pixel frame [3 1+f height width]."""
+    """A row of a latents folder -> its path from above and from the side, then every fourth pixel frame
+    [3 2+f height width]."""
     video, _ = vae.decode(row["latents"][None].to(device).float())
     pictures = rearrange(video[0, :, ::4].clamp(-1, 1).cpu(), "c t h w -> t c h w")
     own_height, own_width = pictures.shape[2:]
@@ -3216,18 +3226,21 @@ def draw_row(vae: Any, row: dict[str, Tensor], height: int, device: torch.device
         pictures = F.interpolate(pictures, [height, width], mode="bilinear", antialias=True)
     else:  # a toy video: its pixels are to be seen
         pictures = F.interpolate(pictures, [height, width], mode="nearest")
-    path = draw_path(row["viewmats"], row["Ks"][0], height, width)
-    return rearrange(torch.cat([path[None], pictures]), "t c h w -> c t h w")
+    paths = [draw_path(row["viewmats"], row["Ks"][0], height, width, side) for side in (False, True)]
+    return rearrange([*paths, *pictures], "t c h w -> c t h w")
 
 
 def inspect(folder: Path) -> None:
-    """Contact sheets of up to 24 rows, evenly spaced, beside the shards: a path from above, then every fourth frame."""
+    """Contact sheets of up to 24 rows, evenly spaced, beside the shards: a path from above and from the side, then
+    every fourth frame."""
     data = open_latents(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae = load_vae(find_vae(data), device, data.meta["vae_fingerprint"])
     prompts = json.loads(data.prompts.metadata()["prompts"])
     total = len(data.rows)
     print(f"{folder}: {total} rows, {data.meta}")
+    if (folder / "report.jsonl").exists():
+        print_votes([json.loads(line) for line in read_text(folder / "report.jsonl").split("\n") if line])
     shown = sorted({data.rows[round(n * (total - 1) / 23)] for n in range(24)})
     for first in range(0, len(shown), 8):
         strips = []

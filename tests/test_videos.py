@@ -221,11 +221,12 @@ def test_a_wider_faster_video_that_starts_late_is_the_same_clip(toy, tmp_path):
 
 def test_contact_sheets_show_the_path_beside_the_frames(toy, capsys):
     call("data.py", "--inspect", "data/videos", cwd=toy)
-    assert imageio.imread(toy / "data/videos/inspect-0.png").shape == (8 * 129, (1 + FRAMES) * 128, 3)
+    assert imageio.imread(toy / "data/videos/inspect-0.png").shape == (8 * 129, (2 + FRAMES) * 128, 3)
     assert len(list((toy / "data/videos").glob("inspect-*.png"))) == 2
     prompts, paths, _ = sample_toy(COUNT, 0, FRAMES - 1, held=False)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("row 0: ") and lines[1].endswith(prompts[0]) and "step 0.08 units" in lines[1]
+    assert lines[1].startswith("the pictures agree with the poses as given in")
+    assert lines[2].startswith("row 0: ") and lines[2].endswith(prompts[0]) and "step 0.08 units" in lines[2]
 
 
 # -------------------------------------------------------------------------------------------------------- What is wrong
@@ -743,3 +744,5 @@ def test_a_path_is_drawn_from_above():
     right, ahead = (draw_path(parse_trajectory(f"{key}*6"), intrinsics(K_SQUARE), 64, 96) for key in "dw")
     red, blue = (lambda p: (p[0] > 0.5).nonzero().float().mean(0)), (lambda p: (p[2] > 0.8).nonzero().float().mean(0))
     assert red(right)[1] > blue(right)[1] + 10 and red(ahead)[0] < blue(ahead)[0] - 10  # rightwards; up the page
+    up, ahead = (draw_path(parse_trajectory(f"{key}*6"), intrinsics(K_SQUARE), 64, 96, side=True) for key in "uw")
+    assert red(up)[0] < blue(up)[0] - 10 and red(ahead)[1] > blue(ahead)[1] + 10  # up the page; rightwards
