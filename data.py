@@ -19,6 +19,7 @@ Cameras are OpenCV (x right, y down, z forward) and world-to-camera, the first f
 divided by image width and height: K = (fx/W, fy/H, cx/W, cy/H). Geometry stays in fp32.
 """
 import argparse
+import base64
 import csv
 import html
 import io
@@ -37,7 +38,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -1060,12 +1061,14 @@ def record(poses: "Poses", file: Path) -> CameraPath:
     """The path of a camera that was recorded at every pixel frame, or at some of them."""
     with blamed(file):
         count = len(poses.viewmats)
-        positions = count_from_zero(poses.numbers) if poses.numbers else [*range(count)]
+        positions = poses.numbers or [*range(count)]
         start = int(min(positions))
         every_fourth = [*range(start, int(max(positions)) + 1, 4)]
         viewmats, Ks, _ = poses_at(poses, positions, every_fourth)
         if Ks is not None:
             intrinsics(Ks[0].tolist())
+        if not poses.measured and (step := median_step(viewmats)):
+            viewmats[:, :3, 3] *= STEP / step  # as data.py takes them
     return CameraPath((viewmats @ invert_se3(viewmats[:1])).float(), None if Ks is None else tuple(Ks[0].tolist()),
                       file.stem)
 
@@ -1097,10 +1100,11 @@ class Poses(NamedTuple):
     """Cameras as a file has them."""
     viewmats: Tensor  # [n 4 4] fp64, world-to-camera
     K: Any = None  # (fx, fy, cx, cy) over width and height, or a list of one for each pose; None: it says none
-    numbers: list[int] | None = None  # of the pictures, if they are called by numbers
+    numbers: list[int] | None = None  # which pixel frame each is of, if names or indices say so
     seconds: list[float] | None = None  # when each pose was, if it is stamped
     lens: tuple[float, ...] = ()  # distortion k1 k2 p1 p2, as OpenCV has it
     measured: bool = True  # False: made of pictures alone, in units that mean nothing
+    origin: Tensor | None = None  # [4 4] the first, as it stands there, once all are re-based to it
 
 
 BAD_INPUT = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError, RecursionError,
@@ -1123,7 +1127,11 @@ def blamed(owner: str | Path) -> Iterator[None]:
 
 def names_a_file(poses: str, folder: Path) -> bool:
     """Does a row's `poses` name a file or folder? Else it is a pose string, which has no dots and no slashes."""
-    return bool(re.search(r"[./\\]", poses)) or (poses.strip() != "" and (folder / poses).exists())
+    if re.search(r"[./\\]", poses):
+        return True
+    with suppress(OSError):  # a name may be too long for a file
+        return poses.strip() != "" and (folder / poses).exists()
+    return False
 
 
 def read_poses(poses: str | dict, folder: Path, clip: str = "", aspect: float = 1.0) -> Poses:
@@ -1140,7 +1148,8 @@ def read_poses(poses: str | dict, folder: Path, clip: str = "", aspect: float = 
         else:
             found = Poses(parse_trajectory(poses).double())
         found = found._replace(viewmats=check_poses(found.viewmats, "w2c"))
-        return found._replace(viewmats=found.viewmats @ invert_se3(found.viewmats[:1]))
+        first = found.viewmats[:1]
+        return found._replace(viewmats=found.viewmats @ invert_se3(first), origin=first[0])
 
 
 POSE_FILES = """.json       {"c2w": [4x4, ...]}, "w2c" or "c2w_opengl" (y up, z backwards), with "K" for all or each;
@@ -1224,10 +1233,11 @@ def natural(name: str) -> list:
 
 
 def picture_numbers(names: list[str]) -> list[int] | None:
-    """The last number in the name of each picture; None unless each has its own."""
+    """Which pixel frame each picture is, by the last number in its name, from 0 on: programs count them from 1, if none
+    is called 0. None unless each has its own."""
     found = [re.findall(r"\d+", Path(name).stem) for name in names]
     numbers = [int(digits[-1]) for digits in found if digits]
-    return numbers if len(set(numbers)) == len(names) else None
+    return [number - (min(numbers) > 0) for number in numbers] if len(set(numbers)) == len(names) else None
 
 
 def find_worldplay_key(spec: dict) -> str | None:
@@ -1295,18 +1305,29 @@ def read_colmap(folder: Path, clip: str) -> Poses:
     models = [file for file in sorted(folder.rglob("images.*")) if file.name in ("images.bin", "images.txt")]
     if not models:
         raise ValueError(f"{folder.name}: no images.txt or images.bin of COLMAP below it, and no poses of ScanNet's")
-    return max((read_colmap_model(file, clip) for file in models), key=lambda poses: len(poses.viewmats))
+    read = [(file, colmap_images(file)) for file in models]
+    own = [(file, images_of(images, clip)) for file, images in read]
+    best, _ = max(own if any(images for _, images in own) else read, key=lambda found: len(found[1]))
+    return read_colmap_model(best, clip)
+
+
+def colmap_images(path: Path) -> dict[str, "ColmapImage"]:
+    return (colmap_images_bin if path.suffix == ".bin" else colmap_images_txt)(path)
+
+
+def images_of(images: Iterable[str], clip: str) -> list[str]:
+    """Those whose folder, or the name before their number, is called as the clip."""
+    stem = re.escape(Path(clip).stem)
+    own = re.compile(rf"(.*/)?{stem}(/.*|[^0-9A-Za-z.]+[0-9]+\.\w+)")
+    return [name for name in images if stem and own.fullmatch(name)]
 
 
 def read_colmap_model(path: Path, clip: str) -> Poses:
     """images.txt or .bin, with cameras beside it. Images count by the numbers in their names, in their natural order;
     of a model of several videos, those of the folder or prefix that is called as the clip."""
-    binary = path.suffix == ".bin"
-    cameras = (colmap_cameras_bin if binary else colmap_cameras_txt)(path.with_name("cameras" + path.suffix))
-    images = (colmap_images_bin if binary else colmap_images_txt)(path, cameras)
-    stem = Path(clip).stem
-    own = [name for name in images if stem and (stem in Path(name).parts or Path(name).name.startswith(stem))]
-    names = sorted(own or images, key=natural)
+    read_cameras = colmap_cameras_bin if path.suffix == ".bin" else colmap_cameras_txt
+    cameras, images = read_cameras(path.with_name("cameras" + path.suffix)), colmap_images(path)
+    names = sorted(images_of(images, clip) or images, key=natural)
     if not names:
         raise ValueError(f"{path.name}: no images in it")
     R = quaternion_matrix(torch.tensor([images[name].wxyz for name in names], dtype=torch.float64))
@@ -1331,7 +1352,7 @@ def colmap_lens(path: Path, camera: int, model: str, width: float, height: float
     known = {name: (focals, count) for name, focals, count in COLMAP_MODELS}
     focals, count = known.get(model, (1, 0))
     lens = parameters[focals + 2 :]
-    if len(parameters) != count or (model not in UNDISTORTED and any(lens)):
+    if len(parameters) != count or "FISHEYE" in model or (model not in UNDISTORTED and any(lens)):
         raise ValueError(f"cameras{path.suffix}: camera {camera} is {model} {parameters}, expected one of "
                          f"{', '.join(UNDISTORTED)}: undistort")
     if not (width > 0 and height > 0):
@@ -1353,7 +1374,7 @@ def colmap_cameras_txt(path: Path) -> dict[int, tuple]:
     return cameras
 
 
-def colmap_images_txt(path: Path, cameras: dict) -> dict[str, ColmapImage]:
+def colmap_images_txt(path: Path) -> dict[str, ColmapImage]:
     """An image's line is id qw qx qy qz tx ty tz camera name. After it comes one with its points, x y id each, which
     may be empty, and which some programs leave out."""
     images: dict[str, ColmapImage] = {}
@@ -1390,7 +1411,7 @@ def colmap_cameras_bin(path: Path) -> dict[int, tuple]:
     return cameras
 
 
-def colmap_images_bin(path: Path, cameras: dict) -> dict[str, ColmapImage]:
+def colmap_images_bin(path: Path) -> dict[str, ColmapImage]:
     data, images = path.read_bytes(), {}
     (count,), at = struct.unpack_from("<Q", data), 8
     for _ in range(count):
@@ -1421,13 +1442,14 @@ def read_transforms(spec: dict, aspect: float) -> Poses:
             K = None
         Ks.append(K)
         lenses.add(tuple(float(own.get(k, 0)) for k in ("k1", "k2", "p1", "p2")))
-        if any(own.get(k) for k in ("k3", "k4")) or "FISHEYE" in str(own.get("camera_model", "")):
-            raise ValueError(f"a lens of {own.get('camera_model')} with k3 or k4: undistort")
+        model = str(own.get("camera_model"))
+        if any(own.get(k) for k in ("k3", "k4", "is_fisheye")) or re.search("FISHEYE|EQUI", model):
+            raise ValueError(f"a lens of {model}, fisheye or with k3 or k4: undistort")
     if len(lenses) > 1:
         raise ValueError(f"its pictures were taken through {len(lenses)} lenses: undistort")
     lens = lenses.pop() if lenses else ()
     numbers = picture_numbers([str(frame.get("file_path", "")) for frame in frames])
-    return Poses(invert_se3(c2w), None if None in Ks else Ks, numbers, lens=lens if any(lens) else ())
+    return Poses(invert_se3(c2w), None if None in Ks else Ks, numbers, lens=lens if any(lens) else (), measured=False)
 
 
 def read_recammaster(spec: dict, clip: str) -> Poses:
@@ -1448,18 +1470,28 @@ def read_recammaster(spec: dict, clip: str) -> Poses:
 
 
 NUMPY_C2W, NUMPY_W2C = ("c2w", "cam_c2w", "poses", "data"), ("w2c", "extrinsic", "extrinsics", "viewmats")
+NUMPY_K = ("intrinsic", "intrinsics", "K")
 
 
 def read_numpy(path: Path) -> Poses:
     """.npz or .npy, beside the latter intrinsics.npy and indexes.txt (SpatialVID)."""
     try:
-        loaded = np.load(path, allow_pickle=False)
-        arrays = dict(loaded) if path.suffix.lower() == ".npz" else {}
+        loaded, arrays = np.load(path, allow_pickle=False), {}
+        if path.suffix.lower() == ".npz":  # other arrays, of pictures and depths, may be large
+            with loaded:
+                names = NUMPY_C2W + NUMPY_W2C + NUMPY_K + ("inds",)
+                arrays = {name: loaded[name] for name in names if name in loaded.files}
+                if not arrays:
+                    arrays = dict.fromkeys(loaded.files)
     except Exception as error:  # numpy's, zipfile's and tokenize's are of many kinds
         raise ValueError(f"{path.name}: cannot be read ({first_line(error)})") from None
     with blamed(path.name):
         if not arrays:
             inverse = any(word in path.stem.lower() for word in ("w2c", "extrinsic"))
+            if loaded.ndim == 2 and loaded.shape[1] == 7:  # SpatialVID's, world-to-camera: tx ty tz qx qy qz qw
+                table, inverse = torch.from_numpy(loaded.astype(np.float64)), True
+                R = quaternion_matrix(table[:, [6, 3, 4, 5]])
+                loaded = torch.cat([R, table[:, :3, None]], dim=-1).numpy()
             arrays["w2c" if inverse else "c2w"] = loaded
             for name, file in ("intrinsics", path.with_name("intrinsics.npy")), ("inds", path.with_name("indexes.txt")):
                 if file.exists():
@@ -1471,11 +1503,11 @@ def read_numpy(path: Path) -> Poses:
         if poses.ndim == 4 and len(poses) == 1:  # VGGT's, of a batch of one
             poses = poses[0]
         poses = check_poses(to_square(poses), kind)
-        K = next((arrays[name] for name in ("intrinsic", "intrinsics", "K") if name in arrays), None)
+        K = next((arrays[name] for name in NUMPY_K if name in arrays), None)
         Ks = None if K is None else numpy_intrinsics(np.asarray(K, dtype=np.float64), len(poses))
         inds = arrays["inds"].astype(int).tolist() if "inds" in arrays else None
         return Poses(poses if kind in NUMPY_W2C else invert_se3(poses), Ks, inds,
-                     measured=kind not in ("extrinsic", "extrinsics"))
+                     measured=kind not in ("extrinsic", "extrinsics") and "extrinsic" not in path.stem.lower())
 
 
 def numpy_intrinsics(K: np.ndarray, count: int) -> list:
@@ -1496,9 +1528,9 @@ def is_scannet(folder: Path) -> bool:
 
 def scannet_poses(folder: Path) -> list[Path]:
     """Files of a pose each: pose/0.txt of ScanNet, frame-000000.pose.txt of 7-Scenes."""
-    files = [*folder.glob("pose/*.txt"), *folder.glob("*.pose.txt")]
+    files = {*folder.glob("pose/*.txt"), *folder.glob("*.pose.txt")}
     if folder.name == "pose":
-        files += folder.glob("*.txt")
+        files |= {*folder.glob("*.txt")}
     return sorted(files, key=lambda file: natural(file.name))
 
 
@@ -1513,7 +1545,7 @@ def read_scannet(folder: Path, aspect: float) -> Poses:
                 c2w.append(matrix)
                 numbers.append(int(re.findall(r"\d+", file.name)[-1]))
     K = None
-    for file in folder.glob("intrinsic/intrinsic_color.txt"):
+    for file in (folder.parent if folder.name == "pose" else folder).glob("intrinsic/intrinsic_color.txt"):
         with blamed(file.name):
             numbers_of_K = [float(number) for number in read_text(file).split()]
             K = normalise_intrinsics(torch.tensor(numbers_of_K).view(4, 4)[:3, :3], "intrinsic_color")
@@ -1546,7 +1578,7 @@ def read_pose_lines(path: Path) -> Poses:
         raise ValueError(f"{path.name}: {len(lenses)} different k1 k2, expected one lens")
     lens = lenses.pop()
     viewmats = check_poses(to_square(table[:, 7:].view(-1, 3, 4)), "w2c")
-    return Poses(viewmats, table[:, 1:5].tolist(), lens=lens if any(lens) else ())
+    return Poses(viewmats, table[:, 1:5].tolist(), lens=lens if any(lens) else (), measured=False)
 
 
 # When a pose was: which pixel frame of the video, a fraction if between two.
@@ -1554,28 +1586,27 @@ def read_pose_lines(path: Path) -> Poses:
 MAX_GAP = 8  # pixel frames over which a pose is interpolated
 
 
-def count_from_zero(numbers: list[int]) -> list[int]:
-    """Numbers of pictures -> of pixel frames: programs count them from 1, if none is called 0."""
-    return [number - (min(numbers) > 0) for number in numbers]
-
-
 def frame_positions(poses: Poses, frames: int, fps: float, pose_fps: float | None = None) -> list[float]:
     """Of a video with so many pixel frames, so many a second: where each pose is. pose_fps: poses come so often, from
     frame 0 on. Raises ValueError when nothing tells, or more than one thing would do."""
     n, latent_frames = len(poses.viewmats), 1 + (frames - 1) // 4
     if pose_fps:
-        return [i * fps / pose_fps for i in range(n)]
+        numbers = poses.numbers or [*range(n)]
+        step = fps / pose_fps / (math.gcd(*numbers) or 1)  # pictures may be called by the frames that they were
+        return [number * step for number in numbers]
     if n == frames:
         return [*range(n)]
     if poses.numbers:
-        positions = count_from_zero(poses.numbers)
-        every = round(frames / n)
-        if positions == [*range(n)] and every > 1 and abs(frames - every * n) < every:
-            raise ValueError(f"{n} poses, numbered one after the other, but {frames} frames: of the first {n}, or of "
-                             f"every {every}th? A column pose_fps says which, {fps:g} or {fps / every:g}")
-        if max(positions) >= frames:
-            raise ValueError(f"a pose of picture {max(poses.numbers)}, but {frames} frames")
-        return positions
+        in_order = sorted(poses.numbers)
+        last, gaps = in_order[-1] + 1, sorted(b - a for a, b in pairwise(in_order)) or [0]
+        usual = gaps[len(gaps) // 2]
+        if last > frames:
+            raise ValueError(f"a pose of frame {last - 1}, but {frames} frames")
+        every = next(every for every in range(frames, 0, -1) if math.ceil(frames / every) >= last)
+        if usual == 1 and every > 1 and last > 0.75 * math.ceil(frames / every):
+            raise ValueError(f"poses of pictures numbered up to {last}, but {frames} frames: of the first {last}, or "
+                             f"of every {every}th? A column pose_fps says which, {fps:g} or {fps / every:g}")
+        return poses.numbers
     if poses.seconds:
         first, last = min(poses.seconds), max(poses.seconds)
         if last <= frames / fps + 0.5:
@@ -1597,7 +1628,8 @@ def poses_at(poses: Poses, positions: list[float], frames: list[int]) -> tuple[T
     order = sorted(range(len(positions)), key=positions.__getitem__)
     at = [positions[i] for i in order]
     before, share, made = [], [], 0
-    for frame in frames:
+    for wanted in frames:
+        frame = at[0] if at[0] - 0.5 <= wanted < at[0] else wanted  # stamps need not begin at 0 exactly
         n = bisect_right(at, frame + 1e-3) - 1
         if n < 0 or (n == len(at) - 1 and frame > at[-1] + 0.5):
             raise ValueError(f"they {'begin after' if n < 0 else 'end before'} frame {frame} of the video")
@@ -2168,10 +2200,11 @@ def read_table(path: Path) -> list[Clip]:
 
 def with_caption(clip: Clip, folder: Path) -> Clip:
     """Its caption from the .txt beside its video, if the table has none."""
-    beside = (folder / clip.file).with_suffix(".txt")
-    if clip.caption or not beside.is_file():
-        return clip
-    return clip._replace(caption=" ".join(read_text(beside).split()))
+    with suppress(ValueError, OSError):  # none that can be read: its caption is empty
+        beside = (folder / clip.file).with_suffix(".txt")
+        if not clip.caption and beside.is_file() and Path(str(clip.poses)).name != beside.name:
+            return clip._replace(caption=" ".join(read_text(beside).split()))
+    return clip
 
 
 def clip_number(clip: Clip) -> int:
@@ -2351,6 +2384,17 @@ def match_patches(a: Tensor, b: Tensor) -> Tensor:
     return found[likeness > 0.9]
 
 
+def packed(match: Tensor) -> str:
+    """[n 4] in text, a ten-thousandth exact: there are 20,000 clips in a folder."""
+    return base64.b64encode((10_000 * match).round().short().numpy().tobytes()).decode()
+
+
+def unpacked(text: str) -> Tensor:
+    """[n 4] fp64."""
+    numbers = np.frombuffer(base64.b64decode(text), dtype=np.int16)
+    return torch.from_numpy(numbers.astype(np.float64)).view(-1, 4) / 10_000
+
+
 HYPOTHESES = {  # what else the poses may have been meant as: viewmats [n 4 4] -> viewmats
     "as given": lambda viewmats: viewmats,
     "inverted": invert_se3,
@@ -2383,8 +2427,8 @@ def agreement(matches: list, viewmats: Tensor, K: Tensor) -> dict[str, float]:
     """How far the pictures of a clip disagree with each reading of its poses: the median over its pairs of pictures,
     {} when too little was found. matches: of each pair its first latent frame and its patches; viewmats [f 4 4] and
     K [f 4], fp64."""
-    moving = [(i, torch.tensor(found, dtype=torch.float64)) for i, found in matches
-              if len(found) >= MATCH_LEAST and shift(found, 0.5) >= 1]
+    found = [(i, unpacked(text)) for i, text in matches]
+    moving = [(i, match) for i, match in found if len(match) >= MATCH_LEAST and shift(match, 0.5) >= 1]
     if len(moving) < 2:
         return {}
     costs = {}
@@ -2395,9 +2439,9 @@ def agreement(matches: list, viewmats: Tensor, K: Tensor) -> dict[str, float]:
     return costs
 
 
-def shift(match: list, share: float) -> float:
+def shift(match: Tensor, share: float) -> float:
     """By how many pixels of MATCH_HEIGHT rows this share of a pair's patches moved at most."""
-    one, two = torch.tensor(match, dtype=torch.float64).split(2, dim=1)
+    one, two = match.split(2, dim=1)
     return (MATCH_HEIGHT * (two - one).norm(dim=1)).quantile(share).item()
 
 
@@ -2436,7 +2480,7 @@ def look_at(video: Tensor, wanted: ClipFormat) -> dict[str, Any]:
     for i in starts:
         found = match_patches(at_latents[i], at_latents[i + 1])
         some = torch.linspace(0, len(found) - 1, min(len(found), MATCH_MOST)).long()
-        matches.append([i, [[round(z, 4) for z in row] for row in found[some].tolist()]])
+        matches.append([i, packed(found[some])])
     # not of the first frames: one image may be the start of many clips
     thumbnails = F.adaptive_avg_pool2d(grey[[last // 2, 3 * last // 4, last]], 8)
     return {
@@ -2588,6 +2632,7 @@ class Track(NamedTuple):
     K: Tensor  # [t 4] fp64, of the frames as they are cut
     Ks: Tensor  # [f 3 3] fp32, the same per latent frame
     lens: tuple[list[float], tuple[float, ...]] | None  # K and distortion of the file's pictures, if it shows
+    as_stored: Tensor  # [t 4 4] fp64, viewmats before they were re-based
     interpolated: int  # of the t poses
     measured: bool  # False: in units that mean nothing
 
@@ -2662,7 +2707,8 @@ def clip_track(clip: Clip, survey: dict, bad_captions: dict[str, str], args: arg
         lens = (own, poses.lens) if poses.lens and corner_shift(own, poses.lens, args.size) >= 1 else None
         K = crop_intrinsics(K, height, width, args.size)
         Ks = torch.stack([intrinsics(k) for k in K[::4].tolist()])
-    return Track(viewmats @ invert_se3(viewmats[:1]), K, Ks, lens, interpolated, poses.measured)
+    rebased, as_stored = viewmats @ invert_se3(viewmats[:1]), viewmats @ poses.origin
+    return Track(rebased, K, Ks, lens, as_stored, interpolated, poses.measured)
 
 
 def translation_factors(tracks: dict[int, Track], scale: str | float | None) -> dict[int, float]:
@@ -2678,8 +2724,10 @@ def translation_factors(tracks: dict[int, Track], scale: str | float | None) -> 
     return {n: float(scale) for n in tracks}
 
 
-def find_doubts(survey: dict, viewmats: Tensor, K: Tensor, size: list[int]) -> dict[str, str]:
-    """Reasons of DOUBTFUL against a clip alone, and the figures they rest on; viewmats [t 4 4], scaled, and K [t 4]."""
+def find_doubts(survey: dict, viewmats: Tensor, K: Tensor, costs: dict[str, float],
+                size: list[int]) -> dict[str, str]:
+    """Reasons of DOUBTFUL against a clip alone, and the figures they rest on; viewmats [t 4 4], scaled, K [t 4], and
+    what `agreement` says."""
     doubts = {}
     height, width = survey["height"], survey["width"]
     rows, columns, _, _ = resize_crop_size(height, width, size)
@@ -2706,7 +2754,7 @@ def find_doubts(survey: dict, viewmats: Tensor, K: Tensor, size: list[int]) -> d
         doubts["dark"] = f"{survey['mean']:.1%} bright on average"
     elif survey["blown"] > 0.5:
         doubts["bright"] = f"{survey['blown']:.0%} of its pixels are blown out"
-    elif seen := [found for _, found in survey["matches"] if len(found) >= MATCH_LEAST]:
+    elif seen := [match for _, text in survey["matches"] if len(match := unpacked(text)) >= MATCH_LEAST]:
         length, angle = camera_steps(viewmats[::4])
         moves = (length / STEP + angle / TURN).mean().item()  # times a key's step
         most, all_but = (torch.tensor([shift(found, share) for found in seen]).median().item() for share in (0.5, 0.95))
@@ -2714,7 +2762,6 @@ def find_doubts(survey: dict, viewmats: Tensor, K: Tensor, size: list[int]) -> d
             doubts["static"] = (f"from one latent frame to the next, the camera moves {moves:.2g} of a key's step and "
                                 f"most of the picture {most:.2g} pixels of {MATCH_HEIGHT} rows")
     if not doubts:
-        costs = agreement(survey["matches"], viewmats[::4], K[::4])
         if (reading := best_reading(costs)) not in ("as given", None):
             found = f"{costs[reading]:.2g} {reading}" if reading in costs else "no other reading fits"
             doubts["disagree"] = (f"patches are {costs['as given']:.2g} pixels from where its poses have them, "
@@ -2779,9 +2826,12 @@ def judge(clips: list[Clip], surveys: list[dict], bad_captions: dict[str, str],
         viewmats = tracks[n].viewmats.clone()
         viewmats[:, :3, 3] *= scale
         cameras[n] = ClipCamera(viewmats[::4].float(), tracks[n].Ks, scale, tracks[n].lens)
-        report[n]["reasons"] = find_doubts(surveys[n], viewmats, tracks[n].K, args.size)
+        as_stored = tracks[n].as_stored[::4].clone()  # poses may be inverted, or in other axes, as they stand there
+        as_stored[:, :3, 3] *= scale
+        costs = agreement(surveys[n]["matches"], as_stored, tracks[n].K[::4])
+        report[n]["reasons"] = find_doubts(surveys[n], viewmats, tracks[n].K, costs, args.size)
         path = cameras[n].viewmats
-        report[n]["reading"] = best_reading(agreement(surveys[n]["matches"], viewmats[::4], tracks[n].K[::4]))
+        report[n]["reading"] = best_reading(costs)
         report[n] |= {"class": action_class(path), "path": pose_string(path), "scale": scale,
                       "interpolated": tracks[n].interpolated}
 
@@ -3144,8 +3194,9 @@ def make_from_videos(args: argparse.Namespace) -> None:
     run = open_run(args)
     meta = describe_shards(run)
     shards = read_shards(args.out, meta)
-    if shards and (args.out / "prompts.safetensors").exists():
-        before = json.loads(prompt_metadata(args.out / "prompts.safetensors").get("meta", "{}")).get("scale")
+    tables = [path for path in prompt_tables(args.out)[:2] if path.exists()]
+    if shards and tables:
+        before = json.loads(prompt_metadata(tables[0]).get("meta", "{}")).get("scale")
         if args.scale == "set" and isinstance(before, float):
             args.scale = before  # of the clips that are there
         elif before not in (None, args.scale or "measured"):
@@ -3178,6 +3229,9 @@ def make_from_videos(args: argparse.Namespace) -> None:
         if failed:
             write_report(args.out, report)
         new = sum(file.exists() for file in plans)
+        if dropped:
+            print(f"{sum(map(len, dropped.values()))} rows of earlier runs count no more: the table has them not, or "
+                  "otherwise")
         print(f"{args.out}: {len(kept) - len(failed)} clips in {len(shards) + new} files, {new} of them new; python "
               f"data.py --inspect {args.out}")
         if not shards and not new:

@@ -49,9 +49,9 @@ from tqdm import tqdm
 from data import (
     CLEAR, GRAMMAR, KEYS, LOOKS, N_PANELS, NAMED, PALETTE, PILLAR, ROOM, SURFACE_OF_PANEL, TURN, VIDEOS, CameraPath,
     Encoder, HelpFormatter, Scene, cast, collate_prompts, explain, explain_frames, first_line, from_bytes, held_out,
-    intrinsics, load_encoder, look_errors, mix, paint, parse_trajectory, pixel_cameras, positive, pressed, psnr,
-    random_batch, random_encoder, read_camera, read_picture, read_prompt, render, replacing, resize_and_crop, rotation,
-    sample_path, sample_toy, to_bytes, write_sheet,
+    intrinsics, load_encoder, look_errors, mix, names_a_file, paint, parse_trajectory, pixel_cameras, positive, pressed,
+    psnr, random_batch, random_encoder, read_camera, read_picture, read_prompt, render, replacing, resize_and_crop,
+    rotation, sample_path, sample_toy, to_bytes, write_sheet,
 )
 from model import (
     CARDS, PRESETS, Camera, HYPrompt, Meta, Meter, Prompt, StreamState, build, build_vae, card_name, check_window,
@@ -348,7 +348,8 @@ def write_video(path: Path, pieces: Iterator[np.ndarray], fps: float) -> None:
         try:
             encode_mp4(temporary, chain([first], pieces), fps)
         except KeyboardInterrupt:  # what was made until then is whole
-            temporary.replace(path)
+            with suppress(FileNotFoundError):
+                temporary.replace(path)
             raise
 
 
@@ -1294,7 +1295,7 @@ def check_flags(args: argparse.Namespace) -> None:
     inputs = {name: value for name in ("image", "camera", "ckpt", "vae") if (value := getattr(args, name))}
     for path in (args.out, args.out.with_suffix(".png")):
         for name, value in inputs.items():
-            if path.exists() and Path(value).exists() and path.samefile(value):
+            if path.exists() and names_a_file(str(value), Path()) and Path(value).exists() and path.samefile(value):
                 raise ValueError(f"--out {args.out}: {path} would be written over, which is --{name}")
     if args.preset and not (args.plan or args.bench):
         raise ValueError(f"--preset {args.preset}: of use with --plan and --bench alone; a checkpoint knows its own")

@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 
 from conftest import ROOT, call, refusal
 from data import (
-    MAX_GAP, ClipFormat, Poses, between_poses, camera_steps, corner_shift, distort, find_doubts, find_ffmpeg,
-    frame_positions, invert_se3, look_at, open_latents, parse_trajectory, pixel_cameras, pose_string, poses_at, pressed,
-    read_camera, read_picture, read_poses, read_table, undistort,
+    MAX_GAP, ClipFormat, Poses, best_reading, between_poses, camera_steps, corner_shift, distort, find_doubts,
+    find_ffmpeg, frame_positions, invert_se3, look_at, open_latents, parse_trajectory, pixel_cameras, pose_string,
+    poses_at, pressed, read_camera, read_picture, read_poses, read_table, undistort,
 )
 from model import build, load_checkpoint, save_checkpoint
 from stream import read_image, write_video
@@ -130,9 +130,9 @@ def write_npy(path, array, **beside):
     return path
 
 
-def stamped(seconds):
-    return torch.cat([torch.as_tensor(seconds, dtype=torch.float64)[:, None], C2W[:, :3, 3],
-                      quaternions(C2W[:, :3, :3])[:, [1, 2, 3, 0]]], dim=1)
+def stamped(seconds, poses=C2W):
+    return torch.cat([torch.as_tensor(seconds, dtype=torch.float64)[:, None], poses[:, :3, 3],
+                      quaternions(poses[:, :3, :3])[:, [1, 2, 3, 0]]], dim=1)
 
 
 T = torch.arange(17) / 16
@@ -159,6 +159,7 @@ FORMATS = {
     "VGGT": (lambda p: write_npz(p / "a.npz", extrinsic=W2C[None, :, :3], intrinsic=in_pixels(17)), K),
     "SANA-WM": (lambda p: write_npz(p / "a.npz", c2w=C2W.float(), intrinsics=in_pixels(17)), K),
     "npy c2w": (lambda p: write_npy(p / "poses.NPY", C2W[:, :3], intrinsics=[[48, 48, 40, 30]]), K),
+    "SpatialVID": (lambda p: write_npy(p / "poses.npy", stamped(T, W2C)[:, 1:]), None),
     "npy w2c": (lambda p: write_npy(p / "w2c.npy", W2C), None),
     "TUM": (lambda p: write_text(p / "tum.txt", "# t x y z qx qy qz qw\n" + rows(stamped(T))), None),
     "TUM of a clock": (lambda p: write_text(p / "tum.txt", rows(stamped(1305031102.17 + T.double()))), None),
@@ -171,13 +172,16 @@ FORMATS = {
 }
 
 
+UNMEASURED = ("VGGT", "nerfstudio", "blender", "RealEstate10K")
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_format_is_the_same_path(tmp_path, form):
     write, intrinsic = FORMATS[form]
     found = read_poses(str(write(tmp_path).relative_to(tmp_path)), tmp_path, "videos/cam01.mp4", aspect=80 / 60)
     viewmats, Ks, made = poses_at(found, frame_positions(found, 17, 16), [*range(17)])
     torch.testing.assert_close(viewmats, W2C, atol=2e-6, rtol=0)
-    assert made == 0 and found.measured == (form not in ("VGGT",) and "colmap" not in form)
+    assert made == 0 and found.measured == (form not in UNMEASURED and "colmap" not in form)
     if intrinsic is None:
         assert Ks is None
     else:
@@ -188,6 +192,11 @@ def test_every_format_is_the_same_path(tmp_path, form):
 def test_a_stream_walks_what_a_table_may_name(tmp_path, form):
     path, = read_camera(str(FORMATS[form][0](tmp_path)))
     torch.testing.assert_close(path.viewmats, parse_trajectory(PATH), atol=2e-6, rtol=0)
+
+
+def test_a_pose_string_may_be_longer_than_a_file_s_name(tmp_path):
+    assert len(read_poses(",".join(["w", "s"] * 140), tmp_path).viewmats) == 281
+    assert len(read_camera(",".join(["w", "s"] * 140))[0].viewmats) == 281
 
 
 @pytest.mark.parametrize("name, says", [
@@ -207,6 +216,9 @@ def test_of_many_models_the_one_with_the_most_images_of_the_clip_counts(tmp_path
     colmap_text(tmp_path / "sparse/0", W2C[:2])
     colmap_text(tmp_path / "sparse/1")
     assert len(read_poses("sparse", tmp_path).viewmats) == 17
+    colmap_text(tmp_path / "sparse/2", W2C[:6], "clip/{}.png")
+    assert len(read_poses("sparse", tmp_path, "clip.mp4").viewmats) == 6  # its own, and not the most
+    assert len(read_poses("sparse", tmp_path, "frame_0000.mp4").viewmats) == 17  # no name before a number
     two = colmap_text(tmp_path / "both", torch.cat([W2C, W2C[:5]]))
     text = (two / "images.txt").read_text()
     for n in range(17, 22):
@@ -227,8 +239,8 @@ def test_pictures_count_as_people_do(tmp_path, name, numbers):
 # ------------------------------------------------------------------------------------------------- Poses of some frames
 
 
-def some(frames, base=1):
-    return Poses(W2C[frames], numbers=[n + base for n in frames])
+def some(frames):
+    return Poses(W2C[frames], numbers=frames)
 
 
 def test_poses_of_some_frames_are_interpolated_over_short_gaps():
@@ -243,27 +255,33 @@ def test_poses_of_some_frames_are_interpolated_over_short_gaps():
 
 
 def test_only_the_frames_that_are_used_need_poses():
-    poses = some([*range(5, 12)], base=0)
-    positions = frame_positions(poses._replace(numbers=[0, *range(6, 12)]), 40, 16)
+    poses = some([*range(5, 12)])
+    positions = frame_positions(poses._replace(numbers=[0, *range(6, 12)]), 17, 16)
     assert positions == [0, *range(6, 12)]
     found, *_ = poses_at(poses, [*range(5, 12)], [6, 7, 8])
     torch.testing.assert_close(found, W2C[6:9], atol=1e-9, rtol=0)
     with pytest.raises(ValueError, match="begin after frame 4"):
         poses_at(poses, [*range(5, 12)], [4, 5])
-    far = Poses(W2C[:2], numbers=[1, MAX_GAP + 2])
+    far = Poses(W2C[:2], numbers=[0, MAX_GAP + 1])
     with pytest.raises(ValueError, match=f"more than {MAX_GAP} apart"):
         poses_at(far, frame_positions(far, 40, 16), [3])
 
 
 def test_what_could_be_two_things_is_asked():
     poses = some([*range(17)])
-    with pytest.raises(ValueError, match="of the first 17, or of every 2th.*pose_fps says which, 16 or 8"):
-        frame_positions(poses, 34, 16)
+    for frames in (34, 36):
+        with pytest.raises(ValueError, match="of the first 17, or of every 2th.*pose_fps says which, 16 or 8"):
+            frame_positions(poses, frames, 16)
+    holed = some([n for n in range(17) if n not in (3, 7, 8)])  # of every third frame, three not registered
+    with pytest.raises(ValueError, match="of every 3th"):
+        frame_positions(holed, 50, 16)
+    assert frame_positions(holed, 50, 15, pose_fps=5) == [3 * n for n in holed.numbers]
+    assert frame_positions(some([0, 4, 8]), 50, 16, pose_fps=4) == [0, 4, 8]
     assert frame_positions(poses, 34, 16, pose_fps=8) == [*range(0, 34, 2)]
     assert frame_positions(poses, 34, 16, pose_fps=16) == [*range(17)]
     assert frame_positions(some([*range(12)]), 17, 16) == [*range(12)]  # a part: twelve are no even share of 17
-    with pytest.raises(ValueError, match="a pose of picture 18, but 16 frames"):
-        frame_positions(Poses(W2C[:2], numbers=[1, 18]), 16, 16)
+    with pytest.raises(ValueError, match="a pose of frame 17, but 16 frames"):
+        frame_positions(Poses(W2C[:2], numbers=[0, 17]), 16, 16)
     with pytest.raises(ValueError, match="time stamps from 0.5 to 9.5, but 1 seconds"):
         frame_positions(Poses(W2C[:2], seconds=[0.5, 9.5]), 16, 16)
 
@@ -314,7 +332,6 @@ def edited(folder, keep=lambda n: True, name="{}.png"):
 
 
 OPENCV = torch.diag(torch.tensor([1.0, -1, -1, 1], dtype=torch.float64))
-SIDEWAYS = torch.tensor([[0, 1.0, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.float64)
 TRUTH = torch.tensor(json.loads((ROOM / "truth.json").read_text())["w2c"], dtype=torch.float64)
 
 
@@ -340,16 +357,24 @@ def test_a_real_reconstruction_gives_the_true_path(tmp_path, keep, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("reading, change", [
     (None, lambda w2c: w2c), ("inverted", invert_se3), ("with OpenGL's axes", lambda w2c: OPENCV @ w2c),
-    ("in reverse order", lambda w2c: w2c.flip(0)), ("none", lambda w2c: SIDEWAYS @ w2c),
+    ("in reverse order", lambda w2c: w2c.flip(0)),
 ])
 def test_the_pictures_say_which_convention_the_poses_have(tmp_path, capsys, reading, change):
     poses = read_poses("colmap", ROOM)
     with contextlib.suppress(SystemExit):
-        make_room(tmp_path, {"w2c": change(poses.viewmats).tolist(), "K": poses.K[0]}, "--scale", "clip")
+        make_room(tmp_path, {"w2c": change(poses.viewmats @ AWAY).tolist(), "K": poses.K[0]}, "--scale", "clip")
     report, = map(json.loads, (tmp_path / "data/videos/report.jsonl").read_text().splitlines())
     assert report["reading"] == (reading or "as given")
     assert set(report["reasons"]) == ({"disagree"} if reading else set())
     assert f"agree with the poses {reading or 'as given'} in 1 of 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("costs, reading", [
+    ({}, None), ({"as given": 1.0, "inverted": 0.1}, "as given"), ({"as given": 2.5, "inverted": 1.0}, "inverted"),
+    ({"as given": 2.5, "inverted": 2.0}, "as given"), ({"as given": 4.0, "inverted": 3.0}, "none"),
+])
+def test_pictures_must_be_clear_about_it(costs, reading):
+    assert best_reading(costs) == reading
 
 
 @pytest.mark.slow
@@ -365,7 +390,7 @@ def test_a_still_camera_is_told_from_a_lively_picture(moves, said, doubted):
         frame[:, 40:80, 4 * t : 4 * t + 30] = torch.rand(3, 40, 30, generator=rng)
     path, K = parse_trajectory(said), torch.tensor([[0.5, 0.5, 0.5, 0.5]], dtype=torch.float64).expand(13, 4)
     survey = look_at((torch.stack(frames) * 255).byte(), ClipFormat(4, 16, [96, 96])) | {"height": 96, "width": 96}
-    doubts = find_doubts(survey, pixel_cameras(path[None])[0].double(), K, [96, 96])
+    doubts = find_doubts(survey, pixel_cameras(path[None])[0].double(), K, {}, [96, 96])
     assert ("static" in doubts) == doubted
 
 
