@@ -3383,7 +3383,8 @@ def add_video_flags(p: argparse.ArgumentParser) -> None:
                      help="intrinsics of clips that bring none, over the width and height of the video")
     own.add_argument("--scale", type=translation_scale, help=f"factor on all translations; or 'set': the one that "
                      f"makes the median step of the whole folder {STEP} units, for metric poses; or 'clip': one for "
-                     "each clip, for poses whose scale is arbitrary. Default: 1, and 'clip' for COLMAP's and VGGT's")
+                     "each clip, for poses whose scale is arbitrary. Default: 1, and 'clip' for those that were "
+                     "made of pictures alone: COLMAP's, transforms.json, RealEstate10K's, VGGT's")
     own.add_argument("--text-encoder", type=Path, help="umT5, or for HY the folder of HunyuanVideo-1.5; without it "
                      "prompts are read word by word, as the toy's")
     own.add_argument("--negative", help="the prompt that guidance steers away from; default empty, or Wan's for umT5")
