@@ -7,7 +7,7 @@ Everything frozen, and everything that becomes a batch.
     4. Batches      the folder of latents that a run reads, and get_batch, a pure function of (seed, step, part)
     5. Making       the toy world: render it, train its VAE, write its latents
     ---- the course ends here ----
-    6. Pose files   JSON in several dialects, COLMAP, RealEstate10K, HY-WorldPlay
+    6. Pose files   COLMAP, nerfstudio, TUM and a dozen others; poses of some frames; lenses
     7. Encoders     umT5, Qwen2.5-VL, byT5, SigLIP, and HY's stand-ins
     8. Videos       real ones with captions and cameras: look, judge, encode, report; pictures of what came out
     9. Noise        in the place of all data, to plan and to time training
@@ -560,7 +560,8 @@ def check_data(data: Latents, source: Meta, path: Path) -> Meta:
             differs = f"{data.folder}: has {name} {data.meta[name]}, but {path} was trained with {source[name]}"
             if name in ("vae_fingerprint", "size"):
                 raise ValueError(differs)
-            print(f"{differs}; it goes on with the former")
+            if dist.get_rank() == 0:
+                print(f"{differs}; it goes on with the former")
     plain = {name: value for name, value in source.items() if name not in ("timed_text", "released_cache", "caption")}
     return plain | kind | ({"caption": data.meta["caption"]} if "caption" in data.meta else {})
 
@@ -988,8 +989,8 @@ def make_toy(args: argparse.Namespace) -> None:
 # collate_hy_prompts.
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Pose files. Each reader returns (viewmats, K) as the file has them: viewmats [n 4 4] fp64, world-to-camera, not yet
-# re-based to the first; K is (fx, fy, cx, cy) divided by width and height, or a list of one for each pose, or None.
+# 6. Pose files. Each reader returns Poses as the file has them, world-to-camera. Then what is made of them: which pixel
+# frame of a video each is of, what is between two, and what a lens did to the pictures.
 
 
 def check_poses(poses: Tensor, name: str) -> Tensor:
@@ -2288,7 +2289,7 @@ def decoded_frames(path: Path, width: int, height: int) -> Iterator[tuple[Iterat
     """The pixel frames of a video, as many as are stored, each h w 3 bytes; and what ffmpeg had to complain of in the
     end: it makes up what it cannot read, and says so only there."""
     with tempfile.TemporaryFile() as log:
-        command = [find_ffmpeg(), "-v", "error", "-nostdin", "-i", str(path.absolute()), "-map", "0:v:0",
+        command = [find_ffmpeg(), "-v", "error", "-nostdin", "-i", str(path.absolute()),
                    *FRAMES_AS_STORED, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
         decoder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
 

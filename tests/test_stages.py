@@ -646,7 +646,7 @@ def test_checkpoint_of_another_preset_is_refused(chain, tmp_path, script, flag, 
     assert message.startswith(f"error: {path}: ") and "wan-1.3b" in message and "tiny" in message
 
 
-@pytest.mark.parametrize("change", ({"K": [0.7, 0.7, 0.5, 0.5]}, {"fps": 24}, {"vae_fingerprint": "0"}))
+@pytest.mark.parametrize("change", ({"size": [64, 64]}, {"vae_fingerprint": "0"}))
 def test_latents_of_another_kind_are_refused(chain, tmp_path, change):
     weights, meta = load_checkpoint(chain / "ckpt/camera.pt")
     save_checkpoint(tmp_path / "camera.pt", weights, meta | change)

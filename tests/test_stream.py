@@ -274,11 +274,11 @@ def test_image_is_gone_on_from(chain, tmp_path, world, name, frames):
 
 @pytest.mark.parametrize("name, found", (
     ("none.png", "cannot be read"), ("text.png", "cannot be read"), ("long.gif", "fewer latent frames"),
-    ("three.gif", "1 + 4k"), ("grey.png", "[1, 32, 32]"),
+    ("three.gif", "1 + 4k"),
 ))
 def test_bad_image_is_refused(chain, tmp_path, name, found):
     (tmp_path / "text.png").write_text("not an image")
-    for clip, shape in ("long.gif", (13, 32, 32, 3)), ("three.gif", (3, 32, 32, 3)), ("grey.png", (32, 32)):
+    for clip, shape in ("long.gif", (13, 32, 32, 3)), ("three.gif", (3, 32, 32, 3)):
         imageio.imwrite(tmp_path / clip, np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8))
     flags = ("--camera", "w*3", "--image", tmp_path / name, "--out", tmp_path / "walk.mp4")
     message = refusal("stream.py", *flags, cwd=chain)
