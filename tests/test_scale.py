@@ -444,7 +444,7 @@ def test_where_there_are_no_links_a_checkpoint_is_copied(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, write", [
     ("metrics.jsonl", lambda path: write_log(path, {"step": 1})),
     ("scores.jsonl", lambda path: write_log(path, {"step": 1, "control_margin": 0.0})),
-    ("sheet-000001.png", lambda path: write_sheet(path, [torch.zeros(1, 3, 1, 32, 32)])),
+    ("sheet-000001.png.tmp", lambda path: write_sheet(path.with_suffix(""), [torch.zeros(1, 3, 1, 32, 32)])),
     ("prompts-0.jsonl", lambda path: log_prompt(path, "words", "a room", {"embeds": torch.ones(3, 6)})),
     ("prompts-0.f16", lambda path: log_prompt(path.with_suffix(".jsonl"), "words", "", {"embeds": torch.ones(3, 6)})),
 ])
@@ -452,10 +452,11 @@ def test_what_does_not_fit_on_a_full_disk_is_named(tmp_path, name, write):
     (tmp_path / name).symlink_to("/dev/full")
     with pytest.raises(ValueError) as error:
         write(tmp_path / name)
-    assert says(error, tmp_path / name)
+    assert says(error, tmp_path / name.removesuffix(".tmp")) and not (tmp_path / "sheet-000001.png").exists()
 
 
-def test_a_survey_that_does_not_fit_on_a_full_disk_is_named(tmp_path):
+def test_a_survey_that_does_not_fit_on_a_full_disk_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.survey_clip", lambda *_: {"matches": []})
     clips = 2 * [Clip("none.mp4", 0, "a room", "w", None)]
     with disk_left(0), pytest.raises(ValueError) as error:
         survey_clips(clips, tmp_path, tmp_path, 1, 2, ClipFormat(4, 16, [32, 32]))  # rank 1 draws no bar
