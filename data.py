@@ -653,7 +653,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise ValueError(f"{path}: could not be written ({error})") from error
 
 
@@ -833,8 +834,8 @@ def write_sheet(path: Path, videos: list[Tensor], every: int = 4, most: int = 16
     sheet = to_bytes(rearrange(strips, "b s h w c -> (b s h) w c")).cpu().numpy()
     zoom = max(1, 96 // height)
     picture = imageio.imwrite("<bytes>", sheet.repeat(zoom, 0).repeat(zoom, 1), extension=".png")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(picture)
 
 

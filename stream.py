@@ -339,8 +339,8 @@ def write_video(path: Path, pieces: Iterator[np.ndarray], fps: float) -> None:
     each, which can be played without what comes after: if the process is killed, what it made can be watched there.
     """
     first = next(pieces)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".gif":
             images = np.concatenate([first, *pieces])
             imageio.imwrite(temporary, images, extension=".gif", duration=1000 / fps, loop=0)

@@ -625,8 +625,8 @@ def test_missing_latents_name_the_command_that_makes_them(chain, tmp_path):
     assert "`python data.py --out" in refusal("train_ar.py", "--data", tmp_path / "none", cwd=chain)
 
 
-@pytest.mark.parametrize("change", ({"shift": 5.0}, {"K": [0.7, 0.7, 0.5, 0.5]}))
-def test_scores_with_another_schedule_or_camera_are_refused(chain, tmp_path, change):
+@pytest.mark.parametrize("change", ({"shift": 5.0}, {"size": [64, 64]}))
+def test_scores_with_another_schedule_or_size_are_refused(chain, tmp_path, change):
     weights, meta = load_checkpoint(chain / "ckpt/camera.pt")
     save_checkpoint(tmp_path / "camera.pt", weights, meta | change)
     message = refusal("train_dmd.py", "--scores", tmp_path / "camera.pt", "--out", tmp_path / "dmd.pt", cwd=chain)
