@@ -2764,7 +2764,10 @@ def find_doubts(survey: dict, viewmats: Tensor, K: Tensor, costs: dict[str, floa
             doubts["static"] = (f"from one latent frame to the next, the camera moves {moves:.2g} of a key's step and "
                                 f"most of the picture {most:.2g} pixels of {MATCH_HEIGHT} rows")
     if not doubts:
-        if (reading := best_reading(costs)) not in ("as given", None):
+        reading = best_reading(costs)
+        if reading == "none" and size[0] < MATCH_HEIGHT:
+            reading = None  # enlarged pictures tell conventions apart, and not more
+        if reading not in ("as given", None):
             found = f"{costs[reading]:.2g} {reading}" if reading in costs else "no other reading fits"
             doubts["disagree"] = (f"patches are {costs['as given']:.2g} pixels from where its poses have them, "
                                   f"{found}; is it another convention?")
