@@ -1172,7 +1172,7 @@ def read_pose_file(path: Path, clip: str, aspect: float) -> Poses:
     """By how it ends."""
     suffix = path.suffix.lower()
     if path.is_dir():
-        return read_scannet(path, aspect) if is_scannet(path) else read_colmap(path, clip)
+        return read_scannet(path) if scannet_poses(path) else read_colmap(path, clip)
     if not path.exists():
         raise ValueError(f"{path.name}: no such file")
     if path.name in ("images.txt", "images.bin"):
@@ -1524,10 +1524,6 @@ def numpy_intrinsics(K: np.ndarray, count: int) -> list:
     return K.tolist()
 
 
-def is_scannet(folder: Path) -> bool:
-    return bool(scannet_poses(folder))
-
-
 def scannet_poses(folder: Path) -> list[Path]:
     """Files of a pose each: pose/0.txt of ScanNet, frame-000000.pose.txt of 7-Scenes."""
     files = {*folder.glob("pose/*.txt"), *folder.glob("*.pose.txt")}
@@ -1536,7 +1532,7 @@ def scannet_poses(folder: Path) -> list[Path]:
     return sorted(files, key=lambda file: natural(file.name))
 
 
-def read_scannet(folder: Path, aspect: float) -> Poses:
+def read_scannet(folder: Path) -> Poses:
     """A 4x4 camera-to-world a file; where the camera was lost it holds no numbers, and counts as none. K, 4x4 and in
     pixels, is in intrinsic/intrinsic_color.txt, if anywhere."""
     c2w, numbers = [], []
@@ -2447,15 +2443,17 @@ def shift(match: Tensor, share: float) -> float:
     return (MATCH_HEIGHT * (two - one).norm(dim=1)).quantile(share).item()
 
 
-def best_reading(costs: dict[str, float]) -> str | None:
-    """The reading of the poses that the pictures are clear about, "as given" first; None if they are not, "none" if
-    they agree with none."""
+def best_reading(costs: dict[str, float], rows: int) -> str | None:
+    """The reading of the poses that the pictures, of so many rows, are clear about, "as given" first; "none" if they
+    agree with none; None if they do not tell. Small ones, enlarged, tell conventions apart, and not more."""
     if not costs:
         return None
     best = min(costs, key=costs.get)
-    if costs["as given"] < 1.5 or costs["as given"] < 2 * costs[best]:
-        return "as given" if costs["as given"] < 3 else "none"
-    return best
+    if costs["as given"] >= max(1.5, 2 * costs[best]):
+        return best
+    if costs["as given"] < 3:
+        return "as given"
+    return "none" if rows >= MATCH_HEIGHT else None
 
 
 # Pass 1: look at every clip.
@@ -2764,9 +2762,7 @@ def find_doubts(survey: dict, viewmats: Tensor, K: Tensor, costs: dict[str, floa
             doubts["static"] = (f"from one latent frame to the next, the camera moves {moves:.2g} of a key's step and "
                                 f"most of the picture {most:.2g} pixels of {MATCH_HEIGHT} rows")
     if not doubts:
-        reading = best_reading(costs)
-        if reading == "none" and size[0] < MATCH_HEIGHT:
-            reading = None  # enlarged pictures tell conventions apart, and not more
+        reading = best_reading(costs, size[0])
         if reading not in ("as given", None):
             found = f"{costs[reading]:.2g} {reading}" if reading in costs else "no other reading fits"
             doubts["disagree"] = (f"patches are {costs['as given']:.2g} pixels from where its poses have them, "
@@ -2836,7 +2832,7 @@ def judge(clips: list[Clip], surveys: list[dict], bad_captions: dict[str, str],
         costs = agreement(surveys[n]["matches"], as_stored, tracks[n].K[::4])
         report[n]["reasons"] = find_doubts(surveys[n], viewmats, tracks[n].K, costs, args.size)
         path = cameras[n].viewmats
-        report[n]["reading"] = best_reading(costs)
+        report[n]["reading"] = best_reading(costs, args.size[0])
         report[n] |= {"class": action_class(path), "path": pose_string(path), "scale": scale,
                       "interpolated": tracks[n].interpolated}
 

@@ -374,7 +374,8 @@ def test_the_pictures_say_which_convention_the_poses_have(tmp_path, capsys, read
     ({"as given": 2.5, "inverted": 2.0}, "as given"), ({"as given": 4.0, "inverted": 3.0}, "none"),
 ])
 def test_pictures_must_be_clear_about_it(costs, reading):
-    assert best_reading(costs) == reading
+    assert best_reading(costs, 96) == reading
+    assert best_reading(costs, 32) == (None if reading == "none" else reading)
 
 
 @pytest.mark.slow

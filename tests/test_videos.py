@@ -660,7 +660,7 @@ def test_bad_realestate_poses_are_named(tmp_path, line, says):
 
 
 @pytest.mark.parametrize("camera, says", [
-    ("1 OPENCV_FISHEYE 640 480 500 500 320 240 0.1 0 0 0", "undistort"),
+    ("1 OPENCV_FISHEYE 640 480 500 500 320 240 0 0 0 0", "undistort"),
     ("1 FISHEYE 640 480 500 500 320 240", "FISHEYE"), ("1 PINHOLE 640 480 500", "PINHOLE"),
     ("2 PINHOLE 640 480 500 500 320 240", "camera 1, of which"), ("1 PINHOLE 640 480 500 500 320 240", None),
     ("1 SIMPLE_PINHOLE 640 480 500 320 240", None),
