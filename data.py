@@ -1023,9 +1023,9 @@ class CameraPath(NamedTuple):
     prompt: str | None = None
 
 
-def read_camera(source: str) -> list[CameraPath]:
-    """A pose string, a recording of a camera (POSE_FILES, a pose for each pixel frame; every fourth counts), or a .json
-    file holding one of
+def read_camera(source: str, fps: float = FPS) -> list[CameraPath]:
+    """A pose string, a recording of a camera (POSE_FILES: a pose for each pixel frame, or time stamps, at fps frames a
+    second; every fourth frame counts), or a .json file holding one of
 
         "w*4,l*3"                                     a pose string
         {"c2w": [4x4, ...], "K": [fx, fy, cx, cy]}     or "w2c", or "c2w_opengl" (y up, z backwards); one matrix per
@@ -1040,13 +1040,13 @@ def read_camera(source: str) -> list[CameraPath]:
     if not names_a_file(source, Path()):
         return [CameraPath(parse_trajectory(source))]
     if file.suffix.lower() != ".json":
-        return [record(read_poses(source, Path()), file)]
+        return [record(read_poses(source, Path()), file, fps)]
     try:
         spec = json.loads(read_text(file))
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{source}: not JSON ({error})") from None
     if is_recording(spec):
-        return [record(read_poses(source, Path()), file)]
+        return [record(read_poses(source, Path()), file, fps)]
     entries = spec if isinstance(spec, list) else [spec]
     names = [f"{file.stem}-{n}" for n in range(len(entries))] if len(entries) > 1 else [file.stem]
     with blamed(source):
@@ -1059,11 +1059,13 @@ def read_camera(source: str) -> list[CameraPath]:
     return paths
 
 
-def record(poses: "Poses", file: Path) -> CameraPath:
+def record(poses: "Poses", file: Path, fps: float) -> CameraPath:
     """The path of a camera that was recorded at every pixel frame, or at some of them."""
     with blamed(file):
         count = len(poses.viewmats)
         positions = poses.numbers or [*range(count)]
+        if poses.seconds and any(t != int(t) for t in poses.seconds):  # whole ones are numbers of frames
+            positions = [(t - poses.seconds[0]) * fps for t in poses.seconds]
         start = int(min(positions))
         every_fourth = [*range(start, int(max(positions)) + 1, 4)]
         viewmats, Ks, _ = poses_at(poses, positions, every_fourth)

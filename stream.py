@@ -1371,7 +1371,7 @@ def open_player(args: argparse.Namespace) -> tuple[Path, Player, Path | None]:
 def open_paths(args: argparse.Namespace, ckpt: Path, player: Player, text_encoder: Path | None):
     """The paths to walk, a prompt for each, and the player, its prompts read. Raises ValueError for any bad one."""
     net, _, encoder, meta = player
-    paths = read_camera(PATH if args.camera is None else args.camera)
+    paths = read_camera(PATH if args.camera is None else args.camera, meta["fps"])
     if text_encoder and not args.prompt and not all(path.prompt for path in paths):
         raise ValueError(f"--prompt: expected a description of the world, which {ckpt} reads through {text_encoder}")
     if text_encoder and encoder.encode_image and not args.image:

@@ -199,6 +199,12 @@ def test_a_pose_string_may_be_longer_than_a_file_s_name(tmp_path):
     assert len(read_camera(",".join(["w", "s"] * 140))[0].viewmats) == 281
 
 
+def test_a_stream_walks_by_time_stamps(tmp_path):
+    """At half the frames a second, every other of the poses counts."""
+    path, = read_camera(str(write_text(tmp_path / "tum.txt", rows(stamped(5 + T)))), fps=8)
+    torch.testing.assert_close(path.viewmats, W2C[::8].float(), atol=2e-6, rtol=0)
+
+
 @pytest.mark.parametrize("name, says", [
     ("poses.csv", "no such format"), ("poses.pkl", "no such format"), ("none.json", "no such file"),
     ("none/images.txt", "no such file"), ("empty.d", "no images.txt or images.bin"),
