@@ -978,14 +978,20 @@ def upgrade(meta: dict) -> dict:
     return meta
 
 
-SHARD_OVER: int | None = None  # how many ranks share a copy of the weights; None: those of a node
+SHARD_OVER: int | None = None  # how many ranks share a copy of the weights; None: all of them
+
+
+def usual_shards(ranks: int, node: int, sp: int) -> int:
+    """How many ranks share a copy of the weights, of whom so many are on a node and share a video: those of a node. Or,
+    where a video takes a whole node, of two such groups: a network that large has no room for its states, either."""
+    return 2 * sp if sp >= node and ranks % (2 * sp) == 0 else node
 
 
 def start_process_group(sp: int = 1, shard_over: int | None = None) -> tuple[int, int, torch.device]:
     """rank, world size, device. Under torchrun, nccl on GPUs and gloo on CPUs; plain python is a world of one.
 
-    sp, shard_over: how many neighbouring ranks share a video, and a copy of the weights (shard). Raises ValueError when
-    the ranks are no multiple of them.
+    sp, shard_over: how many neighbouring ranks share a video, and a copy of the weights (shard; None: usual_shards).
+    Raises ValueError when the ranks are no multiple of them.
     """
     global SEQUENCE_GROUP, SHARD_OVER
     if torch.cuda.is_available():
@@ -1000,7 +1006,7 @@ def start_process_group(sp: int = 1, shard_over: int | None = None) -> tuple[int
         raise ValueError(f"--sp {sp}: {world_size} processes cannot be cut into groups of {sp}")
     if shard_over and world_size % shard_over:
         raise ValueError(f"--shard-over {shard_over}: {world_size} processes cannot be cut into groups of {shard_over}")
-    SHARD_OVER = shard_over
+    SHARD_OVER = shard_over or usual_shards(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), sp)
     SEQUENCE_GROUP = dist.new_subgroups(sp)[0] if sp > 1 else None
     STOP.clear()
     return rank, world_size, device
@@ -1076,7 +1082,7 @@ def shard(net: nn.Module, weights: dict[str, Tensor], device: torch.device, trai
     compute = torch.bfloat16 if device.type == "cuda" else None
     # across nodes (torchrun --nnodes), weights are sharded within a node and replicated from node to node: HSDP
     world_size = dist.get_world_size()
-    local = SHARD_OVER or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    local = SHARD_OVER or world_size
     shape, names = ((world_size,), ("shard",)) if local == world_size else (
         (world_size // local, local), ("replicate", "shard"))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
@@ -2967,7 +2973,7 @@ def plan(args: argparse.Namespace, work: Work, gpus: int) -> dict[str, Any]:
     dit, token = preset.dit, preset.vae.stride * preset.dit.patch  # pixels, along height and width
     tokens = math.prod(meta["size"]) // token**2
     node = min(gpus, int(os.environ.get("LOCAL_WORLD_SIZE", NODE)))
-    shards = args.shard_over or node
+    shards = args.shard_over or usual_shards(gpus, node, sp)
     if gpus % sp or gpus % node or gpus % shards or dit.heads % sp or tokens % sp:
         raise ValueError(f"--plan {gpus} --sp {sp} --shard-over {shards}: expected whole nodes of {node}, whole groups "
                          f"and, of a video, an even share of {dit.heads} heads and {tokens} tokens of a frame")
@@ -3048,11 +3054,11 @@ def remedy(found: dict[str, Any], card: int) -> str:
     states = sum(gb[kind] for kind in ("weights", "gradients", "optimizer", "ema", "other")) * own["shard_over"]
     video = (gb["activations"] + gb["cache"]) * own["sp"] / own["batch_size"]  # a whole one
     heads, sizes, fitting = PRESETS[found["preset"]].dit.heads, {1, 2, 4, 8, 16, 32, 64}, []
-    told = own["shard_over"] != min(own["gpus"], NODE)  # --shard-over was given; if not, a node's GPUs share
+    told = own["shard_over"] != usual_shards(own["gpus"], min(own["gpus"], NODE), own["sp"])  # by --shard-over
     choices = (sizes | {own["gpus"]}, sizes | {own["shard_over"]}, sizes | {own["sp"]}, {1, own["batch_size"]})
     for gpus, shards, sp, batch_size in product(*choices):
         flags = {"--plan": gpus, "--shard-over": shards, "--sp": sp, "--batch-size": batch_size}
-        now = own if told else own | {"shard_over": min(gpus, NODE)}
+        now = own if told else own | {"shard_over": usual_shards(gpus, min(gpus, NODE), sp)}
         changes = {flag: n for (flag, n), old in zip(flags.items(), now.values()) if n != old}
         held = states / shards + gb["gathered"] + video * batch_size / sp
         if gpus % shards == 0 and gpus % sp == 0 and heads % sp == 0 and held < ROOM * card:

@@ -228,13 +228,21 @@ def test_the_last_line_is_json_and_adds_up(script, flags, tmp_path, capsys):
 def test_states_are_fp32_and_cut_within_a_node():
     args, work = work_of("train_dmd", "tiny", "--fake-score-updates 1")
     parameters = sum(p.numel() for p in PRESETS["tiny"].net(PRESETS["tiny"].dit).parameters())
-    for gpus, shard_over, shards in ((1, None, 1), (8, None, 8), (64, None, 8), (64, 16, 16)):
-        args.shard_over = shard_over
+    for gpus, sp, shard_over, shards in ((1, 1, None, 1), (8, 1, None, 8), (64, 1, None, 8), (64, 1, 16, 16),
+                                         (64, 4, None, 8), (8, 4, 4, 4)):
+        args.sp, args.shard_over = sp, shard_over
         found = plan(args, work, gpus)
         gb = {kind: round(size * 1e9 * shards / parameters, 3) for kind, size in found["gb"].items()}
         states = [gb[kind] for kind in ("weights", "gradients", "optimizer", "ema", "other")]
         assert states == [8, 4, 16, 4, 4] and (found["bytes_between_gpus"] > 0) == (gpus > 1)
         assert (found["bytes_between_nodes"] > 0) == (gpus > 8)
+
+
+@pytest.mark.parametrize("ranks, node, sp, expected", [
+    (1, 1, 1, 1), (8, 8, 1, 8), (8, 8, 8, 8), (64, 8, 1, 8), (64, 8, 4, 8), (64, 8, 8, 16), (64, 8, 16, 32),
+    (24, 8, 8, 8), (4, 2, 2, 4)])
+def test_where_a_video_takes_a_node_two_share_the_weights(ranks, node, sp, expected):
+    assert model.usual_shards(ranks, node, sp) == expected
 
 
 def test_bytes_are_counted_once_whoever_shares_the_weights():
