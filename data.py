@@ -32,7 +32,7 @@ import sys
 import tempfile
 import textwrap
 import zlib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -1029,7 +1029,7 @@ def read_camera(source: str, fps: float = FPS) -> list[CameraPath]:
 
         "w*4,l*3"                                     a pose string
         {"c2w": [4x4, ...], "K": [fx, fy, cx, cy]}     or "w2c", or "c2w_opengl" (y up, z backwards); one matrix per
-                                                      latent frame, K normalised and optional
+                                                      latent frame, or "pose_fps" a second; K normalised and optional
         {"0": {"extrinsic": 4x4 c2w, "K": 3x3}, ...}   HY-WorldPlay, one entry per latent frame, K in pixels
         {"0": {"w2c": 4x4, "intrinsic": 3x3}, ...}     its training data, one entry per pixel frame; every fourth counts
         [{"id", "caption", "trajectory"}, ...]         minWM, several paths
@@ -1050,7 +1050,7 @@ def read_camera(source: str, fps: float = FPS) -> list[CameraPath]:
     entries = spec if isinstance(spec, list) else [spec]
     names = [f"{file.stem}-{n}" for n in range(len(entries))] if len(entries) > 1 else [file.stem]
     with blamed(source):
-        paths = [read_path(entry, name) for entry, name in zip(entries, names)]
+        paths = [read_path(entry, name, fps) for entry, name in zip(entries, names)]
     if not paths:
         raise ValueError(f"{source}: an empty list, expected at least one path")
     names = [path.name for path in paths]
@@ -1077,7 +1077,7 @@ def record(poses: "Poses", file: Path, fps: float) -> CameraPath:
                       file.stem)
 
 
-def read_path(spec: str | dict, name: str) -> CameraPath:
+def read_path(spec: str | dict, name: str, fps: float) -> CameraPath:
     """One path of a camera file; `name`, unless it brings its own. Raises ValueError or TypeError."""
     if isinstance(spec, str):
         return CameraPath(parse_trajectory(spec), name=name)
@@ -1087,13 +1087,17 @@ def read_path(spec: str | dict, name: str) -> CameraPath:
     prompt = spec.get("caption", spec.get("prompt"))
     if prompt is not None and not (isinstance(prompt, str) and prompt.strip()):
         raise ValueError(f"path {name!r}: its prompt is {prompt!r}, expected a description of the world")
-    viewmats, K, *_ = read_object(spec)
-    viewmats = viewmats @ invert_se3(viewmats[:1])
+    poses = read_object(spec)
+    viewmats, K = poses.viewmats @ invert_se3(poses.viewmats[:1]), poses.K
     pose_key = find_worldplay_key(spec)
     if pose_key is not None:
         K = K[0]  # HY-WorldPlay has one for each pose; a path has one
     if pose_key == "w2c":
         viewmats = viewmats[::4]  # latent frame i ends with pixel frame 4 i
+    if poses.pose_fps:
+        positions = frame_positions(poses, len(viewmats), fps, poses.pose_fps)
+        every_fourth = [*range(0, round(positions[-1]) + 1, 4)]
+        viewmats = poses_at(Poses(viewmats), positions, every_fourth)[0]
     if K is not None:
         intrinsics(K)  # are they in range?
         K = tuple(K)
@@ -1108,6 +1112,7 @@ class Poses(NamedTuple):
     seconds: list[float] | None = None  # when each pose was, if it is stamped
     lens: tuple[float, ...] = ()  # distortion k1 k2 p1 p2, as OpenCV has it
     measured: bool = True  # False: made of pictures alone, in units that mean nothing
+    pose_fps: float | None = None  # how many there are a second, if the file says so
     origin: Tensor | None = None  # [4 4] the first, as it stands there, once all are re-based to it
 
 
@@ -1216,11 +1221,21 @@ def read_object(spec: Any) -> Poses:
             poses = check_poses(torch.tensor(spec[kind], dtype=torch.float64), kind)
             if kind == "c2w_opengl":
                 poses = poses @ OPENGL
-            return Poses(poses if kind == "w2c" else invert_se3(poses), spec.get("K"))
+            return Poses(poses if kind == "w2c" else invert_se3(poses), spec.get("K"),
+                         pose_fps=checked_pose_fps(spec.get("pose_fps")))
     pose_key = find_worldplay_key(spec)
     if pose_key is None:
         raise ValueError(f"expected 'trajectory', 'c2w', 'w2c' or 'extrinsic' entries, found {list(spec)[:4]}")
     return read_worldplay(spec, pose_key)
+
+
+def checked_pose_fps(text: str | float | None) -> float | None:
+    """How many poses there are a second, if anything is said."""
+    if not text:
+        return None
+    if not 1e-3 < float(text) < 1e6:
+        raise ValueError(f"pose_fps {text}: expected how many there are a second")
+    return float(text)
 
 
 OPENGL = torch.diag(torch.tensor([1.0, -1, -1, 1], dtype=torch.float64))  # its camera's y and z point the other way
@@ -1586,14 +1601,25 @@ def read_pose_lines(path: Path) -> Poses:
 MAX_GAP = 8  # pixel frames over which a pose is interpolated
 
 
-def frame_positions(poses: Poses, frames: int, fps: float, pose_fps: float | None = None) -> list[float]:
+def frame_positions(poses: Poses, frames: int, fps: float, pose_fps: float | None = None,
+                    shown: dict[int, float] | None = None) -> list[float]:
     """Of a video with so many pixel frames, so many a second: where each pose is. pose_fps: poses come so often, from
-    frame 0 on. Raises ValueError when nothing tells, or more than one thing would do."""
+    frame 0 on. shown: of a video that does not keep its pace, when the frames that are used are shown, in seconds.
+    Raises ValueError when nothing tells, or more than one thing would do."""
     n, latent_frames = len(poses.viewmats), 1 + (frames - 1) // 4
+
+    def frame_at(seconds: float) -> float:
+        if not shown:
+            return seconds * fps
+        (first, start), *_, (last, end) = shown.items()
+        if not start <= seconds <= end:
+            return first + (seconds - start) * fps if seconds < start else last + (seconds - end) * fps
+        return float(np.interp(seconds, [*shown.values()], [*shown]))
+
     if pose_fps:
         numbers = poses.numbers or [*range(n)]
-        step = fps / pose_fps / (math.gcd(*numbers) or 1)  # pictures may be called by the frames that they were
-        return [number * step for number in numbers]
+        step = 1 / pose_fps / (math.gcd(*numbers) or 1)  # pictures may be called by the frames that they were
+        return [frame_at(number * step) for number in numbers]
     if n == frames:
         return [*range(n)]
     if poses.numbers:
@@ -1610,11 +1636,11 @@ def frame_positions(poses: Poses, frames: int, fps: float, pose_fps: float | Non
     if poses.seconds:
         first, last = min(poses.seconds), max(poses.seconds)
         if last <= frames / fps + 0.5:
-            return [t * fps for t in poses.seconds]
+            return [frame_at(t) for t in poses.seconds]
         if all(t == int(t) for t in poses.seconds) and last < frames:  # DROID's and DPVO's are numbers of frames
             return poses.seconds
         if last - first <= frames / fps + 0.5:  # of a clock
-            return [(t - first) * fps for t in poses.seconds]
+            return [frame_at(t - first) for t in poses.seconds]
         raise ValueError(f"time stamps from {first:g} to {last:g}, but {frames / fps:.3g} seconds of video")
     if n == latent_frames:
         return [4 * i for i in range(n)]
@@ -2245,6 +2271,21 @@ def sample_frame_indices(start: int, own_fps: float, wanted: ClipFormat) -> list
     return [start + math.floor(n * own_fps / wanted.fps + 0.5) for n in range(pixel_frames)]
 
 
+def nearest_frames(start: int, times: list[float], wanted: ClipFormat) -> list[int]:
+    """The same of a video that does not keep its pace: the frames that are shown nearest to these moments. Raises
+    ValueError where none is near."""
+    indices = []
+    for n in range(1 + 4 * (wanted.latent_frames - 1)):
+        moment = times[start] + n / wanted.fps
+        after = min(bisect_left(times, moment), len(times) - 1)
+        index = min((max(after - 1, 0), after), key=lambda i: abs(times[i] - moment))
+        if abs(times[index] - moment) > 0.75 / wanted.fps:
+            raise ValueError(f"it does not keep its pace: {moment:.2f} s after its beginning no frame is shown within "
+                             f"{1000 * abs(times[index] - moment):.0f} ms, --fps {wanted.fps:g}")
+        indices.append(index)
+    return indices
+
+
 @lru_cache(maxsize=1)
 def find_ffmpeg() -> str:
     """Raises ValueError if there is none, or one that cannot do what is asked of it: no video is to blame for that."""
@@ -2262,7 +2303,8 @@ def find_ffmpeg() -> str:
     return ffmpeg
 
 
-FRAMES_AS_STORED = ["-fps_mode", "passthrough"]  # ffmpeg would drop and repeat some, to keep an even pace
+# Of the first video that is no cover; and none dropped or repeated to keep an even pace.
+FRAMES_AS_STORED = ["-map", "0:V:0", "-fps_mode", "passthrough"]
 
 
 def open_video(path: Path) -> dict[str, Any]:
@@ -2284,67 +2326,100 @@ def open_video(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def decoded_frames(path: Path, width: int, height: int) -> Iterator[tuple[Iterator[bytes], Callable[[], str]]]:
-    """The pixel frames of a video, as many as are stored, each h w 3 bytes; and what ffmpeg had to complain of in the
-    end: it makes up what it cannot read, and says so only there."""
+def run_ffmpeg(path: Path, before: list[str], after: list[str]) -> Iterator[IO[bytes]]:
+    """What ffmpeg makes of a video, to be read to its end. Raises ValueError then with what it complained of: it makes
+    up what it cannot read, and says so only there."""
     with tempfile.TemporaryFile() as log:
-        command = [find_ffmpeg(), "-v", "error", "-nostdin", "-i", str(path.absolute()),
-                   *FRAMES_AS_STORED, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+        command = [find_ffmpeg(), "-v", "error", "-nostdin", *before, "-i", str(path.absolute()), *FRAMES_AS_STORED,
+                   *after, "-"]
         decoder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
-
-        def complaints() -> str:
-            status = decoder.wait()
-            log.seek(0)
-            lines = [line for line in log.read().decode(errors="replace").splitlines()
-                     if line.strip() and "non monotonically increasing dts" not in line]  # of our way to write it
-            if status < 0:  # killed: by the machine, which is short of something
-                raise OSError(f"{path}: ffmpeg was killed by signal {-status}")
-            return lines[0].strip() if lines else f"ffmpeg: {status}" if status else ""
-
         try:
-            yield iter(lambda: decoder.stdout.read(3 * width * height), b""), complaints
+            yield decoder.stdout
+            if decoder.stdout.read(1):
+                raise ValueError("damaged: it holds more than it says")
+            status = decoder.wait()
         finally:
             decoder.stdout.close()
             decoder.kill()
             decoder.wait()
+        log.seek(0)
+        lines = [line for line in log.read().decode(errors="replace").splitlines()
+                 if line.strip() and "non monotonically increasing dts" not in line]  # of our way to write it
+    if status < 0:  # killed: by the machine, which is short of something
+        raise OSError(f"{path}: ffmpeg was killed by signal {-status}")
+    if lines or status:
+        raise ValueError(f"damaged ({lines[0].strip() if lines else f'ffmpeg: {status}'})")
 
 
-def read_clip(path: Path, start: int, wanted: ClipFormat, count_all: bool = False, K: list[float] | None = None,
-              lens: tuple[float, ...] = ()) -> tuple[Tensor, dict[str, Any]]:
-    """A clip [t 3 h w] uint8, and what the file is: its fps, height, width and how many pixel frames were read, which
-    is all of them with count_all. Raises ValueError when the file is missing, damaged, too short or too slow.
+class VideoFile(NamedTuple):
+    """What a video file is, as it is shown."""
+    height: int
+    width: int
+    fps: float
+    times: list[float]  # when each of its pixel frames is shown, in seconds
 
-    K, lens: of the pictures in the file; what the lens did to them is undone.
+    @property
+    def steady(self) -> bool:
+        """Does it keep its pace?"""
+        return all(abs((t - self.times[0]) * self.fps - n) < 0.25 for n, t in enumerate(self.times))
+
+
+@lru_cache(maxsize=64)
+def survey_file(path: Path, stamp: int) -> VideoFile | str:
+    """Counts the frames of a file, once for all of its clips (stamp: when it was last written). A text says that it is
+    missing or damaged."""
+    times: list[float] = []
+    try:
+        about = open_video(path)
+        with run_ffmpeg(path, [], ["-enc_time_base", "1/90000", "-f", "framecrc"]) as listing:
+            for line in listing:
+                if not line.startswith(b"#"):
+                    times.append(int(line.split(b",")[2]) / 90000)  # stream, dts, pts, ...
+    except ValueError as error:
+        return f"{error}, of {len(times)} frames" if times else str(error)
+    width, height = about["size"]
+    file = VideoFile(height, width, about["fps"], times)
+    if len(times) > 1 and not file.steady:
+        if times[-1] <= times[0]:
+            return "damaged: all its frames have one time stamp"
+        file = file._replace(fps=(len(times) - 1) / (times[-1] - times[0]))
+    return file
+
+
+SEEKABLE = {".mp4", ".m4v", ".mov", ".mkv", ".webm"}  # they say where each frame is
+
+
+def read_frames(path: Path, file: dict[str, Any], indices: list[int], size: list[int], K: list[float] | None = None,
+                lens: tuple[float, ...] = ()) -> Tensor:
+    """Some pixel frames of a file, in order, resized and cut [t 3 h w], uint8. Raises ValueError when it is damaged
+    there.
+
+    file: its height and width and, of the first of these frames, when to begin to decode (seek). K, lens: of its
+    pictures; what the lens did to them is undone.
     """
-    about = open_video(path)
-    (width, height), own_fps = about["size"], about["fps"]
-    if own_fps < 0.998 * wanted.fps:  # 23.976 is as good as 24
-        raise ValueError(f"{own_fps:g} frames a second, fewer than --fps {wanted.fps:g}")
-    indices = sample_frame_indices(start, own_fps, wanted)
+    height, width, seek = file["height"], file["width"], file["seek"]
+    first = indices[0] if seek else 0  # of those that are decoded
+    count = indices[-1] + 1 - first
     video: list[Tensor] = []
-    count, wrong = 0, ""
-    with decoded_frames(path, width, height) as (frames, complaints):
-        for frame in frames:
+    # sought a second too early: after a key frame, some codecs show pictures that need what was before it
+    early = min(seek, max(1, 32 / file["fps"]))
+    begin, then = (["-ss", f"{seek - early:.6f}"], ["-ss", f"{early:.6f}"]) if seek else ([], [])
+    raw = ["-frames:v", str(count), "-s", f"{width}x{height}", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+    with run_ffmpeg(path, begin, [*then, *raw]) as frames:
+        for n in range(first, first + count):
+            frame = frames.read(3 * width * height)
             if len(frame) < 3 * width * height:
                 break
-            # `while`: a video that is a little slower than --fps shows a frame twice now and then
-            while len(video) < len(indices) and indices[len(video)] == count:
+            repeats = indices.count(n)  # a video that is a little slower than --fps shows a frame twice now and then
+            if repeats:
                 pixels = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
                 picture = rearrange(pixels, "(h w c) -> 1 c h w", h=height, c=3).float()
                 if lens:
                     picture = undistort(picture, K, lens)
-                video.append(resize_and_crop(picture, wanted.size).round().byte())
-            count += 1
-            if len(video) == len(indices) and not count_all:
-                break
-        else:
-            wrong = complaints()
-    if wrong:
-        raise ValueError(f"damaged, of {count} frames ({wrong})")
+                video += [resize_and_crop(picture, size).round().byte()] * repeats
     if len(video) < len(indices):
-        raise ValueError(f"{count} frames at {own_fps:g} a second, --frames {wanted.latent_frames} at {wanted.fps:g} "
-                         f"needs {indices[-1] + 1}")
-    return torch.cat(video), {"frames": count, "fps": own_fps, "height": height, "width": width}
+        raise ValueError(f"damaged: it ends before frame {indices[len(video)]}")
+    return torch.cat(video)
 
 
 # Do the pictures agree with the poses? Patches that two pictures share lie on each other's epipolar lines and in front
@@ -2462,9 +2537,34 @@ def best_reading(costs: dict[str, float], rows: int) -> str | None:
 
 
 def survey_clip(path: Path, start: int, wanted: ClipFormat) -> dict[str, Any]:
-    """What can be said of a clip from its pixels alone: of the file what read_clip says, of the pictures what look_at
-    does. Raises as read_clip does."""
-    video, about = read_clip(path, start, wanted, count_all=True)
+    """What can be said of a clip without its poses: of the file its pixel frames, how many a second, height and width;
+    of the clip its `indices` among them, where to `seek` them, and, if the file does not keep its pace, when they are
+    shown (moments); of the pictures what look_at says. Raises ValueError when the file is missing, damaged, too short
+    or too slow."""
+    if not path.is_file():
+        raise ValueError("no such file")
+    file = survey_file(path, path.stat().st_mtime_ns)
+    if isinstance(file, str):
+        raise ValueError(file)
+    times, frames = file.times, len(file.times)
+    if file.steady and file.fps < 0.998 * wanted.fps:  # 23.976 is as good as 24
+        raise ValueError(f"{file.fps:g} frames a second, fewer than --fps {wanted.fps:g}")
+    indices = sample_frame_indices(start, file.fps, wanted)
+    if indices[-1] >= frames and (file.steady or start >= frames):
+        raise ValueError(f"{frames} frames at {file.fps:g} a second, --frames {wanted.latent_frames} at {wanted.fps:g} "
+                         f"needs {indices[-1] + 1}")
+    about: dict[str, Any] = {"frames": frames, "fps": file.fps, "height": file.height, "width": file.width,
+                             "indices": indices, "seek": 0.0}
+    if not file.steady:
+        about["indices"] = indices = nearest_frames(start, times, wanted)
+        about["moments"] = [round(times[i] - times[0], 5) for i in indices]
+    if start and path.suffix.lower() in SEEKABLE and times[start] - times[start - 1] > 1e-4:
+        about["seek"] = (times[start - 1] + times[start]) / 2
+    try:
+        video = read_frames(path, about, indices, wanted.size)
+    except ValueError:  # as a whole it was sound: perhaps it cannot be sought
+        about["seek"] = 0.0
+        video = read_frames(path, about, indices, wanted.size)
     return about | look_at(video, wanted)
 
 
@@ -2492,6 +2592,10 @@ def look_at(video: Tensor, wanted: ClipFormat) -> dict[str, Any]:
         "hash": (255 * thumbnails.flatten(1)).round().int().tolist()}
 
 
+# of a survey, what only the next passes read
+UNREPORTED = ("of", "hash", "error", "matches", "indices", "seek", "moments")
+
+
 def read_surveys(folder: Path) -> dict[str, dict]:
     """What earlier runs saw: the lines of survey-*.jsonl, by what they are of."""
     surveys = {}
@@ -2499,7 +2603,7 @@ def read_surveys(folder: Path) -> dict[str, dict]:
         for line in path.read_text().splitlines():
             with suppress(json.JSONDecodeError):  # the last line of a run that was killed
                 survey = json.loads(line)
-                if "matches" in survey:  # older ones remember failures, and saw less
+                if "seek" in survey:  # older ones remember failures, and saw less
                     surveys[json.dumps(survey["of"])] = survey
     return surveys
 
@@ -2681,16 +2785,15 @@ def clip_track(clip: Clip, survey: dict, bad_captions: dict[str, str], args: arg
     if clip.caption in bad_captions:
         raise Unusable("caption", bad_captions[clip.caption])
     height, width = survey["height"], survey["width"]
-    indices = sample_frame_indices(clip.start, survey["fps"], clip_format(args))
+    indices = survey["indices"]
     with unusable("poses"):
         poses = read_poses(clip.poses, args.table.parent, clip.file, width / height)
         if not poses.measured and args.scale == 1:
             raise ValueError("they were made of pictures, in units that mean nothing, so not --scale 1: 'clip' gives "
                              "each clip the step of the pose strings, 'set' all clips together")
-        pose_fps = float(clip.pose_fps) if clip.pose_fps else None
-        if pose_fps is not None and not 0 < pose_fps < math.inf:
-            raise ValueError(f"pose_fps {clip.pose_fps}: expected how many there are a second")
-        positions = frame_positions(poses, survey["frames"], survey["fps"], pose_fps)
+        pose_fps = checked_pose_fps(clip.pose_fps) or poses.pose_fps
+        shown = dict(zip(indices, survey["moments"])) if "moments" in survey else None
+        positions = frame_positions(poses, survey["frames"], survey["fps"], pose_fps, shown)
         viewmats, K, interpolated = poses_at(poses._replace(K=None), positions, indices)
     with unusable("intrinsics"):
         K = table_intrinsics(clip)
@@ -2818,7 +2921,7 @@ def judge(clips: list[Clip], surveys: list[dict], bad_captions: dict[str, str],
     tracks: dict[int, Track] = {}
     for n, (clip, survey) in enumerate(zip(clips, surveys, strict=True)):
         report.append({"file": clip.file, "start": clip.start, "kept": False, "class": None, "reasons": {}})
-        report[n] |= {name: value for name, value in survey.items() if name not in ("of", "hash", "error", "matches")}
+        report[n] |= {name: value for name, value in survey.items() if name not in UNREPORTED}
         try:
             tracks[n] = clip_track(clip, survey, bad_captions, args)
         except Unusable as error:
@@ -2912,6 +3015,7 @@ def print_votes(report: list[dict]) -> None:
 class ShardPlan(NamedTuple):
     """What a shard is to hold: all but its latents and images, known before any video is encoded."""
     clips: list[Clip]
+    surveys: list[dict]  # what survey_clip says of each
     sources: list[list]  # of each clip: file, start, caption, the file's size in bytes
     viewmats: Tensor  # [n f 4 4]
     Ks: Tensor  # [n f 3 3]
@@ -2980,7 +3084,8 @@ def plan_shards(clips: list[Clip], surveys: list[dict], report: list[dict], came
             continue
         rows, rest = rest[: args.shard_size], rest[args.shard_size :]
         plans[file] = ShardPlan(
-            [clips[n] for n in rows], [kept[n] for n in rows], torch.stack([cameras[n].viewmats for n in rows]),
+            [clips[n] for n in rows], [surveys[n] for n in rows], [kept[n] for n in rows],
+            torch.stack([cameras[n].viewmats for n in rows]),
             torch.stack([cameras[n].Ks for n in rows]), torch.tensor([cameras[n].scale for n in rows]),
             [cameras[n].lens for n in rows])
     return plans, dropped
@@ -3114,10 +3219,10 @@ def encode_shard(run: Run, plan: ShardPlan, prompt_ids: dict[str, int],
     """What a shard holds in the end, its tensors, and by file and start what was wrong with the clips that it lacks: a
     video that cannot be read any more, or that encodes to NaN, costs itself alone."""
     latents, vision, good, failed = [], [], [], {}
-    for row, (clip, lens) in enumerate(zip(plan.clips, plan.lenses, strict=True)):
+    for row, (clip, about, lens) in enumerate(zip(plan.clips, plan.surveys, plan.lenses, strict=True)):
         bar.update()
         try:
-            video, _ = read_clip(run.args.videos / clip.file, clip.start, clip_format(run.args), False, *(lens or ()))
+            video = read_frames(run.args.videos / clip.file, about, about["indices"], run.args.size, *(lens or ()))
             with torch.no_grad():
                 z = encode_clip(run.vae, video, run.device)
             if not z.isfinite().all():

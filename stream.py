@@ -784,7 +784,7 @@ def settings_of_preset(args: argparse.Namespace) -> Meta:
     if args.plan and args.sp > 1:
         raise ValueError(f"--sp {args.sp}: --plan counts a stream on one GPU")
     meta = with_flags(usual_meta(preset, "dmd"), args)
-    f = meta["frames"] if args.camera is None else len(read_camera(args.camera)[0].viewmats)
+    f = meta["frames"] if args.camera is None else len(read_camera(args.camera, meta["fps"])[0].viewmats)
     return meta | {"frames": f + -f % meta["chunk"]}  # chunks are whole
 
 

@@ -172,6 +172,8 @@ def camera_files():
     return {
         "string": "w*2,l*3", "trajectory": {"trajectory": "w*2,l*3"},
         "c2w": {"c2w": c2w.tolist()}, "rebased c2w": {"c2w": (away @ c2w).tolist()},
+        "every frame": {"w2c": pixel_cameras(viewmats[None])[0].tolist(), "pose_fps": 16},
+        "every second frame": {"w2c": pixel_cameras(viewmats[None])[0, ::2].tolist(), "pose_fps": 8},
         "w2c": {"w2c": viewmats.tolist()}, "rebased w2c": {"w2c": (viewmats @ away).tolist()},
         "worldplay": {str(i): {"extrinsic": pose.tolist(), "K": pixels} for i, pose in enumerate(c2w)},
         "worldplay training": {str(i): {"w2c": pose.tolist(), "intrinsic": pixels}

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import shutil
+import subprocess
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -18,9 +19,10 @@ from safetensors.torch import load_file
 from conftest import MINIATURE, call, refusal, run
 from data import (
     DOUBTFUL, K_SQUARE, STEP, UNUSABLE, ClipFormat, Encoder, Poses, action_class, camera_steps, crop_intrinsics,
-    draw_path, encode_captions, find_duplicates, frame_positions, get_batch, intrinsics, invert_se3, median_step,
-    open_latents, parse_args, parse_trajectory, pixel_cameras, pose_string, poses_at, read_poses, read_row, render,
-    resize_and_crop, resize_crop_size, sample_frame_indices, sample_toy, save_prompts, to_bytes,
+    draw_path, encode_captions, find_duplicates, find_ffmpeg, frame_positions, get_batch, intrinsics, invert_se3,
+    median_step, open_latents, parse_args, parse_trajectory, pixel_cameras, pose_string, poses_at, read_frames,
+    read_poses, read_row, render, resize_and_crop, resize_crop_size, sample_frame_indices, sample_toy, save_prompts,
+    survey_clip, to_bytes,
 )
 from model import PRESETS, WanVAE, fingerprint, fresh_weights, save_checkpoint
 from stream import TOY_PROMPT
@@ -541,16 +543,16 @@ def test_rows_that_were_dropped_are_not_trained_on(toy, tmp_path):
 
 def test_a_clip_that_cannot_be_encoded_costs_itself_alone(toy, tmp_path, monkeypatch, capsys):
     import data as module
-    real, rows = module.read_clip, table(toy)
+    real, rows = module.read_frames, table(toy)
     spoilt = rows[2]["file"]
 
-    def read(path, start, wanted, count_all=False, *lens):
-        if path.name == spoilt and not count_all:
+    def read(path, file, *others):
+        if path.name == spoilt and "matches" in file:  # what was seen of it: it is to be encoded
             raise ValueError("damaged while nobody looked")
-        return real(path, start, wanted, count_all, *lens)
+        return real(path, file, *others)
 
     monkeypatch.setattr("runpy.run_path", lambda *_, **__: module.main(module.parse_args()))
-    monkeypatch.setattr(module, "read_clip", read)
+    monkeypatch.setattr(module, "read_frames", read)
     write_table(toy / "clips/other.jsonl", rows[:5])
     flags = ("--videos", "clips", "--table", "clips/other.jsonl", "--out", tmp_path / "out", *FLAGS)
     call("data.py", *flags, cwd=toy)
@@ -558,7 +560,7 @@ def test_a_clip_that_cannot_be_encoded_costs_itself_alone(toy, tmp_path, monkeyp
     assert len(open_latents(tmp_path / "out").rows) == 4
     found = {row["file"]: row for row in map(json.loads, (tmp_path / "out/report.jsonl").read_text().splitlines())}
     assert not found[spoilt]["kept"] and found[spoilt]["reasons"] == {"video": "damaged while nobody looked"}
-    monkeypatch.setattr(module, "read_clip", real)
+    monkeypatch.setattr(module, "read_frames", real)
     call("data.py", *flags, cwd=toy)  # mended: it alone is added
     data = open_latents(tmp_path / "out")
     assert len(data.rows) == 5 and len(data.shards) == 2
@@ -610,6 +612,65 @@ def test_two_processes_write_the_files_of_one(toy, tmp_path):
 ])
 def test_frames_are_chosen_at_even_times(own, fps, expected):
     assert sample_frame_indices(7, own, ClipFormat(2, fps, [32, 32])) == [7 + n for n in expected]
+
+
+def brightness(n):
+    return 20 + 37 * n % 200  # of frame n in a long video, unlike its neighbours'
+
+
+def write_long(path, moments):
+    """A video whose frames are shown at so many milliseconds."""
+    raw = b"".join(bytes([brightness(n)]) * (3 * 32 * 32) for n in range(len(moments)))
+    shown = "+".join(f"eq(N\\,{n})*{t}" for n, t in enumerate(moments))
+    uneven = ["-vf", f"settb=1/1000,setpts={shown}", "-fps_mode", "passthrough", "-enc_time_base", "1/1000"]
+    codec = ["libx265", "-x265-params", "open-gop=1:log-level=none"] if path.suffix == ".mov" else ["libx264"]
+    between = "0" if path.suffix == ".avi" else "3"
+    coded = ["-c:v", *codec, "-pix_fmt", "yuv444p", "-crf", "2", "-g", "40", "-bf", between]
+    given = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "32x32", "-r", "50", "-i", "-"]
+    command = [find_ffmpeg(), "-v", "error", *given, *(uneven if moments != EVEN else []), *coded, path]
+    subprocess.run(command, input=raw, check=True)
+
+
+EVEN = [20 * n for n in range(400)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".mov"])
+def test_rows_of_a_long_video_are_sought_and_it_is_counted_once(tmp_path, monkeypatch, suffix):
+    """The frames that the row starts with, to the frame, wherever the key frames are; and no more than are needed."""
+    path, wanted, runs = tmp_path / f"long{suffix}", ClipFormat(3, 25, [32, 32]), []
+    write_long(path, EVEN)
+    real = subprocess.Popen
+    monkeypatch.setattr("data.subprocess.Popen", lambda command, **how: runs.append(command) or real(command, **how))
+    for start in (0, 1, 39, 40, 41, 123, 279, 383):
+        survey = survey_clip(path, start, wanted)
+        assert survey["frames"] == 400 and survey["fps"] == 50 and survey["indices"] == [*range(start, start + 17, 2)]
+        found = read_frames(path, survey, survey["indices"], [32, 32]).float().mean((1, 2, 3))
+        torch.testing.assert_close(found, torch.tensor([*map(brightness, survey["indices"])]).float(), atol=3, rtol=0)
+    assert sum("framecrc" in command for command in runs) == 1
+    assert sum(command.count("-ss") for command in runs) == (28 if suffix != ".avi" else 0)
+    with pytest.raises(ValueError, match="400 frames at 50 a second, --frames 3 at 25 needs 401"):
+        survey_clip(path, 384, wanted)
+
+
+@pytest.mark.slow
+def test_a_video_that_does_not_keep_its_pace_is_read_by_its_times(tmp_path):
+    """20 ms a frame, then 40: even in time is uneven in frames, and poses with time stamps are where they belong."""
+    path, wanted = tmp_path / "uneven.mp4", ClipFormat(3, 25, [32, 32])
+    moments = [20 * n if n < 30 else 600 + 40 * (n - 30) for n in range(60)]
+    write_long(path, moments)
+    survey = survey_clip(path, 20, wanted)
+    assert survey["indices"] == [20, 22, 24, 26, 28, 30, 31, 32, 33]
+    assert survey["moments"] == [pytest.approx(moments[n] / 1000, abs=1e-4) for n in survey["indices"]]
+    found = read_frames(path, survey, survey["indices"], [32, 32]).float().mean((1, 2, 3))
+    torch.testing.assert_close(found, torch.tensor([*map(brightness, survey["indices"])]).float(), atol=3, rtol=0)
+    poses = Poses(torch.eye(4, dtype=torch.float64).repeat(18, 1, 1), seconds=[0.1 * n for n in range(18)])
+    shown = dict(zip(survey["indices"], survey["moments"]))
+    positions = frame_positions(poses, 60, survey["fps"], None, shown)
+    assert positions[4:8] == pytest.approx([20, 25, 30, 32.5], abs=1e-3) and sorted(positions) == positions
+    assert frame_positions(poses._replace(seconds=None), 60, survey["fps"], 10, shown) == positions
+    with pytest.raises(ValueError, match="does not keep its pace: 1.80 s .* no frame is shown within 40 ms, --fps 25"):
+        survey_clip(path, 58, wanted)
 
 
 @pytest.mark.parametrize("height, width", [(48, 32), (32, 60), (40, 40), (100, 300), (20, 24)])
