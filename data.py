@@ -26,6 +26,7 @@ import io
 import json
 import math
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -34,10 +35,10 @@ import textwrap
 import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -949,6 +950,10 @@ def make_toy(args: argparse.Namespace) -> None:
         _, about_vae = load_checkpoint(args.vae, "vae")
         if about_vae["preset"] != args.preset:
             raise ValueError(f"{args.vae}: a VAE of preset {about_vae['preset']}, but --preset is {args.preset}")
+    for old in args.out.glob("latents-*.safetensors"):
+        with suppress(SafetensorError), safe_open(old, "pt") as shard:
+            if "clips" in (shard.metadata() or {}):
+                raise ValueError(f"{args.out}: holds videos of your own, expected another --out for the toy world")
     size = args.size[0]
     prompts, paths, scene = sample_toy(args.count, args.seed, args.frames - 1, held=False)
     viewmats, K = torch.stack([parse_trajectory(path) for path in paths]), intrinsics(K_SQUARE)
@@ -998,20 +1003,15 @@ def check_poses(poses: Tensor, name: str) -> Tensor:
     """Rigid transforms [n 4 4] fp64, unchanged; raises ValueError at the first that is not in SE(3)."""
     if poses.ndim != 3 or poses.shape[1:] != (4, 4):
         raise ValueError(f"{name}: expected a list of 4x4 matrices, found shape {list(poses.shape)}")
-    for i, pose in enumerate(poses):
-        R, last_row = pose[:3, :3], pose[3]
-        error = (R @ R.mT - torch.eye(3, dtype=torch.float64)).abs().max().item()
-        if not pose.isfinite().all():
-            wrong = "it holds NaN or inf"
-        elif error > 1e-3:
-            wrong = f"its rotation is off by {error:.2g}"
-        elif R.det() < 0:
-            wrong = "it mirrors"
-        elif (last_row - last_row.new_tensor([0, 0, 0, 1])).abs().max() > 1e-5:
-            wrong = "its last row is not 0 0 0 1"
-        else:
-            continue
-        raise ValueError(f"{name}: pose {i} is not a rigid transform (SE(3)): {wrong}")
+    R = poses[:, :3, :3]
+    faults = {
+        "it holds NaN or inf": ~poses.isfinite().flatten(1).all(1),
+        "its rotation is off": (R @ R.mT - torch.eye(3, dtype=torch.float64)).abs().amax((1, 2)) > 1e-3,
+        "it mirrors": R.det() < 0,
+        "its last row is not 0 0 0 1": (poses[:, 3] - poses.new_tensor([0, 0, 0, 1])).abs().amax(1) > 1e-5}
+    for wrong, bad in faults.items():
+        if bad.any():
+            raise ValueError(f"{name}: pose {int(bad.int().argmax())} is not a rigid transform (SE(3)): {wrong}")
     return poses
 
 
@@ -1064,10 +1064,10 @@ def record(poses: "Poses", file: Path, fps: float) -> CameraPath:
     with blamed(file):
         count = len(poses.viewmats)
         positions = poses.numbers or [*range(count)]
-        if poses.seconds and any(t != int(t) for t in poses.seconds):  # whole ones are numbers of frames
-            positions = [(t - poses.seconds[0]) * fps for t in poses.seconds]
-        start = int(min(positions))
-        every_fourth = [*range(start, int(max(positions)) + 1, 4)]
+        if poses.seconds:
+            rate = 1 if all(t == int(t) for t in poses.seconds) else fps  # whole ones are numbers of frames
+            positions = [(t - poses.seconds[0]) * rate for t in poses.seconds]
+        every_fourth = range(int(min(positions)), int(max(positions)) + 1, 4)
         viewmats, Ks, _ = poses_at(poses, positions, every_fourth)
         if Ks is not None:
             intrinsics(Ks[0].tolist())
@@ -1090,34 +1090,31 @@ def read_path(spec: str | dict, name: str, fps: float) -> CameraPath:
     poses = read_object(spec)
     viewmats, K = poses.viewmats @ invert_se3(poses.viewmats[:1]), poses.K
     pose_key = find_worldplay_key(spec)
-    if pose_key is not None:
-        K = K[0]  # HY-WorldPlay has one for each pose; a path has one
     if pose_key == "w2c":
         viewmats = viewmats[::4]  # latent frame i ends with pixel frame 4 i
     if poses.pose_fps:
         positions = frame_positions(poses, len(viewmats), fps, poses.pose_fps)
-        every_fourth = [*range(0, round(positions[-1]) + 1, 4)]
-        viewmats = poses_at(Poses(viewmats), positions, every_fourth)[0]
+        viewmats = poses_at(Poses(viewmats), positions, range(0, round(positions[-1]) + 1, 4))[0]
     if K is not None:
-        intrinsics(K)  # are they in range?
-        K = tuple(K)
-    return CameraPath(viewmats.float(), K, name, prompt)
+        intrinsics(K[0])  # are they in range?
+    return CameraPath(viewmats.float(), None if K is None else tuple(K[0]), name, prompt)  # a path has one
 
 
 class Poses(NamedTuple):
     """Cameras as a file has them."""
     viewmats: Tensor  # [n 4 4] fp64, world-to-camera
-    K: Any = None  # (fx, fy, cx, cy) over width and height, or a list of one for each pose; None: it says none
+    K: list | None = None  # (fx, fy, cx, cy) over width and height: one, or one for each pose; None: it says none
     numbers: list[int] | None = None  # which pixel frame each is of, if names or indices say so
     seconds: list[float] | None = None  # when each pose was, if it is stamped
     lens: tuple[float, ...] = ()  # distortion k1 k2 p1 p2, as OpenCV has it
     measured: bool = True  # False: made of pictures alone, in units that mean nothing
     pose_fps: float | None = None  # how many there are a second, if the file says so
-    origin: Tensor | None = None  # [4 4] the first, as it stands there, once all are re-based to it
+    origin: Tensor | None = None  # [4 4] the first, before re-basing: only as they stand there can poses be inverted
 
 
+# What a file of another shape brings about: JSON's, numbers', torch's of ragged lists, a binary file's.
 BAD_INPUT = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError, RecursionError,
-             struct.error)
+             EOFError, struct.error)
 
 
 @contextmanager
@@ -1156,7 +1153,6 @@ def read_poses(poses: str | dict, folder: Path, clip: str = "", aspect: float = 
             found = read_pose_file(folder / poses, clip, aspect)
         else:
             found = Poses(parse_trajectory(poses).double())
-        found = found._replace(viewmats=check_poses(found.viewmats, "w2c"))
         first = found.viewmats[:1]
         return found._replace(viewmats=found.viewmats @ invert_se3(first), origin=first[0])
 
@@ -1214,14 +1210,16 @@ def read_object(spec: Any) -> Poses:
     """A JSON object that holds one path: a pose string, matrices or HY-WorldPlay's entries."""
     if not isinstance(spec, dict):
         raise ValueError(f"expected a pose string or an object, found {spec!r:.80}")
+    K = spec.get("K")
+    Ks = K if K is None or isinstance(K[0], (list, tuple)) else [K]
     if "trajectory" in spec:
-        return Poses(parse_trajectory(str(spec["trajectory"])).double(), spec.get("K"))
+        return Poses(parse_trajectory(str(spec["trajectory"])).double(), Ks)
     for kind in MATRICES:
         if kind in spec:
             poses = check_poses(torch.tensor(spec[kind], dtype=torch.float64), kind)
             if kind == "c2w_opengl":
                 poses = poses @ OPENGL
-            return Poses(poses if kind == "w2c" else invert_se3(poses), spec.get("K"),
+            return Poses(poses if kind == "w2c" else invert_se3(poses), Ks,
                          pose_fps=checked_pose_fps(spec.get("pose_fps")))
     pose_key = find_worldplay_key(spec)
     if pose_key is None:
@@ -1256,7 +1254,8 @@ def picture_numbers(names: list[str]) -> list[int] | None:
     is called 0. None unless each has its own."""
     found = [re.findall(r"\d+", Path(name).stem) for name in names]
     numbers = [int(digits[-1]) for digits in found if digits]
-    return [number - (min(numbers) > 0) for number in numbers] if len(set(numbers)) == len(names) else None
+    first = int(min(numbers, default=0) > 0)
+    return [number - first for number in numbers] if len(set(numbers)) == len(names) else None
 
 
 def find_worldplay_key(spec: dict) -> str | None:
@@ -1289,13 +1288,14 @@ def normalise_intrinsics(K: list | Tensor | None, name: str) -> tuple[float, ...
     return matrix[0, 0].item() / width, matrix[1, 1].item() / height, 0.5, 0.5
 
 
-def quaternion_matrix(wxyz: Tensor) -> Tensor:
-    """[n 4], w first, of any length -> rotations [n 3 3] fp64."""
+def quaternion_poses(wxyz: Tensor, t: Tensor) -> Tensor:
+    """Quaternions [n 4], w first, of any length, and translations [n 3] -> [n 4 4] fp64."""
     w, x, y, z = (wxyz / wxyz.norm(dim=-1, keepdim=True)).unbind(-1)
     rows = [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
             2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
             2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]
-    return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
+    R = torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
+    return to_square(torch.cat([R, t[..., None]], dim=-1))
 
 
 def to_square(poses: Tensor) -> Tensor:
@@ -1306,9 +1306,9 @@ def to_square(poses: Tensor) -> Tensor:
 
 
 class ColmapImage(NamedTuple):
-    """An image of a COLMAP model: its pose, world-to-camera, and the camera that took it."""
+    """An image of a COLMAP model: its pose, world-to-camera, a quaternion and a translation; and its camera."""
     wxyz: list[float]
-    centre: list[float]
+    t: list[float]
     camera: int
 
 
@@ -1324,13 +1324,16 @@ def read_colmap(folder: Path, clip: str) -> Poses:
     models = [file for file in sorted(folder.rglob("images.*")) if file.name in ("images.bin", "images.txt")]
     if not models:
         raise ValueError(f"{folder.name}: no images.txt or images.bin of COLMAP below it, and no poses of ScanNet's")
-    read = [(file, colmap_images(file)) for file in models]
-    own = [(file, images_of(images, clip)) for file, images in read]
-    best, _ = max(own if any(images for _, images in own) else read, key=lambda found: len(found[1]))
-    return read_colmap_model(best, clip)
+
+    def own_then_all(file: Path) -> tuple[int, int]:
+        images = colmap_images(file)
+        return len(images_of(images, clip)), len(images)
+
+    return read_colmap_model(max(models, key=own_then_all), clip)
 
 
-def colmap_images(path: Path) -> dict[str, "ColmapImage"]:
+def colmap_images(path: Path) -> dict[str, ColmapImage]:
+    """images.txt or .bin, by the images' names."""
     return (colmap_images_bin if path.suffix == ".bin" else colmap_images_txt)(path)
 
 
@@ -1349,25 +1352,30 @@ def read_colmap_model(path: Path, clip: str) -> Poses:
     names = sorted(images_of(images, clip) or images, key=natural)
     if not names:
         raise ValueError(f"{path.name}: no images in it")
-    R = quaternion_matrix(torch.tensor([images[name].wxyz for name in names], dtype=torch.float64))
-    t = torch.tensor([images[name].centre for name in names], dtype=torch.float64)
-    viewmats = to_square(torch.cat([R, t[..., None]], dim=-1))
+    wxyz, t = (torch.tensor(each, dtype=torch.float64) for each in zip(*(images[name][:2] for name in names)))
+    viewmats = quaternion_poses(wxyz, t)
     for name in names:
         if images[name].camera not in cameras:
             raise ValueError(f"{path.name}: image {name} was taken by camera {images[name].camera}, of which "
                              f"cameras{path.suffix} says nothing")
     found = [colmap_lens(path, images[name].camera, *cameras[images[name].camera]) for name in names]
-    lenses = {lens for _, lens in found}
+    return Poses(check_poses(viewmats, "w2c"), [K for K, _ in found], picture_numbers(names),
+                 lens=one_lens(lens for _, lens in found), measured=False)
+
+
+def one_lens(lenses: Iterable[tuple[float, ...]]) -> tuple[float, ...]:
+    """The distortion that all pictures share, () if it is none. Raises ValueError where they differ."""
+    lenses = {*lenses}
     if len(lenses) > 1:
-        raise ValueError(f"{path.name}: its images were taken through {len(lenses)} lenses: undistort")
-    return Poses(check_poses(viewmats, "w2c"), [K for K, _ in found], picture_numbers(names), lens=lenses.pop(),
-                 measured=False)
+        raise ValueError(f"its pictures were taken through {len(lenses)} lenses: undistort")
+    lens, = lenses
+    return lens if any(lens) else ()
 
 
 def colmap_lens(path: Path, camera: int, model: str, width: float, height: float,
                 parameters: list[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """A camera -> (fx/W, fy/H, cx/W, cy/H), and its distortion k1 k2 p1 p2, () if there is none. Parameters are in
-    pixels, focal lengths first, then cx cy, then distortion."""
+    """A camera -> (fx/W, fy/H, cx/W, cy/H), and its distortion k1 k2 p1 p2. Parameters are in pixels, focal lengths
+    first, then cx cy, then distortion."""
     known = {name: (focals, count) for name, focals, count in COLMAP_MODELS}
     focals, count = known.get(model, (1, 0))
     lens = parameters[focals + 2 :]
@@ -1378,7 +1386,7 @@ def colmap_lens(path: Path, camera: int, model: str, width: float, height: float
         raise ValueError(f"cameras{path.suffix}: camera {camera} has pictures of {width:g}x{height:g} pixels")
     cx, cy = parameters[focals : focals + 2]
     K = (parameters[0] / width, parameters[focals - 1] / height, cx / width, cy / height)
-    return K, tuple((lens + [0.0] * 4)[:4]) if any(lens) else ()
+    return K, tuple((lens + [0.0] * 4)[:4])
 
 
 def colmap_cameras_txt(path: Path) -> dict[int, tuple]:
@@ -1420,10 +1428,13 @@ def is_number(text: str) -> bool:
 
 
 def colmap_cameras_bin(path: Path) -> dict[int, tuple]:
+    """A count, and of each camera: id, model, width, height, then the model's parameters."""
     data, cameras = path.read_bytes(), {}
     (count,), at = struct.unpack_from("<Q", data), 8
     for _ in range(count):
         name, model, width, height = struct.unpack_from("<iiQQ", data, at)
+        if not 0 <= model < len(COLMAP_MODELS):
+            raise ValueError(f"camera {name} is of model {model}, unknown: undistort")
         model_name, _, parameters = COLMAP_MODELS[model]
         cameras[name] = (model_name, width, height, [*struct.unpack_from(f"<{parameters}d", data, at + 24)])
         at += 24 + 8 * parameters
@@ -1431,6 +1442,7 @@ def colmap_cameras_bin(path: Path) -> dict[int, tuple]:
 
 
 def colmap_images_bin(path: Path) -> dict[str, ColmapImage]:
+    """A count, and of each image: id, pose, camera, name up to a zero, and its points, 24 bytes each."""
     data, images = path.read_bytes(), {}
     (count,), at = struct.unpack_from("<Q", data), 8
     for _ in range(count):
@@ -1448,7 +1460,7 @@ def read_transforms(spec: dict, aspect: float) -> Poses:
     frames = sorted(spec["frames"], key=lambda frame: natural(str(frame.get("file_path", ""))))
     matrices = torch.tensor([frame["transform_matrix"] for frame in frames], dtype=torch.float64)
     c2w = check_poses(to_square(matrices), "transform_matrix") @ OPENGL
-    Ks, lenses = [], set()
+    Ks, lenses = [], []
     for frame in frames:
         own = spec | frame
         if "fl_x" in own and "w" in own:
@@ -1460,15 +1472,12 @@ def read_transforms(spec: dict, aspect: float) -> Poses:
         else:
             K = None
         Ks.append(K)
-        lenses.add(tuple(float(own.get(k, 0)) for k in ("k1", "k2", "p1", "p2")))
+        lenses.append(tuple(float(own.get(k, 0)) for k in ("k1", "k2", "p1", "p2")))
         model = str(own.get("camera_model"))
         if any(own.get(k) for k in ("k3", "k4", "is_fisheye")) or re.search("FISHEYE|EQUI", model):
             raise ValueError(f"a lens of {model}, fisheye or with k3 or k4: undistort")
-    if len(lenses) > 1:
-        raise ValueError(f"its pictures were taken through {len(lenses)} lenses: undistort")
-    lens = lenses.pop() if lenses else ()
     numbers = picture_numbers([str(frame.get("file_path", "")) for frame in frames])
-    return Poses(invert_se3(c2w), None if None in Ks else Ks, numbers, lens=lens if any(lens) else (), measured=False)
+    return Poses(invert_se3(c2w), None if None in Ks else Ks, numbers, lens=one_lens(lenses), measured=False)
 
 
 def read_recammaster(spec: dict, clip: str) -> Poses:
@@ -1484,7 +1493,7 @@ def read_recammaster(spec: dict, clip: str) -> Poses:
     c2w = torch.tensor(rows, dtype=torch.float64).view(-1, 4, 4).mT
     c2w = c2w[:, :, [1, 2, 0, 3]] * c2w.new_tensor([1, -1, 1, 1])  # columns: right, down, forward, centre
     c2w[:, :3, 3] /= 100
-    # Unreal's world is left-handed: what is left of that in every pose falls out between two of them
+    # relative to the first, c2w[0]^-1 c2w[i]: Unreal's world is left-handed, which multiplies from the left and cancels
     return Poses(invert_se3(check_poses(torch.linalg.solve(c2w[:1], c2w), camera)), None, picture_numbers(names))
 
 
@@ -1500,24 +1509,22 @@ def read_numpy(path: Path) -> Poses:
             with loaded:
                 names = NUMPY_C2W + NUMPY_W2C + NUMPY_K + ("inds",)
                 arrays = {name: loaded[name] for name in names if name in loaded.files}
-                if not arrays:
-                    arrays = dict.fromkeys(loaded.files)
     except Exception as error:  # numpy's, zipfile's and tokenize's are of many kinds
         raise ValueError(f"{path.name}: cannot be read ({first_line(error)})") from None
     with blamed(path.name):
-        if not arrays:
+        if isinstance(loaded, np.ndarray):
             inverse = any(word in path.stem.lower() for word in ("w2c", "extrinsic"))
             if loaded.ndim == 2 and loaded.shape[1] == 7:  # SpatialVID's, world-to-camera: tx ty tz qx qy qz qw
                 table, inverse = torch.from_numpy(loaded.astype(np.float64)), True
-                R = quaternion_matrix(table[:, [6, 3, 4, 5]])
-                loaded = torch.cat([R, table[:, :3, None]], dim=-1).numpy()
+                loaded = quaternion_poses(table[:, [6, 3, 4, 5]], table[:, :3]).numpy()
             arrays["w2c" if inverse else "c2w"] = loaded
-            for name, file in ("intrinsics", path.with_name("intrinsics.npy")), ("inds", path.with_name("indexes.txt")):
-                if file.exists():
-                    arrays[name] = np.load(file) if file.suffix == ".npy" else np.array(read_text(file).split(), int)
+            if (beside := path.with_name("intrinsics.npy")).exists():
+                arrays["intrinsics"] = np.load(beside)
+            if (beside := path.with_name("indexes.txt")).exists():
+                arrays["inds"] = np.array(read_text(beside).split(), int)
         kind = next((name for name in NUMPY_C2W + NUMPY_W2C if name in arrays), None)
         if kind is None:
-            raise ValueError(f"expected one of {', '.join(NUMPY_C2W + NUMPY_W2C)}, found {', '.join(arrays)}")
+            raise ValueError(f"expected one of {', '.join(NUMPY_C2W + NUMPY_W2C)}, found {', '.join(loaded.files)}")
         poses = torch.from_numpy(np.asarray(arrays[kind], dtype=np.float64))
         if poses.ndim == 4 and len(poses) == 1:  # VGGT's, of a batch of one
             poses = poses[0]
@@ -1563,7 +1570,7 @@ def read_scannet(folder: Path) -> Poses:
     for file in (folder.parent if folder.name == "pose" else folder).glob("intrinsic/intrinsic_color.txt"):
         with blamed(file.name):
             numbers_of_K = [float(number) for number in read_text(file).split()]
-            K = normalise_intrinsics(torch.tensor(numbers_of_K).view(4, 4)[:3, :3], "intrinsic_color")
+            K = [normalise_intrinsics(torch.tensor(numbers_of_K).view(4, 4)[:3, :3], "intrinsic_color")]
     if not c2w:
         raise ValueError(f"{folder.name}: no pose in it holds numbers")
     return Poses(invert_se3(check_poses(torch.stack(c2w), folder.name)), K, numbers)
@@ -1583,17 +1590,13 @@ def read_pose_lines(path: Path) -> Poses:
         raise ValueError(f"{path.name}: no poses in it")
     table = torch.tensor(rows, dtype=torch.float64)
     if table.shape[1] == 8:
-        R = quaternion_matrix(table[:, [7, 4, 5, 6]])
-        c2w = to_square(torch.cat([R, table[:, 1:4, None]], dim=-1))
+        c2w = quaternion_poses(table[:, [7, 4, 5, 6]], table[:, 1:4])
         return Poses(invert_se3(check_poses(c2w, path.name)), seconds=table[:, 0].tolist())
     if table.shape[1] < 19:
         return Poses(invert_se3(check_poses(to_square(table.view(len(table), -1, 4)), path.name)))
-    lenses = {(k1, k2, 0.0, 0.0) for k1, k2 in table[:, 5:7].tolist()}
-    if len(lenses) > 1:
-        raise ValueError(f"{path.name}: {len(lenses)} different k1 k2, expected one lens")
-    lens = lenses.pop()
+    lens = one_lens((k1, k2, 0.0, 0.0) for k1, k2 in table[:, 5:7].tolist())
     viewmats = check_poses(to_square(table[:, 7:].view(-1, 3, 4)), "w2c")
-    return Poses(viewmats, table[:, 1:5].tolist(), lens=lens if any(lens) else (), measured=False)
+    return Poses(viewmats, table[:, 1:5].tolist(), seconds=(table[:, 0] / 1e6).tolist(), lens=lens, measured=False)
 
 
 # When a pose was: which pixel frame of the video, a fraction if between two.
@@ -1618,7 +1621,7 @@ def frame_positions(poses: Poses, frames: int, fps: float, pose_fps: float | Non
 
     if pose_fps:
         numbers = poses.numbers or [*range(n)]
-        step = 1 / pose_fps / (math.gcd(*numbers) or 1)  # pictures may be called by the frames that they were
+        step = 1 / pose_fps / (math.gcd(*numbers) or 1)  # called 0, 5, 10 or 0, 1, 2: either way neighbours
         return [frame_at(number * step) for number in numbers]
     if n == frames:
         return [*range(n)]
@@ -1628,8 +1631,8 @@ def frame_positions(poses: Poses, frames: int, fps: float, pose_fps: float | Non
         usual = gaps[len(gaps) // 2]
         if last > frames:
             raise ValueError(f"a pose of frame {last - 1}, but {frames} frames")
-        every = next(every for every in range(frames, 0, -1) if math.ceil(frames / every) >= last)
-        if usual == 1 and every > 1 and last > 0.75 * math.ceil(frames / every):
+        every = (frames - 1) // max(1, last - 1)  # the largest stride at which there are as many frames as numbers
+        if usual == 1 and every > 1 and last > 0.75 * math.ceil(frames / every):  # nearly as many are no accident
             raise ValueError(f"poses of pictures numbered up to {last}, but {frames} frames: of the first {last}, or "
                              f"of every {every}th? A column pose_fps says which, {fps:g} or {fps / every:g}")
         return poses.numbers
@@ -1648,17 +1651,18 @@ def frame_positions(poses: Poses, frames: int, fps: float, pose_fps: float | Non
                      "column pose_fps says how many there are a second")
 
 
-def poses_at(poses: Poses, positions: list[float], frames: list[int]) -> tuple[Tensor, Tensor | None, int]:
+def poses_at(poses: Poses, positions: list[float], frames: Sequence[int]) -> tuple[Tensor, Tensor | None, int]:
     """What the camera was at some pixel frames: viewmats [t 4 4] fp64, K [t 4] fp64 if the file has them, and how many
     of these are interpolated. Raises ValueError over a gap of more than MAX_GAP frames."""
     order = sorted(range(len(positions)), key=positions.__getitem__)
     at = [positions[i] for i in order]
-    before, share, made = [], [], 0
+    before, share = [], []
     for wanted in frames:
-        frame = at[0] if at[0] - 0.5 <= wanted < at[0] else wanted  # stamps need not begin at 0 exactly
+        # half a frame before the first pose, and after the last, it is still that pose
+        frame = at[0] if at[0] - 0.5 <= wanted < at[0] else wanted
         n = bisect_right(at, frame + 1e-3) - 1
         if n < 0 or (n == len(at) - 1 and frame > at[-1] + 0.5):
-            raise ValueError(f"they {'begin after' if n < 0 else 'end before'} frame {frame} of the video")
+            raise ValueError(f"poses {'begin after' if n < 0 else 'end before'} frame {frame} of the video")
         after = min(n + 1, len(at) - 1)
         gap = at[after] - at[n]
         between = abs(frame - at[n]) > 1e-3 and gap > 0
@@ -1666,16 +1670,15 @@ def poses_at(poses: Poses, positions: list[float], frames: list[int]) -> tuple[T
             raise ValueError(f"none between frames {at[n]:g} and {at[after]:g} of the video, more than {MAX_GAP} apart")
         before.append(n)
         share.append((frame - at[n]) / gap if between else 0.0)
-        made += between
     index = torch.tensor(order)
     a, b = index[before], index[[min(n + 1, len(at) - 1) for n in before]]
     s = torch.tensor(share, dtype=torch.float64)
+    made = int((s > 0).sum())
     c2w = invert_se3(poses.viewmats)
     viewmats = torch.where((s > 0)[:, None, None], invert_se3(between_poses(c2w[a], c2w[b], s)), poses.viewmats[a])
     if poses.K is None:
         return viewmats, None, made
-    each = isinstance(poses.K[0], (list, tuple))
-    Ks = torch.tensor(poses.K if each else [poses.K], dtype=torch.float64)
+    Ks = torch.tensor(poses.K, dtype=torch.float64)
     if len(Ks) not in (1, len(at)):
         raise ValueError(f"found {len(Ks)} intrinsics (K), but {len(at)} poses: expected 1 or one each")
     if len(Ks) == 1:
@@ -2216,7 +2219,7 @@ def read_table(path: Path) -> list[Clip]:
         if not isinstance(row, dict) or not {"file", "poses"} <= set(row):
             found = list(row) if isinstance(row, dict) else repr(row)
             raise ValueError(f"{path}: row {n} needs the columns file, poses, and a caption, and has {found}")
-        start = str(row.get("start") or 0)
+        start = str(row.get("start") or 0).removesuffix(".0")  # as a table with gaps in the column is written
         if not start.isdecimal():
             raise ValueError(f"{path}: row {n} starts at {start!r}, expected the number of a frame")
         caption = str(row.get("caption") or "").strip()
@@ -2308,19 +2311,15 @@ FRAMES_AS_STORED = ["-map", "0:V:0", "-fps_mode", "passthrough"]
 
 
 def open_video(path: Path) -> dict[str, Any]:
-    """Its "size" (width, height), as it is shown, and its "fps". Raises ValueError when it is missing or damaged."""
-    if not path.is_file():
-        raise ValueError("no such file")
+    """Its "size" (width, height), as it is shown, and its "fps". Raises ValueError when it is damaged."""
     find_ffmpeg()
     try:
         reader = imageio_ffmpeg.read_frames(path, output_params=FRAMES_AS_STORED)
         about = next(reader)
         reader.close()
-    except OSError as error:
-        if error.errno:  # of the machine
-            raise
-        raise ValueError(f"not a video ({(str(error).strip().splitlines() or ['?'])[-1].strip()})") from None
     except Exception as error:  # of any kind, with all that ffmpeg had to say
+        if isinstance(error, OSError) and error.errno:  # of the machine
+            raise
         raise ValueError(f"not a video ({(str(error).strip().splitlines() or ['?'])[-1].strip()})") from None
     return about
 
@@ -2345,7 +2344,7 @@ def run_ffmpeg(path: Path, before: list[str], after: list[str]) -> Iterator[IO[b
         log.seek(0)
         lines = [line for line in log.read().decode(errors="replace").splitlines()
                  if line.strip() and "non monotonically increasing dts" not in line]  # of our way to write it
-    if status < 0:  # killed: by the machine, which is short of something
+    if status in (-signal.SIGKILL, -signal.SIGTERM):  # by the machine, which is short of something
         raise OSError(f"{path}: ffmpeg was killed by signal {-status}")
     if lines or status:
         raise ValueError(f"damaged ({lines[0].strip() if lines else f'ffmpeg: {status}'})")
@@ -2617,12 +2616,15 @@ def survey_clips(clips: list[Clip], folder: Path, out: Path, rank: int, world_si
     known = read_surveys(out)
     surveys = []
     for clip in tqdm(clips[rank::world_size], "look", disable=rank > 0):
-        path = folder / clip.file
-        stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
+        path, stamp = folder / clip.file, None
+        with suppress(OSError, ValueError):  # no file, or no name that a file could have
+            stamp = [path.stat().st_size, path.stat().st_mtime_ns]
         key = [clip.file, clip.start, stamp, *wanted]
         survey = known.get(json.dumps(key))
         if survey is None:
             try:
+                if stamp is None or not path.is_file():
+                    raise ValueError("no such file")
                 survey = {"of": key} | survey_clip(path, clip.start, wanted)
             except ValueError as error:
                 surveys.append({"of": key, "error": str(error)})  # not remembered: what was wrong may be mended
@@ -2645,10 +2647,10 @@ def read_prompt_table(path: Path, encoder_name: str) -> dict[str, dict[str, Tens
     """Of what save_prompts wrote, nothing if another encoder made it. Raises ValueError if it is damaged."""
     embeds: dict[str, dict[str, Tensor]] = {}
     try:
+        about = prompt_metadata(path)
+        if about.get("encoder") != encoder_name:
+            return {}
         with safe_open(path, "pt") as table:
-            about = table.metadata() or {}
-            if about.get("encoder") != encoder_name:
-                return {}
             prompts = [*json.loads(about["prompts"]), about["null"]]
             columns = [name for name in table.keys() if f"{name}_ends" in table.keys()]
             for name in columns:
@@ -2691,26 +2693,20 @@ def log_prompt(path: Path, encoder_name: str, prompt: str, row: dict[str, Tensor
         file.write("\n" + json.dumps({"encoder": encoder_name, "prompt": prompt, "start": start, "shapes": shapes}))
 
 
-def encode_captions(captions: Iterable[str], encoder: Encoder, tables: list[Path],
-                    keep: Callable[[str, dict[str, Tensor]], None] | None = None) -> tuple[dict, dict[str, str]]:
-    """Each distinct caption's row of the table of prompts, on the CPU in fp16, and the errors of those without.
-
-    What `tables` of earlier runs hold is not encoded again. keep: what is done with a new caption and its row, instead
-    of holding it in memory until all are made.
-    """
-    embeds = read_prompts(tables, encoder.name)
-    errors, known, keep = {}, set(embeds), keep or embeds.__setitem__
+def encode_captions(captions: Iterable[str], encoder: Encoder, tables: list[Path], log: Path) -> dict[str, str]:
+    """Encode, into a log and in fp16, the captions that no table of an earlier run has -> the errors of those that
+    cannot be encoded."""
+    known, errors = set(read_prompts(tables, encoder.name)), {}
     for caption in captions:
         if caption in known:
             continue
-        known.add(caption)
         try:
             row = encoder.encode_text(caption)
         except ValueError as error:
             errors[caption] = str(error)
         else:
-            keep(caption, {name: z.half().cpu() for name, z in row.items()})
-    return embeds, errors
+            log_prompt(log, encoder.name, caption, {name: z.half().cpu() for name, z in row.items()})
+    return errors
 
 
 # Pass 2: judge each clip, alone and beside all others.
@@ -2727,6 +2723,8 @@ def camera_steps(viewmats: Tensor) -> tuple[Tensor, Tensor]:
 
 def median_step(viewmats: Tensor) -> float:
     """Median step length of a path [n 4 4], ignoring steps under 5 % of the 90th percentile; 0 if none moves."""
+    if len(viewmats) < 2:
+        return 0.0
     length, _ = camera_steps(viewmats)
     moving = length[length > max(0.05 * length.quantile(0.9, interpolation="lower").item(), 1e-6)]
     return moving.median().item() if len(moving) else 0.0
@@ -2763,10 +2761,11 @@ class Unusable(ValueError):
 def unusable(reason: str) -> Iterator[None]:
     """Whatever a user's numbers bring about within is an Unusable for this reason."""
     try:
-        with blamed(reason):
-            yield
-    except ValueError as error:
-        raise Unusable(reason, str(error).removeprefix(f"{reason}: ")) from None
+        yield
+    except KeyError as error:
+        raise Unusable(reason, f"an entry has no {error}") from None
+    except (OSError, *BAD_INPUT) as error:
+        raise Unusable(reason, first_line(error)) from None
 
 
 def table_intrinsics(clip: Clip) -> list[float] | None:
@@ -2794,12 +2793,11 @@ def clip_track(clip: Clip, survey: dict, bad_captions: dict[str, str], args: arg
         pose_fps = checked_pose_fps(clip.pose_fps) or poses.pose_fps
         shown = dict(zip(indices, survey["moments"])) if "moments" in survey else None
         positions = frame_positions(poses, survey["frames"], survey["fps"], pose_fps, shown)
-        viewmats, K, interpolated = poses_at(poses._replace(K=None), positions, indices)
+        viewmats, _, interpolated = poses_at(poses._replace(K=None), positions, indices)  # K: below, if it is needed
     with unusable("intrinsics"):
         K = table_intrinsics(clip)
         if K is None and poses.K is not None:
-            each = isinstance(poses.K[0], (list, tuple))
-            for one in poses.K if each else [poses.K]:
+            for one in poses.K:
                 intrinsics(one)
             K = poses_at(poses, positions, indices)[1]
         else:
@@ -2966,7 +2964,7 @@ def drop_surplus(report: list[dict], clips: list[Clip], args: argparse.Namespace
 
 def find_unlisted(clips: list[Clip], args: argparse.Namespace) -> list[dict]:
     """Rows of the report for videos in the folder that the table does not name."""
-    listed = {(args.videos / clip.file).resolve() for clip in clips}
+    listed = {(args.videos / clip.file).resolve() for clip in clips if "\0" not in clip.file}
     rows = []
     for path in sorted(args.videos.rglob("*")):
         if path.suffix.lower() in VIDEOS and path.resolve() not in listed:
@@ -3096,12 +3094,11 @@ def number_captions(shards: dict[Path, Shard], plans: Plans, blank: str) -> list
     known: dict[int, str] = {}
     for shard in shards.values():
         known |= {i: source[2] for source, i in zip(shard.sources, shard.prompt_ids, strict=True)}
+    old = {*known.values()}
     captions = dict.fromkeys(clip.caption for plan in plans.values() for clip in plan.clips)
-    table, new = [], [caption for caption in captions if caption not in {*known.values()}]
-    while new or len(table) <= max(known, default=-1):
-        i = len(table)
-        table.append(known[i] if i in known else new.pop(0) if new else blank)
-    return table
+    new = iter([caption for caption in captions if caption not in old])
+    table = [known[i] if i in known else next(new, blank) for i in range(max(known, default=-1) + 1)]
+    return table + [*new]
 
 
 def encode_clip(vae: Any, video: Tensor, device: torch.device) -> Tensor:
@@ -3180,9 +3177,8 @@ def look(run: Run) -> tuple[list[dict], dict[str, str]]:
     """Pass 1, shared by all ranks: encode every caption -> a survey of every clip, and the errors of captions."""
     out, rank, world_size = run.args.out, run.rank, run.world_size
     captions = list(dict.fromkeys([run.negative] + [clip.caption for clip in run.clips if clip.caption]))
-    keep = partial(log_prompt, out / f"prompts-{rank}.jsonl", run.encoder.name)
     mine = tqdm(captions[rank::world_size], "prompts", disable=rank > 0)
-    _, errors = encode_captions(mine, run.encoder, prompt_tables(out), keep)
+    errors = encode_captions(mine, run.encoder, prompt_tables(out), out / f"prompts-{rank}.jsonl")
     if run.negative in errors:
         raise ValueError(f"--negative: {errors[run.negative]}")
     surveys_of_mine = survey_clips(run.clips, run.args.videos, out, rank, world_size, clip_format(run.args))
@@ -3205,13 +3201,13 @@ def describe_shards(run: Run) -> dict[str, Any]:
     return meta
 
 
-def describe_folder(args: argparse.Namespace, caption: str, cameras: list[ClipCamera]) -> dict[str, Any]:
-    """What changes with a clip more: the usual K, the factor on translations, and a caption to show what was learnt;
-    cameras of what is kept."""
+def describe_folder(scale: str | float, caption: str, cameras: list[ClipCamera]) -> dict[str, Any]:
+    """The part of the meta that may change when clips are added: the usual K of the cameras that are kept, --scale and,
+    if it is 'set', its factor, and a caption to show what was learnt."""
     Ks = torch.cat([camera.Ks for camera in cameras]).double()  # [n 3 3]
     K = Ks[:, [0, 1, 0, 1], [0, 1, 2, 2]].median(0).values.tolist()  # fx, fy, cx, cy
-    scale = cameras[0].scale if args.scale == "set" else args.scale or "measured"  # "set" is one number for all
-    return {"K": [round(k, 7) for k in K], "scale": scale, "caption": caption}
+    factor = {"factor": cameras[0].scale} if scale == "set" else {}
+    return {"K": [round(k, 7) for k in K], "scale": scale, "caption": caption} | factor
 
 
 def encode_shard(run: Run, plan: ShardPlan, prompt_ids: dict[str, int],
@@ -3277,8 +3273,12 @@ def encode(run: Run, plans: Plans, captions: list[str], meta: dict, about: dict)
 
 
 def prompt_metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, "pt") as table:
-        return table.metadata() or {}
+    """What a table of prompts says of its folder. Raises ValueError if it is damaged."""
+    try:
+        with safe_open(path, "pt") as table:
+            return table.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated or not safetensors ({error}); delete it") from None
 
 
 def write_report(out: Path, report: list[dict]) -> None:
@@ -3303,13 +3303,12 @@ def make_from_videos(args: argparse.Namespace) -> None:
     meta = describe_shards(run)
     shards = read_shards(args.out, meta)
     tables = [path for path in prompt_tables(args.out)[:2] if path.exists()]
+    scale = args.scale or "measured"
     if shards and tables:
-        before = json.loads(prompt_metadata(tables[0]).get("meta", "{}")).get("scale")
-        if args.scale == "set" and isinstance(before, float):
-            args.scale = before  # of the clips that are there
-        elif before not in (None, args.scale or "measured"):
-            raise ValueError(f"{args.out}: made with --scale {before}, now {args.scale or 'measured'}; choose another "
-                             "--out")
+        before = json.loads(prompt_metadata(tables[0]).get("meta", "{}"))
+        if before.get("scale", scale) != scale:
+            raise ValueError(f"{args.out}: made with --scale {before['scale']}, now {scale}; choose another --out")
+        args.scale = before.get("factor", args.scale)  # of the clips that are there
 
     # 1. look
     surveys, bad_captions = look(run)
@@ -3326,7 +3325,7 @@ def make_from_videos(args: argparse.Namespace) -> None:
     plans, dropped = plan_shards(run.clips, surveys, report, cameras, shards, args)
 
     # 3. encode
-    about = {"meta": json.dumps(describe_folder(args, run.clips[kept[0]].caption, [cameras[n] for n in kept]))}
+    about = {"meta": json.dumps(describe_folder(scale, run.clips[kept[0]].caption, [cameras[n] for n in kept]))}
     about |= {"dropped": json.dumps(dropped)} if dropped else {}
     failed = encode(run, plans, number_captions(shards, plans, run.negative), meta, about)
     if run.rank == 0:
@@ -3540,6 +3539,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         p.error(f"{size}: the toy world is square")
     if not 0 < args.fps < math.inf:
         p.error(f"--fps {args.fps}: expected a number above 0")
+    if not 0 <= args.image_share <= 1:
+        p.error(f"--image-share {args.image_share}: expected 0 to 1")
+    if not args.videos and (args.dry_run or args.table):
+        p.error("--dry-run, --table: of use with --videos alone")
+    try:
+        if args.K:
+            intrinsics(args.K)
+    except ValueError as error:
+        p.error(f"--K: {error}")
     return args
 
 

@@ -21,8 +21,8 @@ from data import (
     DOUBTFUL, K_SQUARE, STEP, UNUSABLE, ClipFormat, Encoder, Poses, action_class, camera_steps, crop_intrinsics,
     draw_path, encode_captions, find_duplicates, find_ffmpeg, frame_positions, get_batch, intrinsics, invert_se3,
     median_step, open_latents, parse_args, parse_trajectory, pixel_cameras, pose_string, poses_at, read_frames,
-    read_poses, read_row, render, resize_and_crop, resize_crop_size, sample_frame_indices, sample_toy, save_prompts,
-    survey_clip, to_bytes,
+    read_poses, read_prompts, read_row, render, resize_and_crop, resize_crop_size, sample_frame_indices, sample_toy,
+    save_prompts, survey_clip, to_bytes,
 )
 from model import PRESETS, WanVAE, fingerprint, fresh_weights, save_checkpoint
 from stream import TOY_PROMPT
@@ -350,7 +350,7 @@ def test_translations_are_scaled_and_the_folder_says_how(toy, tmp_path, scale, f
     torch.testing.assert_close(made["viewmats"], direct, atol=1e-5, rtol=0)
     torch.testing.assert_close(made["scales"], torch.tensor(found), atol=0, rtol=1e-4)
     meta = open_latents(tmp_path / scale).meta
-    assert meta["scale"] == ("clip" if scale == "clip" else pytest.approx(found[0], rel=1e-4))
+    assert meta["scale"] == (float(scale) if scale == "0.2" else scale) and meta.get("factor", found[0]) == pytest.approx(found[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("text, says", [
@@ -693,7 +693,7 @@ def test_intrinsics_may_differ_from_frame_to_frame():
     per_latent = Poses(poses.viewmats[::4], zoom[::4])
     found = poses_at(per_latent, frame_positions(per_latent, 13, 16), [*range(13)])[1]
     torch.testing.assert_close(found, torch.tensor(zoom, dtype=torch.float64))
-    assert poses_at(poses._replace(K=zoom[0]), [*range(13)], [0, 5])[1].shape == (2, 4)
+    assert poses_at(poses._replace(K=zoom[:1]), [*range(13)], [0, 5])[1].shape == (2, 4)
     with pytest.raises(ValueError, match="found 5 intrinsics .K., but 13 poses: expected 1 or one each"):
         poses_at(poses._replace(K=zoom[:5]), [*range(13)], [0])
 
@@ -781,14 +781,17 @@ def test_captions_of_an_earlier_run_are_not_encoded_again(tmp_path):
             raise ValueError("33 words")
         return {"embeds": torch.full((len(prompt), 2), len(asked) / 2)}
 
-    table, encoder = tmp_path / "prompts.safetensors", Encoder("counting", encode_text, 8, None, "")
-    embeds, errors = encode_captions(["ab", "", "too long", "ab"], encoder, [table])
-    assert asked == ["ab", "", "too long"] and errors == {"too long": "33 words"} and set(embeds) == {"ab", ""}
+    table, log = tmp_path / "prompts.safetensors", tmp_path / "prompts-0.jsonl"
+    encoder = Encoder("counting", encode_text, 8, None, "")
+    assert encode_captions(["ab", "", "too long"], encoder, [table], log) == {"too long": "33 words"}
+    embeds = read_prompts([log], "counting")
+    assert asked == ["ab", "", "too long"] and set(embeds) == {"ab", ""}
     save_prompts(table, [embeds["ab"], embeds[""]], {"prompts": '["ab"]', "null": "", "encoder": "counting"})
-    again, _ = encode_captions(["", "ab", "new"], encoder, [tmp_path / "nowhere", table])
+    assert not encode_captions(["", "ab", "new"], encoder, [tmp_path / "nowhere", table], log)
     assert asked[3:] == ["new"]
+    again = read_prompts([table], "counting")
     assert all(torch.equal(again[prompt]["embeds"], embeds[prompt]["embeds"]) for prompt in ("ab", ""))
-    encode_captions(["ab"], encoder._replace(name="another"), [table])
+    encode_captions(["ab"], encoder._replace(name="another"), [table], log)
     assert asked[4:] == ["ab"]
 
 
