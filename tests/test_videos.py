@@ -350,7 +350,8 @@ def test_translations_are_scaled_and_the_folder_says_how(toy, tmp_path, scale, f
     torch.testing.assert_close(made["viewmats"], direct, atol=1e-5, rtol=0)
     torch.testing.assert_close(made["scales"], torch.tensor(found), atol=0, rtol=1e-4)
     meta = open_latents(tmp_path / scale).meta
-    assert meta["scale"] == (float(scale) if scale == "0.2" else scale) and meta.get("factor", found[0]) == pytest.approx(found[0], rel=1e-4)
+    assert meta["scale"] == (0.2 if scale == "0.2" else scale)
+    assert meta.get("factor", found[0]) == pytest.approx(found[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("text, says", [
