@@ -2160,6 +2160,7 @@ DOUBTFUL = {  # why a clip is dropped unless --keep names the reason
     "cut": "between two frames the picture changes over six times the usual",
     "static": "the picture stands still and the camera does not, or the reverse",
     "disagree": "what moves in its pictures is not what its poses say",
+    "uncertain": "its pictures move as those of other clips with such poses do not",
     "dark": "under 6 % bright on average",
     "bright": "over half of it is blown out",
     "duplicate": "it looks like an earlier clip",
@@ -2873,6 +2874,54 @@ def find_doubts(survey: dict, viewmats: Tensor, K: Tensor, costs: dict[str, floa
     return doubts
 
 
+def apparent_motion(match: Tensor) -> Tensor:
+    """How a picture moves to the next by their matches [n 4]: to the right, down, larger and clockwise [4]."""
+    where, move = match[:, :2] - match[:, :2].mean(0), match[:, 2:] - match[:, :2]
+    usual = move.median(0).values
+    (x, y), (dx, dy) = where.T, (move - usual).T
+    size = where.square().sum().clamp_min(1e-6)
+    return torch.stack([*usual, (x * dx + y * dy).sum() / size, (x * dy - y * dx).sum() / size])
+
+
+def camera_motion(a: Tensor, b: Tensor) -> Tensor:
+    """From viewmat a to b [4 4]: where the camera goes and turns, along and about its own axes [6]."""
+    step = a @ invert_se3(b)
+    R = step[:3, :3]
+    return torch.stack([*step[:3, 3], R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]])
+
+
+UNCERTAIN = 18.5  # of a chi-square variable of 4 degrees of freedom, a thousandth is larger
+LEAST_PAIRS = 200  # of pictures, from which to learn what is usual
+
+
+def uncertainties(pairs: list[tuple[int, Tensor, Tensor]]) -> dict[int, tuple[float, float]]:
+    """Of pairs of pictures, each of a clip with its apparent_motion and camera_motion: how unusual each clip's pictures
+    move for such a camera, and for any. {} if there are too few to tell what is usual.
+
+    The first is a Mahalanobis distance (arXiv:2411.17767, there from a class's mean, here from what a linear map of the
+    camera's motion predicts), under one covariance for all, the median over the clip's pairs. If it is larger than the
+    second, the distance from the mean of all pairs, the poses say less than none would.
+    """
+    if len(pairs) < LEAST_PAIRS:
+        return {}
+    clips = torch.tensor([n for n, *_ in pairs])
+    seen, done = (torch.stack(each) for each in zip(*(pair[1:] for pair in pairs)))  # [n 4], [n 6]
+    done = F.pad(done / done.std(0).clamp_min(1e-9), (0, 1), value=1.0)
+
+    def distance(cause: Tensor) -> Tensor:
+        usual = torch.ones(len(pairs), dtype=torch.bool)
+        for _ in range(3):  # what is far off is not learnt from
+            off = seen - cause @ torch.linalg.lstsq(cause[usual], seen[usual]).solution
+            covariance = off[usual].T @ off[usual] / usual.sum() + 1e-8 * torch.eye(4, dtype=off.dtype)
+            far = torch.einsum("ni,ij,nj->n", off, torch.linalg.inv(covariance), off)
+            usual = far <= far.quantile(0.8)
+        scale = far.median() / 3.357  # the median of a chi-square variable of 4 degrees of freedom
+        return far / scale
+
+    own, of_any = distance(done), distance(done[:, -1:])
+    return {n: (own[clips == n].median().item(), of_any[clips == n].median().item()) for n in clips.unique().tolist()}
+
+
 def find_duplicates(hashes: list, least: float = 0.98) -> dict[int, int]:
     """Of hashes [n 3 64], those all of whose three thumbnails correlate above `least` with an earlier one's, and which.
 
@@ -2939,7 +2988,19 @@ def judge(clips: list[Clip], surveys: list[dict], bad_captions: dict[str, str],
         report[n] |= {"class": action_class(path), "path": pose_string(path), "scale": scale,
                       "interpolated": tracks[n].interpolated}
 
-    # beside the others: only clips that are sound so far can make another superfluous
+    # beside the others: only clips that are sound so far tell what is usual, or can make another superfluous
+    pairs = []
+    for n, row in enumerate(report):
+        if is_sound(row, *args.keep):
+            for i, text in surveys[n]["matches"]:
+                if len(match := unpacked(text)) >= MATCH_LEAST:
+                    a, b = cameras[n].viewmats[i : i + 2].double()
+                    pairs.append((n, apparent_motion(match), camera_motion(a, b)))
+    for n, (far, anyway) in uncertainties(pairs).items():
+        report[n]["uncertainty"] = far
+        if far > max(UNCERTAIN, anyway):
+            report[n]["reasons"]["uncertain"] = (f"the distance of its motion from what is usual is {far:.0f}, of one "
+                                                 f"pair of pictures in a thousand more than {UNCERTAIN}")
     sound = [n for n, row in enumerate(report) if is_sound(row, *args.keep)]
     for i, j in find_duplicates([surveys[n]["hash"] for n in sound]).items():
         earlier = clips[sound[j]]

@@ -24,9 +24,10 @@ from safetensors.torch import save_file
 
 from conftest import ROOT, call, refusal
 from data import (
-    MAX_GAP, ClipFormat, Poses, best_reading, between_poses, camera_steps, corner_shift, distort, find_doubts,
-    find_ffmpeg, frame_positions, invert_se3, look_at, open_latents, parse_trajectory, pixel_cameras, pose_string,
-    poses_at, pressed, read_camera, read_picture, read_poses, read_table, undistort,
+    LEAST_PAIRS, MAX_GAP, UNCERTAIN, ClipFormat, Poses, apparent_motion, best_reading, between_poses, camera_motion,
+    camera_steps, corner_shift, distort, find_doubts, find_ffmpeg, frame_positions, invert_se3, look_at, open_latents,
+    parse_trajectory, pixel_cameras, pose_string, poses_at, pressed, read_camera, read_picture, read_poses, read_table,
+    uncertainties, undistort,
 )
 from model import build, load_checkpoint, save_checkpoint
 from stream import read_image, write_video
@@ -496,6 +497,38 @@ def test_a_tool_that_fails_is_named_and_no_video_is_blamed(tmp_path, monkeypatch
             find_ffmpeg()
     finally:
         find_ffmpeg.cache_clear()
+
+
+def test_apparent_motion_is_what_was_done_to_the_picture():
+    where = torch.rand(60, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    middle = where - where.mean(0)
+    for n, step in enumerate(([0.03, 0], [0, -0.02], 0.1 * middle, 0.05 * middle.flip(1) * torch.tensor([-1, 1]))):
+        expected = torch.zeros(4, dtype=torch.float64)
+        expected[n] = (0.03, -0.02, 0.1, 0.05)[n]
+        found = apparent_motion(torch.cat([where, where + torch.as_tensor(step)], dim=1))
+        torch.testing.assert_close(found, expected, atol=4e-3 if n > 1 else 1e-9, rtol=0)  # the median of moves
+
+
+def test_camera_motion_is_along_the_cameras_own_axes():
+    for n, path in enumerate(("d", "dn", "w", "i", "l")):
+        a, b = parse_trajectory(f"j*30,{path}").double()[-2:]
+        found = camera_motion(a, b)
+        assert found.abs().argmax() == n and found[n] > 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3])
+def test_clips_with_the_cameras_of_others_are_uncertain(share):
+    """What pictures do follows the camera, with noise; of some clips, another's. In a few pairs nothing is usual."""
+    rng = torch.Generator().manual_seed(0)
+    clips, effect = 200, torch.randn(6, 4, generator=rng, dtype=torch.float64)
+    done = torch.randn(clips, 6, 6, generator=rng, dtype=torch.float64)
+    seen = done @ effect + 0.3 * torch.randn(clips, 6, 4, generator=rng, dtype=torch.float64)
+    wrong = [*range(round(share * clips))]
+    done[wrong] = done[wrong].roll(1, 0)
+    pairs = [(n, seen[n, i], done[n, i]) for n in range(clips) for i in range(6)]
+    found = [n for n, (far, anyway) in uncertainties(pairs).items() if far > max(UNCERTAIN, anyway)]
+    assert len(set(wrong) & set(found)) >= 0.95 * len(wrong) and len(set(found) - set(wrong)) <= 2
+    assert not uncertainties(pairs[: LEAST_PAIRS - 1])
 
 
 @pytest.mark.parametrize("text, suffix, captions", [
