@@ -1704,14 +1704,27 @@ def corner_shift(K: list[float], lens: tuple[float, ...], size: list[int]) -> fl
     return shift.norm(dim=-1).max().item()
 
 
+@lru_cache(maxsize=4)
+def lens_grid(height: int, width: int, K: tuple[float, ...], lens: tuple[float, ...]) -> Tensor:
+    """Where a lens shows what a pinhole of the same K shows at each pixel [1 h w 2], from -1 to 1."""
+    y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+    focal, centre = torch.tensor(K).split(2)
+    seen = distort((torch.stack([x, y], dim=-1) - centre) / focal, lens) * focal + centre
+    return (2 * seen - 1).float()[None]
+
+
 def undistort(video: Tensor, K: list[float], lens: tuple[float, ...]) -> Tensor:
     """Pictures [t 3 H W] through a lens -> as a pinhole of the same K (over width and height) would show them."""
-    height, width = video.shape[2:]
-    y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
-    K = torch.tensor(K)
-    seen = distort((torch.stack([x, y], dim=-1) - K[2:]) / K[:2], lens) * K[:2] + K[2:]
-    grid = (2 * seen - 1).float().expand(len(video), height, width, 2)
+    grid = lens_grid(*video.shape[2:], tuple(K), tuple(lens)).expand(len(video), -1, -1, -1)
     return F.grid_sample(video.float(), grid, padding_mode="border", align_corners=False)
+
+
+def undistort_points(xy: Tensor, K: Tensor, lens: tuple[float, ...]) -> Tensor:
+    """Where a pinhole of the same K [4] would show what a lens shows at xy [... 2], over width and height."""
+    seen = ideal = (xy - K[2:]) / K[:2]
+    for _ in range(20):  # a fixed point, as what a lens does is small
+        ideal = ideal - (distort(ideal, lens) - seen)
+    return ideal * K[:2] + K[2:]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2498,11 +2511,13 @@ def disagreement(match: Tensor, a: Tensor, b: Tensor, K: Tensor) -> float:
     return (distance.median() * pixels + 2 * (depth <= 0).any(1).double().mean()).item()
 
 
-def agreement(matches: list, viewmats: Tensor, K: Tensor) -> dict[str, float]:
+def agreement(matches: list, viewmats: Tensor, K: Tensor, lens: tuple[float, ...] = ()) -> dict[str, float]:
     """How far the pictures of a clip disagree with each reading of its poses: the median over its pairs of pictures,
     {} when too little was found. matches: of each pair its first latent frame and its patches; viewmats [f 4 4] and
-    K [f 4], fp64."""
+    K [f 4], fp64; lens: what the pictures were taken through."""
     found = [(i, unpacked(text)) for i, text in matches]
+    if lens:
+        found = [(i, undistort_points(match.view(-1, 2, 2), K[i], lens).flatten(1)) for i, match in found]
     moving = [(i, match) for i, match in found if len(match) >= MATCH_LEAST and shift(match, 0.5) >= 1]
     if len(moving) < 2:
         return {}
@@ -2981,7 +2996,8 @@ def judge(clips: list[Clip], surveys: list[dict], bad_captions: dict[str, str],
         cameras[n] = ClipCamera(viewmats[::4].float(), tracks[n].Ks, scale, tracks[n].lens)
         as_stored = tracks[n].as_stored[::4].clone()  # poses may be inverted, or in other axes, as they stand there
         as_stored[:, :3, 3] *= scale
-        costs = agreement(surveys[n]["matches"], as_stored, tracks[n].K[::4])
+        _, lens = tracks[n].lens or (None, ())
+        costs = agreement(surveys[n]["matches"], as_stored, tracks[n].K[::4], lens)
         report[n]["reasons"] = find_doubts(surveys[n], viewmats, tracks[n].K, costs, args.size)
         path = cameras[n].viewmats
         report[n]["reading"] = best_reading(costs, args.size[0])

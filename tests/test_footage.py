@@ -27,7 +27,7 @@ from data import (
     LEAST_PAIRS, MAX_GAP, UNCERTAIN, ClipFormat, Poses, apparent_motion, best_reading, between_poses, camera_motion,
     camera_steps, corner_shift, distort, find_doubts, find_ffmpeg, frame_positions, invert_se3, look_at, open_latents,
     parse_trajectory, pixel_cameras, pose_string, poses_at, pressed, read_camera, read_picture, read_poses, read_table,
-    uncertainties, undistort,
+    uncertainties, undistort, undistort_points,
 )
 from model import build, load_checkpoint, save_checkpoint
 from stream import read_image, write_video
@@ -420,6 +420,10 @@ def test_a_lens_is_undone():
     ideal = seen.clone()
     for _ in range(50):  # the fixed point: what distort moves to where it is seen
         ideal = ideal - (distort(ideal, lens) - seen)
+    points = torch.rand(50, 2, dtype=torch.float64)
+    focal, centre = torch.tensor(K, dtype=torch.float64).split(2)
+    seen_at = distort((points - centre) / focal, lens) * focal + centre
+    torch.testing.assert_close(undistort_points(seen_at, torch.cat([focal, centre]), lens), points, atol=1e-6, rtol=0)
     back = undistort(picture(ideal).float()[None, None], K, lens)[0, 0]
     torch.testing.assert_close(back[12:-12, 12:-12], picture(seen).float()[12:-12, 12:-12], atol=5e-3, rtol=0)
     assert (picture(ideal) - picture(seen)).abs().max() > 0.1
