@@ -458,6 +458,7 @@ def test_what_does_not_fit_on_a_full_disk_is_named(tmp_path, name, write):
 def test_a_survey_that_does_not_fit_on_a_full_disk_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("data.survey_clip", lambda *_: {"matches": []})
     clips = 2 * [Clip("none.mp4", 0, "a room", "w", None)]
+    (tmp_path / "none.mp4").touch()
     with disk_left(0), pytest.raises(ValueError) as error:
         survey_clips(clips, tmp_path, tmp_path, 1, 2, ClipFormat(4, 16, [32, 32]))  # rank 1 draws no bar
     assert says(error, tmp_path / "survey-1.jsonl")

@@ -169,7 +169,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--vae", type=Path, help="for the sheets; default: what made the latents")
     p.add_argument("--sp", type=positive, default=1, help="processes that share a video, each some of its tokens")
     p.add_argument("--shard-over", type=positive, help="processes that share a copy of weights and moments; default: "
-                   "those of a node")
+                   "those of a node; of two, where --sp takes a whole one")
     p.add_argument("--compile", action="store_true", help="torch.compile blocks: slow to start, then faster steps")
     p.add_argument("--plan", type=positive, metavar="GPUS", help="only say what a step would take on so many; no files")
     p.add_argument("--bench", type=positive, metavar="STEPS", help="only time so many steps, on noise; no files")
