@@ -1211,6 +1211,8 @@ def read_object(spec: Any) -> Poses:
     if not isinstance(spec, dict):
         raise ValueError(f"expected a pose string or an object, found {spec!r:.80}")
     K = spec.get("K")
+    if K is not None and not (isinstance(K, (list, tuple)) and K):
+        raise ValueError(f"K {K!r:.80}: expected (fx/W, fy/H, cx/W, cy/H)")
     Ks = K if K is None or isinstance(K[0], (list, tuple)) else [K]
     if "trajectory" in spec:
         return Poses(parse_trajectory(str(spec["trajectory"])).double(), Ks)
@@ -1621,7 +1623,7 @@ def frame_positions(poses: Poses, frames: int, fps: float, pose_fps: float | Non
 
     if pose_fps:
         numbers = poses.numbers or [*range(n)]
-        step = 1 / pose_fps / (math.gcd(*numbers) or 1)  # called 0, 5, 10 or 0, 1, 2: either way neighbours
+        step = 1 / pose_fps / (math.gcd(*numbers) or 1)  # pictures 0, 5, 10 come as often as 0, 1, 2
         return [frame_at(number * step) for number in numbers]
     if n == frames:
         return [*range(n)]
@@ -2370,11 +2372,7 @@ class VideoFile(NamedTuple):
     width: int
     fps: float
     times: list[float]  # when each of its pixel frames is shown, in seconds
-
-    @property
-    def steady(self) -> bool:
-        """Does it keep its pace?"""
-        return all(abs((t - self.times[0]) * self.fps - n) < 0.25 for n, t in enumerate(self.times))
+    steady: bool  # does it keep its pace?
 
 
 @lru_cache(maxsize=64)
@@ -2390,32 +2388,32 @@ def survey_file(path: Path, stamp: int) -> VideoFile | str:
                     times.append(int(line.split(b",")[2]) / 90000)  # stream, dts, pts, ...
     except ValueError as error:
         return f"{error}, of {len(times)} frames" if times else str(error)
-    width, height = about["size"]
-    file = VideoFile(height, width, about["fps"], times)
-    if len(times) > 1 and not file.steady:
-        if times[-1] <= times[0]:
-            return "damaged: all its frames have one time stamp"
-        file = file._replace(fps=(len(times) - 1) / (times[-1] - times[0]))
-    return file
+    if len(times) > 1 and times[-1] <= times[0]:
+        return "damaged: all its frames have one time stamp"
+    (width, height), fps = about["size"], about["fps"]
+    for fps in (fps, (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else fps):  # the header's is rounded
+        steady = all(abs((t - times[0]) * fps - n) < 0.25 for n, t in enumerate(times))
+        if steady:
+            break
+    return VideoFile(height, width, fps, times, steady)
 
 
 SEEKABLE = {".mp4", ".m4v", ".mov", ".mkv", ".webm"}  # they say where each frame is
 
 
-def read_frames(path: Path, file: dict[str, Any], indices: list[int], size: list[int], K: list[float] | None = None,
+def read_frames(path: Path, survey: dict[str, Any], size: list[int], K: list[float] | None = None,
                 lens: tuple[float, ...] = ()) -> Tensor:
-    """Some pixel frames of a file, in order, resized and cut [t 3 h w], uint8. Raises ValueError when it is damaged
-    there.
+    """The pixel frames of a clip, resized and cut [t 3 h w], uint8. Raises ValueError when the file is damaged there.
 
-    file: its height and width and, of the first of these frames, when to begin to decode (seek). K, lens: of its
-    pictures; what the lens did to them is undone.
+    survey: what survey_clip says of the file, the frames and where to seek them. K, lens: of the file's pictures; what
+    the lens did to them is undone.
     """
-    height, width, seek = file["height"], file["width"], file["seek"]
+    height, width, indices, seek = (survey[name] for name in ("height", "width", "indices", "seek"))
     first = indices[0] if seek else 0  # of those that are decoded
     count = indices[-1] + 1 - first
     video: list[Tensor] = []
     # sought a second too early: after a key frame, some codecs show pictures that need what was before it
-    early = min(seek, max(1, 32 / file["fps"]))
+    early = min(seek, max(1, 32 / survey["fps"]))
     begin, then = (["-ss", f"{seek - early:.6f}"], ["-ss", f"{early:.6f}"]) if seek else ([], [])
     raw = ["-frames:v", str(count), "-s", f"{width}x{height}", "-f", "rawvideo", "-pix_fmt", "rgb24"]
     with run_ffmpeg(path, begin, [*then, *raw]) as frames:
@@ -2571,15 +2569,17 @@ def survey_clip(path: Path, start: int, wanted: ClipFormat) -> dict[str, Any]:
     about: dict[str, Any] = {"frames": frames, "fps": file.fps, "height": file.height, "width": file.width,
                              "indices": indices, "seek": 0.0}
     if not file.steady:
-        about["indices"] = indices = nearest_frames(start, times, wanted)
-        about["moments"] = [round(times[i] - times[0], 5) for i in indices]
+        about["indices"] = nearest_frames(start, times, wanted)
+        about["moments"] = [round(times[i] - times[0], 5) for i in about["indices"]]
     if start and path.suffix.lower() in SEEKABLE and times[start] - times[start - 1] > 1e-4:
         about["seek"] = (times[start - 1] + times[start]) / 2
     try:
-        video = read_frames(path, about, indices, wanted.size)
-    except ValueError:  # as a whole it was sound: perhaps it cannot be sought
-        about["seek"] = 0.0
-        video = read_frames(path, about, indices, wanted.size)
+        video = read_frames(path, about, wanted.size)
+    except ValueError:
+        if not about["seek"]:
+            raise
+        about["seek"] = 0.0  # as a whole it was sound: perhaps it cannot be sought
+        video = read_frames(path, about, wanted.size)
     return about | look_at(video, wanted)
 
 
@@ -2639,7 +2639,7 @@ def survey_clips(clips: list[Clip], folder: Path, out: Path, rank: int, world_si
         survey = known.get(json.dumps(key))
         if survey is None:
             try:
-                if stamp is None or not path.is_file():
+                if stamp is None:
                     raise ValueError("no such file")
                 survey = {"of": key} | survey_clip(path, clip.start, wanted)
             except ValueError as error:
@@ -2781,7 +2781,7 @@ def unusable(reason: str) -> Iterator[None]:
     except KeyError as error:
         raise Unusable(reason, f"an entry has no {error}") from None
     except (OSError, *BAD_INPUT) as error:
-        raise Unusable(reason, first_line(error)) from None
+        raise Unusable(reason, first_line(error).removeprefix(f"{reason}: ")) from None
 
 
 def table_intrinsics(clip: Clip) -> list[float] | None:
@@ -2905,7 +2905,7 @@ def camera_motion(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([*step[:3, 3], R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]])
 
 
-UNCERTAIN = 18.5  # of a chi-square variable of 4 degrees of freedom, a thousandth is larger
+UNCERTAIN = 30  # were motions Gaussian, five in a million would be larger; of toy clips, some in a hundred are
 LEAST_PAIRS = 200  # of pictures, from which to learn what is usual
 
 
@@ -3015,8 +3015,8 @@ def judge(clips: list[Clip], surveys: list[dict], bad_captions: dict[str, str],
     for n, (far, anyway) in uncertainties(pairs).items():
         report[n]["uncertainty"] = far
         if far > max(UNCERTAIN, anyway):
-            report[n]["reasons"]["uncertain"] = (f"the distance of its motion from what is usual is {far:.0f}, of one "
-                                                 f"pair of pictures in a thousand more than {UNCERTAIN}")
+            report[n]["reasons"]["uncertain"] = (f"how its pictures move is {far:.0f} from what is usual for its "
+                                                 f"cameras and {anyway:.0f} from what is for any; 3 are usual")
     sound = [n for n, row in enumerate(report) if is_sound(row, *args.keep)]
     for i, j in find_duplicates([surveys[n]["hash"] for n in sound]).items():
         earlier = clips[sound[j]]
@@ -3295,7 +3295,7 @@ def encode_shard(run: Run, plan: ShardPlan, prompt_ids: dict[str, int],
     for row, (clip, about, lens) in enumerate(zip(plan.clips, plan.surveys, plan.lenses, strict=True)):
         bar.update()
         try:
-            video = read_frames(run.args.videos / clip.file, about, about["indices"], run.args.size, *(lens or ()))
+            video = read_frames(run.args.videos / clip.file, about, run.args.size, *(lens or ()))
             with torch.no_grad():
                 z = encode_clip(run.vae, video, run.device)
             if not z.isfinite().all():

@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 
 from conftest import ROOT, call, refusal
 from data import (
-    LEAST_PAIRS, MAX_GAP, UNCERTAIN, ClipFormat, Poses, apparent_motion, best_reading, between_poses, camera_motion,
-    camera_steps, corner_shift, distort, find_doubts, find_ffmpeg, frame_positions, invert_se3, look_at, open_latents,
-    parse_trajectory, pixel_cameras, pose_string, poses_at, pressed, read_camera, read_picture, read_poses, read_table,
-    uncertainties, undistort, undistort_points,
+    LEAST_PAIRS, MAX_GAP, UNCERTAIN, Clip, ClipFormat, Poses, agreement, apparent_motion, best_reading, between_poses,
+    camera_motion, camera_steps, corner_shift, distort, find_doubts, find_ffmpeg, frame_positions, invert_se3, look_at,
+    open_latents, packed, parse_trajectory, pixel_cameras, pose_string, poses_at, pressed, read_camera, read_picture,
+    read_poses, read_table, survey_clips, uncertainties, undistort, undistort_points,
 )
 from model import build, load_checkpoint, save_checkpoint
 from stream import read_image, write_video
@@ -503,6 +503,54 @@ def test_a_tool_that_fails_is_named_and_no_video_is_blamed(tmp_path, monkeypatch
         find_ffmpeg.cache_clear()
 
 
+def test_poses_are_judged_by_what_a_pinhole_would_have_seen():
+    """Points of a room, seen from two places through a lens: without it, right poses look wrong."""
+    lens, K = (-0.3, 0.05, 0.0, 0.0), torch.tensor([0.6, 0.8, 0.5, 0.5], dtype=torch.float64)
+    rng = torch.Generator().manual_seed(0)
+    points = torch.rand(60, 3, generator=rng, dtype=torch.float64) * torch.tensor([2, 1.4, 1])
+    points -= torch.tensor([1, 0.7, -1])
+    viewmats = parse_trajectory("d+l,w,u").double()
+    seen = [points @ pose[:3, :3].T + pose[:3, 3] for pose in viewmats]
+    xy = [distort(z[:, :2] / z[:, 2:], lens) * K[:2] + K[2:] for z in seen]
+    matches, Ks = [[i, packed(torch.cat(xy[i : i + 2], dim=1))] for i in range(3)], K.expand(4, 4)
+    right, wrong = agreement(matches, viewmats, Ks, lens), agreement(matches, viewmats, Ks)
+    assert right["as given"] < 0.05 and wrong["as given"] > 0.1
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--K", "500", "500", "320", "240"], "--K"), (["--image-share", "2"], "--image-share 2"),
+    (["--dry-run"], "--dry-run"), (["--table", "table.csv"], "--table")])
+def test_flags_are_judged_before_any_work(tmp_path, capsys, flags, says):
+    with pytest.raises(SystemExit):
+        call("data.py", *flags, cwd=tmp_path)
+    assert says in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_whole_time_stamps_count_frames(tmp_path):
+    lines = [f"{4 * n} {0.02 * n} 0 0 0 0 0 1" for n in range(5)]
+    path, = read_camera(str(write_text(tmp_path / "tum.txt", "\n".join(lines))))
+    assert invert_se3(path.viewmats)[:, 0, 3].tolist() == pytest.approx([0.02 * n for n in range(5)])
+
+
+def test_a_path_may_have_intrinsics_for_each_pose(tmp_path):
+    Ks = [[0.5 + n / 10, 0.6, 0.5, 0.5] for n in range(2)]
+    spec = {"c2w": torch.eye(4).repeat(2, 1, 1).tolist(), "K": Ks}
+    assert read_camera(str(write_text(tmp_path / "path.json", json.dumps(spec))))[0].K == tuple(Ks[0])
+
+
+def test_a_clip_without_a_name_that_a_file_could_have_is_missing(tmp_path):
+    clips = [Clip(name, 0, "a room", "w", None) for name in ("x" * 300 + ".mp4", "a\0b.mp4", "none.mp4")]
+    found = survey_clips(clips, tmp_path, tmp_path, 0, 1, ClipFormat(2, 16, [32, 32]))
+    assert [survey["error"] for survey in found] == ["no such file"] * 3
+
+
+def test_an_empty_file_beside_the_poses_is_one_line(tmp_path):
+    np.save(tmp_path / "poses.npy", np.eye(4)[None])
+    (tmp_path / "intrinsics.npy").touch()
+    with pytest.raises(ValueError, match="poses.npy: "):
+        read_poses("poses.npy", tmp_path)
+
+
 def test_apparent_motion_is_what_was_done_to_the_picture():
     where = torch.rand(60, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     middle = where - where.mean(0)
@@ -537,6 +585,7 @@ def test_clips_with_the_cameras_of_others_are_uncertain(share):
 
 @pytest.mark.parametrize("text, suffix, captions", [
     ('\ufeff{"file": "a", "caption": "x\u2028y", "poses": "w"}\n', ".jsonl", ["x\u2028y"]),
+    ('file,caption,poses,start\na,x,w,120.0\nb,y,w,\n', ".csv", ["x", "y"]),
     ('{"file": "a", "caption": "x\u0085y", "poses": "w"}\r\n\r\n', ".jsonl", ["x\u0085y"]),
     ('\ufefffile,caption,poses\r\na,"x\r\ny",w\r\n', ".csv", ["x\r\ny"]),
     ('\ufeff[{"file": "a", "caption": "x\u2029", "poses": "w"}]', ".JSON", ["x"]),

@@ -294,7 +294,7 @@ def test_each_broken_clip_is_in_the_report_with_its_reason(toy, broken):
     assert {file: set(row["reasons"]) for file, row in found.items()} == {
         file: {reason} if reason else set() for file, reason in broken[1].items()}
     assert [file for file, row in found.items() if row["kept"]] == ["good.mp4"]
-    assert set(broken[1].values()) == {None, *UNUSABLE, *DOUBTFUL}
+    assert set(broken[1].values()) == {None, *UNUSABLE, *DOUBTFUL} - {"uncertain"}  # that takes dozens of clips
 
 
 @pytest.mark.parametrize("file, says", [
@@ -448,7 +448,7 @@ def test_a_full_disk_leaves_the_report_before(toy, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags, says", [
     (["--scale", "2", "--keep", "scale"], "made with --scale measured, now 2.0"),
-    (["--negative", "ugly"], "its negative"),
+    (["--scale", "set"], "made with --scale measured, now set"), (["--negative", "ugly"], "its negative"),
     (["--fps", "15"], "its fps"), (["--frames", "3"], "its frames is 4, now 3"),
 ])
 def test_shards_of_other_settings_are_refused_by_name(toy, tmp_path, flags, says):
@@ -458,6 +458,34 @@ def test_shards_of_other_settings_are_refused_by_name(toy, tmp_path, flags, says
     message = refusal("data.py", "--videos", "clips", "--out", tmp_path / "out", *FLAGS, *flags, cwd=toy)
     assert says in message and stamps(tmp_path / "out") == before
     assert (tmp_path / "out/report.jsonl").read_text() == "the earlier run's"
+
+
+def test_the_factor_of_a_set_is_that_of_the_clips_that_were_there_first(toy, tmp_path):
+    rows = [row for row in table(toy) if isinstance(row["poses"], dict)]
+    far = json.loads(json.dumps(rows[1]))
+    far["poses"]["c2w"] = [[[*line[:3], 5 * line[3]] for line in pose[:3]] + pose[3:] for pose in far["poses"]["c2w"]]
+    again(toy, tmp_path / "out", rows[:1], "--scale", "set")
+    first = open_latents(tmp_path / "out").meta["factor"]
+    grow(toy, tmp_path / "out", [far], "--scale", "set")  # alone it would be a fifth of that
+    assert open_latents(tmp_path / "out").meta["factor"] == first and first == pytest.approx(1, abs=1e-3)
+
+
+def test_the_toy_world_does_not_replace_own_videos(toy):
+    before = stamps(toy / "data/videos")
+    assert "holds videos of your own" in refusal("data.py", "--count", "2", "--out", "data/videos", cwd=toy)
+    assert stamps(toy / "data/videos") == before
+
+
+def test_clips_whose_motion_is_unusual_are_dropped(toy, tmp_path, monkeypatch):
+    """One clip has the camera of another; with --keep uncertain it stays, and says how far off it is all the same."""
+    import data as module
+    monkeypatch.setattr("runpy.run_path", lambda *_, **__: module.main(module.parse_args()))
+    monkeypatch.setattr(module, "uncertainties", lambda pairs: {n: (99.0 if n == 2 else 3.0, 5.0) for n, *_ in pairs})
+    for keep in False, True:
+        again(toy, tmp_path / str(keep), None, *(["--keep", *DOUBTFUL] if keep else []))
+        found = [json.loads(line) for line in (tmp_path / f"{keep}/report.jsonl").read_text().splitlines()]
+        assert [row["uncertainty"] for row in found[:4]] == [3, 3, 99, 3] and "uncertain" in found[2]["reasons"]
+        assert [row["kept"] for row in found[:4]] == [True, True, keep, True]
 
 
 def grow(toy, out, rows, *flags):
@@ -547,10 +575,10 @@ def test_a_clip_that_cannot_be_encoded_costs_itself_alone(toy, tmp_path, monkeyp
     real, rows = module.read_frames, table(toy)
     spoilt = rows[2]["file"]
 
-    def read(path, file, *others):
-        if path.name == spoilt and "matches" in file:  # what was seen of it: it is to be encoded
+    def read(path, survey, *others):
+        if path.name == spoilt and "matches" in survey:  # it was looked at: it is to be encoded
             raise ValueError("damaged while nobody looked")
-        return real(path, file, *others)
+        return real(path, survey, *others)
 
     monkeypatch.setattr("runpy.run_path", lambda *_, **__: module.main(module.parse_args()))
     monkeypatch.setattr(module, "read_frames", read)
@@ -646,7 +674,7 @@ def test_rows_of_a_long_video_are_sought_and_it_is_counted_once(tmp_path, monkey
     for start in (0, 1, 39, 40, 41, 123, 279, 383):
         survey = survey_clip(path, start, wanted)
         assert survey["frames"] == 400 and survey["fps"] == 50 and survey["indices"] == [*range(start, start + 17, 2)]
-        found = read_frames(path, survey, survey["indices"], [32, 32]).float().mean((1, 2, 3))
+        found = read_frames(path, survey, [32, 32]).float().mean((1, 2, 3))
         torch.testing.assert_close(found, torch.tensor([*map(brightness, survey["indices"])]).float(), atol=3, rtol=0)
     assert sum("framecrc" in command for command in runs) == 1
     assert sum(command.count("-ss") for command in runs) == (28 if suffix != ".avi" else 0)
@@ -663,7 +691,7 @@ def test_a_video_that_does_not_keep_its_pace_is_read_by_its_times(tmp_path):
     survey = survey_clip(path, 20, wanted)
     assert survey["indices"] == [20, 22, 24, 26, 28, 30, 31, 32, 33]
     assert survey["moments"] == [pytest.approx(moments[n] / 1000, abs=1e-4) for n in survey["indices"]]
-    found = read_frames(path, survey, survey["indices"], [32, 32]).float().mean((1, 2, 3))
+    found = read_frames(path, survey, [32, 32]).float().mean((1, 2, 3))
     torch.testing.assert_close(found, torch.tensor([*map(brightness, survey["indices"])]).float(), atol=3, rtol=0)
     poses = Poses(torch.eye(4, dtype=torch.float64).repeat(18, 1, 1), seconds=[0.1 * n for n in range(18)])
     shown = dict(zip(survey["indices"], survey["moments"]))
