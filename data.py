@@ -2390,12 +2390,14 @@ def survey_file(path: Path, stamp: int) -> VideoFile | str:
         return f"{error}, of {len(times)} frames" if times else str(error)
     if len(times) > 1 and times[-1] <= times[0]:
         return "damaged: all its frames have one time stamp"
+
+    def steady(fps: float) -> bool:
+        return all(abs((t - times[0]) * fps - n) < 0.25 for n, t in enumerate(times))
+
     (width, height), fps = about["size"], about["fps"]
-    for fps in (fps, (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else fps):  # the header's is rounded
-        steady = all(abs((t - times[0]) * fps - n) < 0.25 for n, t in enumerate(times))
-        if steady:
-            break
-    return VideoFile(height, width, fps, times, steady)
+    if not steady(fps):  # the header's is rounded, or an average
+        fps = (len(times) - 1) / (times[-1] - times[0])
+    return VideoFile(height, width, fps, times, steady(fps))
 
 
 SEEKABLE = {".mp4", ".m4v", ".mov", ".mkv", ".webm"}  # they say where each frame is
