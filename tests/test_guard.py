@@ -25,10 +25,10 @@ from conftest import SCRIPTS, STAGES, call
 from data import K_SQUARE, Batch, find_duplicates, get_batch, intrinsics, load_encoder, open_latents, parse_trajectory
 from distill_cd import consistency_loss
 from distill_ode import integrate, ode_loss
-from helpers import CPU, GENERATED, hy_inputs, make_batch, make_net, random_hy_dit
+from helpers import CPU, GENERATED, fitted_vae, hy_inputs, make_batch, make_net, random_hy_dit
 from model import (
-    PRESETS, Camera, HYDiT, KVCache, WanDiT, add_noise, build, build_vae, load_checkpoint, noise_levels, prefill,
-    rollout, save_checkpoint, update_cache,
+    PRESETS, Camera, HYDiT, KVCache, WanDiT, add_noise, build, load_checkpoint, noise_levels, prefill, rollout,
+    save_checkpoint, update_cache,
 )
 from stream import TOY_PROMPT, Player, stream
 from train_ar import teacher_forcing_loss
@@ -682,9 +682,8 @@ def test_a_batch_has_the_labels_of_its_paths(chain, tmp_path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_stream_has_the_labels_of_its_path(path):
-    net, vae = random_hy_dit(**vars(replace(PRESETS["tiny-hy"].dit, action=True))), build_vae("tiny-hy")
-    vae.init_weights()
-    player = Player(net, vae, load_encoder("tiny-hy", None, CPU), META | {"sampling_steps": 1})
+    net = random_hy_dit(**vars(replace(PRESETS["tiny-hy"].dit, action=True)))
+    player = Player(net, fitted_vae("tiny-hy"), load_encoder("tiny-hy", None, CPU), META | {"sampling_steps": 1})
     told = labels_told(net)
     camera = Camera(parse_trajectory(path)[None], intrinsics(K_SQUARE).expand(1, 4, 3, 3))
     assert len([*stream(player, [TOY_PROMPT], camera, [0])]) == 2
@@ -713,7 +712,7 @@ def test_the_older_state_goes_when_the_newer_is_complete(world, tmp_path, monkey
 
 def test_only_the_real_score_tells_its_text_the_time(world, tmp_path):
     """A quirk of released networks: that of the frozen score, not of the one that is trained, nor of the generator."""
-    call("data.py", "--preset", "tiny-hy", "--count", "2", "--frames", "4", "--vae-steps", "1", cwd=tmp_path)
+    call("data.py", "--preset", "tiny-hy", "--count", "2", "--frames", "4", "--size", "32", cwd=tmp_path)
     about = open_latents(tmp_path / "data/toy").meta
     for n, stage in enumerate(("ode", "camera")):
         meta = load_checkpoint(world / f"ckpt/{stage}.pt")[1] | {"preset": "tiny-hy", "timed_text": stage == "camera"}

@@ -134,7 +134,7 @@ def test_training_on_ode_pairs_gives_the_frames_that_their_teacher_was_given(pai
 def second(tmp_path_factory):
     """The folder of a shorter chain of the second backbone, one step a stage."""
     folder = tmp_path_factory.mktemp("second")
-    call("data.py", "--preset", "tiny-hy", "--count", "4", "--frames", "4", "--vae-steps", "1", cwd=folder)
+    call("data.py", "--preset", "tiny-hy", "--count", "4", "--frames", "4", "--size", "32", cwd=folder)
     for stage in SCRIPTS:
         if stage == "ode":
             flags = ("--preset", "tiny-hy", "--generate", "--pairs-count", "2", "--batch-size", "2")
