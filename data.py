@@ -582,7 +582,7 @@ def mix(*numbers: int) -> int:
 
 @lru_cache(maxsize=8)
 def shuffled(count: int, weights: tuple[float, ...], seed: int, epoch: int) -> list[int]:
-    """The order of an epoch: each of `count` rows once or, where they have weights, as often as those say, within one."""
+    """The order of an epoch: each of `count` rows once or, where they have weights, as often as those say."""
     rng = torch.Generator().manual_seed(mix(seed, 1, epoch))
     turns = torch.randperm(count, generator=rng)
     if weights:  # a row has its share of a line as long as the epoch, whose turns are a step of 1 apart
@@ -3504,12 +3504,12 @@ def draw_row(vae: Any, row: dict[str, Tensor], height: int, device: torch.device
     return rearrange([*paths, *pictures], "t c h w -> c t h w")
 
 
-def inspect(folder: Path) -> None:
+def inspect(folder: Path, vae: Path | None) -> None:
     """Contact sheets of up to 24 rows, evenly spaced, beside the shards: a path from above and from the side, then
     every fourth frame."""
     data = open_latents(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae = load_vae(find_vae(data), device, data.meta["vae_fingerprint"])
+    vae = load_vae(find_vae(data, vae), device, data.meta["vae_fingerprint"])
     prompts = json.loads(data.prompts.metadata()["prompts"])
     total = len(data.rows)
     print(f"{folder}: {total} rows, {data.meta}")
@@ -3625,8 +3625,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=HelpFormatter,
         epilog=f"--table: {TABLE}\n\nreport.jsonl has a line for every clip; why one may be dropped:\n{reasons}")
     p.add_argument("--out", type=Path, help="latents folder to write; default data/toy, or data/videos with --videos")
-    p.add_argument("--vae", type=Path, default=Path("ckpt/vae.pt"),
-                   help="checkpoint of the VAE; the toy world's is trained if there is none")
+    p.add_argument("--vae", type=Path, help="checkpoint of the VAE, default ckpt/vae.pt, or with --inspect what made "
+                   "the latents; the toy world's is trained if there is none")
     p.add_argument("--frames", type=positive, default=8,
                    help="latent frames per video, which are 1 + 4 (frames - 1) pixel frames")
     p.add_argument("--size", type=pixels, default="32",
@@ -3639,6 +3639,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.out is None:
         args.out = Path("data/videos" if args.videos else "data/toy")
+    if args.vae is None and not args.inspect:
+        args.vae = Path("ckpt/vae.pt")
     if args.vae_lr is None:
         args.vae_lr = VAE_LR[args.preset]
     if args.image_share is None:
@@ -3666,7 +3668,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     if args.inspect:
-        inspect(args.inspect)
+        inspect(args.inspect, args.vae)
     elif args.videos and args.dry_run:
         dry_run(args)
     elif args.videos:

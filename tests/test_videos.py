@@ -231,6 +231,13 @@ def test_contact_sheets_show_the_path_beside_the_frames(toy, capsys):
     assert lines[2].startswith("row 0: ") and lines[2].endswith(prompts[0]) and "step 0.08 units" in lines[2]
 
 
+def test_inspect_takes_the_vae_that_is_named(toy, tmp_path):
+    shutil.copytree(toy / "data/videos", tmp_path / "videos")
+    assert "vae.pt" in refusal("data.py", "--inspect", "videos", cwd=tmp_path)
+    call("data.py", "--inspect", "videos", "--vae", toy / "ckpt/vae.pt", cwd=tmp_path)
+    assert (tmp_path / "videos/inspect-0.png").exists()
+
+
 # -------------------------------------------------------------------------------------------------------- What is wrong
 
 
