@@ -506,6 +506,7 @@ class Latents(NamedTuple):
     shards: list  # of safetensors' files
     starts: list[int]  # first row of each shard, and the total
     rows: list[int]  # those that count: what was dropped from a folder stays in its shard
+    weights: tuple[float, ...]  # how often each of them is drawn, beside others; () where all are alike
     prompts: Any  # safetensors' file of the encoded prompts
     ends: dict[str, list[int]]  # of each prompt in it
     meta: dict  # preset, size, fps, frames, K, vae, vae_fingerprint as in Meta; prompt_length, and how it was made
@@ -525,19 +526,22 @@ def open_latents(folder: str | Path, preset: str | None = None) -> Latents:
         raise ValueError(f"{folder}: a file is truncated or not safetensors ({error})") from None
     about = prompts.metadata() or {}
     table, dropped = json.loads(about.get("prompts", "[]")), json.loads(about.get("dropped", "{}"))
+    weight_of = json.loads(about.get("weights", "{}"))  # of clips, where it is not 1
     mark, by_id = prompts_mark(table), dict(enumerate(table))
-    starts, counting = [0], []
+    starts, counting, weights = [0], [], []
     for file, shard in zip(files, shards, strict=True):
         missing = {"latents", "viewmats", "Ks", "prompt_ids"} - set(shard.keys())
         if missing or "meta" not in (shard.metadata() or {}):
             raise ValueError(f"{file}: not a shard of latents, it holds {sorted(shard.keys())[:5]}")
-        captions = [clip[2] for clip in json.loads(shard.metadata().get("clips", "[]"))]  # of videos, row by row
+        clips = json.loads(shard.metadata().get("clips", "[]"))  # of videos, row by row
+        captions = [caption for _, _, caption, *_ in clips]
         rows = [by_id.get(i) for i in shard.get_tensor("prompt_ids").tolist()] if captions else []
         if captions != rows or json.loads(shard.metadata()["meta"]).get("prompts", mark) != mark:
             raise ValueError(f"{file}: a shard of another folder, made for other prompts than {folder} has")
         count = shard.get_slice("prompt_ids").get_shape()[0]
         gone = {*dropped.get(file.name, [])}
         counting += [starts[-1] + row for row in range(count) if row not in gone]
+        weights += [weight_of.get(clip_key(*clip[:2]), 1.0) for row, clip in enumerate(clips) if row not in gone]
         starts.append(starts[-1] + count)
     if preset:
         net, dit = PRESETS[preset].net, PRESETS[preset].dit
@@ -555,7 +559,7 @@ def open_latents(folder: str | Path, preset: str | None = None) -> Latents:
     if not counting:
         raise ValueError(f"{folder}: all of its rows were dropped")
     meta = json.loads(shards[0].metadata()["meta"]) | json.loads(about.get("meta", "{}"))  # of a shard, of the folder
-    return Latents(folder, shards, starts, counting, prompts, ends, meta)
+    return Latents(folder, shards, starts, counting, tuple(weights) if weight_of else (), prompts, ends, meta)
 
 
 def check_data(data: Latents, source: Meta, path: Path) -> Meta:
@@ -586,9 +590,14 @@ def mix(*numbers: int) -> int:
 
 
 @lru_cache(maxsize=8)
-def shuffled(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of an epoch."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, 1, epoch))).tolist()
+def shuffled(count: int, weights: tuple[float, ...], seed: int, epoch: int) -> list[int]:
+    """The order of an epoch: each of `count` rows once or, where they have weights, as often as those say."""
+    rng = torch.Generator().manual_seed(mix(seed, 1, epoch))
+    turns = torch.randperm(count, generator=rng)
+    if weights:  # a row has its share of a line as long as the epoch, whose turns are a step of 1 apart
+        ends = torch.tensor(weights, dtype=torch.float64).cumsum(0)
+        turns = torch.searchsorted(ends * count / ends[-1], turns + torch.rand(1, generator=rng, dtype=torch.float64))
+    return turns.clamp_max(count - 1).tolist()
 
 
 def read_row(data: Latents, row: int) -> dict[str, Tensor]:
@@ -596,6 +605,11 @@ def read_row(data: Latents, row: int) -> dict[str, Tensor]:
     n = bisect_right(data.starts, row) - 1
     shard = data.shards[n]
     return {name: shard.get_slice(name)[row - data.starts[n]] for name in shard.keys()}
+
+
+def clip_key(file: str, start: int) -> str:
+    """What a clip of a video is called where more is said of it."""
+    return json.dumps([file, start])
 
 
 def read_embeds(data: Latents, i: int) -> dict[str, Tensor]:
@@ -630,7 +644,7 @@ def get_batch(data: Latents, seed: int, step: int, part: tuple[int, int], size: 
     ids, rng = [], []
     for slot in range(n * size, (n + 1) * size):
         epoch, position = divmod(step * parts * size + slot, total)
-        ids.append(data.rows[shuffled(total, seed, epoch)[position]])
+        ids.append(data.rows[shuffled(total, data.weights, seed, epoch)[position]])
         rng.append(torch.Generator().manual_seed(mix(seed, 2, step, slot)))
     rows = [read_row(data, row) for row in ids]
     for row, sample in zip(ids, rows, strict=True):
@@ -2133,13 +2147,15 @@ TABLE = f"""a table of the videos, .jsonl, .json (a list of objects) or .csv, wi
             interpolated, and only the frames that are used need any.
   K         optional: fx/W fy/H cx/W cy/H of the video, instead of what the poses' file says
   start     optional: the first frame to use, so that a long video can stand in several rows
-  pose_fps  optional: how many poses there are a second, from the first frame on"""
+  pose_fps  optional: how many poses there are a second, from the first frame on
+  weight    optional: 0.5 is to train on it half as often as on others, 2 twice as often"""
 UNUSABLE = {  # why a clip can never be used: what it means
     "unlisted": "no row of the table names it",
     "video": "missing, damaged, too short, or of too few frames a second",
     "caption": "empty, or more than the text encoder reads",
     "poses": "missing, unreadable, not rigid, or not as many as frames",
     "intrinsics": "missing, or out of range",
+    "weight": "not a number above 0",
 }
 DOUBTFUL = {  # why a clip is dropped unless --keep names the reason
     "small": "smaller than --size: it would be enlarged",
@@ -2165,6 +2181,7 @@ class Clip(NamedTuple):
     poses: str | dict
     K: str | list | None
     pose_fps: str | float | None = None
+    weight: str | float | None = None
 
 
 class ClipFormat(NamedTuple):
@@ -2213,7 +2230,8 @@ def read_table(path: Path) -> list[Clip]:
         if not start.isdecimal():
             raise ValueError(f"{path}: row {n} starts at {start!r}, expected the number of a frame")
         caption = str(row.get("caption") or "").strip()
-        clips.append(Clip(str(row["file"]), int(start), caption, row["poses"], row.get("K"), row.get("pose_fps")))
+        clips.append(Clip(str(row["file"]), int(start), caption, row["poses"], row.get("K"), row.get("pose_fps"),
+                          row.get("weight")))
     return clips
 
 
@@ -2224,6 +2242,15 @@ def with_caption(clip: Clip, folder: Path) -> Clip:
         if not clip.caption and beside.is_file() and Path(str(clip.poses)).name != beside.name:
             return clip._replace(caption=" ".join(read_text(beside).split()))
     return clip
+
+
+def checked_weight(clip: Clip) -> float:
+    """How often it is to be trained on, 1 if nothing is said."""
+    if clip.weight in (None, ""):
+        return 1.0
+    if not 0 < float(clip.weight) < math.inf:
+        raise ValueError(f"{clip.weight}: expected a number above 0")
+    return float(clip.weight)
 
 
 def clip_number(clip: Clip) -> int:
@@ -2728,6 +2755,7 @@ class Track(NamedTuple):
     K: Tensor  # [t 4] fp64, of the frames as they are cut
     Ks: Tensor  # [f 3 3] fp32, the same per latent frame
     lens: tuple[list[float], tuple[float, ...]] | None  # K and distortion of the file's pictures, if it shows
+    weight: float  # how often to train on it
     as_stored: Tensor  # [t 4 4] fp64, viewmats before they were re-based
     interpolated: int  # of the t poses
     measured: bool  # False: in units that mean nothing
@@ -2802,8 +2830,10 @@ def clip_track(clip: Clip, survey: dict, bad_captions: dict[str, str], args: arg
         lens = (own, poses.lens) if poses.lens and corner_shift(own, poses.lens, args.size) >= 1 else None
         K = crop_intrinsics(K, height, width, args.size)
         Ks = torch.stack([intrinsics(k) for k in K[::4].tolist()])
+    with unusable("weight"):
+        weight = checked_weight(clip)
     rebased, as_stored = viewmats @ invert_se3(viewmats[:1]), viewmats @ poses.origin
-    return Track(rebased, K, Ks, lens, as_stored, interpolated, poses.measured)
+    return Track(rebased, K, Ks, lens, weight, as_stored, interpolated, poses.measured)
 
 
 def translation_factors(tracks: dict[int, Track], scale: str | float | None) -> dict[int, float]:
@@ -2978,7 +3008,7 @@ def judge(clips: list[Clip], surveys: list[dict], bad_captions: dict[str, str],
         path = cameras[n].viewmats
         report[n]["reading"] = best_reading(costs, args.size[0])
         report[n] |= {"class": action_class(path), "path": pose_string(path), "scale": scale,
-                      "interpolated": tracks[n].interpolated}
+                      "interpolated": tracks[n].interpolated, "weight": tracks[n].weight}
 
     # beside the others: only clips that are sound so far tell what is usual, or can make another superfluous
     pairs = []
@@ -2993,6 +3023,7 @@ def judge(clips: list[Clip], surveys: list[dict], bad_captions: dict[str, str],
         if far > max(UNCERTAIN, anyway):
             report[n]["reasons"]["uncertain"] = (f"how its pictures move is {far:.0f} from what is usual for its "
                                                  f"cameras and {anyway:.0f} from what is for any; 3 are usual")
+            report[n]["weight"] *= UNCERTAIN / far  # where it is kept
     sound = [n for n, row in enumerate(report) if is_sound(row, *args.keep)]
     for i, j in find_duplicates([surveys[n]["hash"] for n in sound]).items():
         earlier = clips[sound[j]]
@@ -3277,7 +3308,7 @@ def encode_shard(run: Run, plan: ShardPlan, prompt_ids: dict[str, int],
             if not z.isfinite().all():
                 raise ValueError("its latents hold NaN or inf")
         except ValueError as error:
-            failed[json.dumps([clip.file, clip.start])] = str(error)
+            failed[clip_key(clip.file, clip.start)] = str(error)
             continue
         latents.append(z)
         good.append(row)
@@ -3380,10 +3411,13 @@ def make_from_videos(args: argparse.Namespace) -> None:
     # 3. encode
     about = {"meta": json.dumps(describe_folder(scale, run.clips[kept[0]].caption, [cameras[n] for n in kept]))}
     about |= {"dropped": json.dumps(dropped)} if dropped else {}
+    weights = {clip_key(row["file"], row["start"]): row["weight"] for row in map(report.__getitem__, kept)
+               if row["weight"] != 1}
+    about |= {"weights": json.dumps(weights)} if weights else {}
     failed = encode(run, plans, number_captions(shards, plans, run.negative), meta, about)
     if run.rank == 0:
         for row in report:
-            if wrong := failed.get(json.dumps([row["file"], row["start"]])):
+            if wrong := failed.get(clip_key(row["file"], row["start"])):
                 row["kept"], row["reasons"] = False, row["reasons"] | {"video": wrong}
                 print(f"{row['file']} from {row['start']}: could not be encoded ({wrong})")
         if failed:
@@ -3444,12 +3478,12 @@ def draw_row(vae: Any, row: dict[str, Tensor], height: int, device: torch.device
     return rearrange([*paths, *pictures], "t c h w -> c t h w")
 
 
-def inspect(folder: Path) -> None:
+def inspect(folder: Path, vae: Path | None) -> None:
     """Contact sheets of up to 24 rows, evenly spaced, beside the shards: a path from above and from the side, then
     every fourth frame."""
     data = open_latents(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae = load_vae(find_vae(data), device, data.meta["vae_fingerprint"])
+    vae = load_vae(find_vae(data, vae), device, data.meta["vae_fingerprint"])
     prompts = json.loads(data.prompts.metadata()["prompts"])
     total = len(data.rows)
     print(f"{folder}: {total} rows, {data.meta}")
@@ -3559,8 +3593,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=HelpFormatter,
         epilog=f"--table: {TABLE}\n\nreport.jsonl has a line for every clip; why one may be dropped:\n{reasons}")
     p.add_argument("--out", type=Path, help="latents folder to write; default data/toy, or data/videos with --videos")
-    p.add_argument("--vae", type=Path, default=Path("ckpt/vae.pt"),
-                   help="checkpoint of the VAE; the toy world's is trained if there is none")
+    p.add_argument("--vae", type=Path, help="checkpoint of the VAE, default ckpt/vae.pt, or with --inspect what made "
+                   "the latents; the toy world's is fitted if there is none")
     p.add_argument("--frames", type=positive, default=8,
                    help="latent frames per video, which are 1 + 4 (frames - 1) pixel frames")
     p.add_argument("--size", type=pixels, default="64",
@@ -3573,6 +3607,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.out is None:
         args.out = Path("data/videos" if args.videos else "data/toy")
+    if args.vae is None and not args.inspect:
+        args.vae = Path("ckpt/vae.pt")
     if args.image_share is None:
         args.image_share = 1.0 if args.videos else 0.25
     if args.keep is None:
@@ -3598,7 +3634,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     if args.inspect:
-        inspect(args.inspect)
+        inspect(args.inspect, args.vae)
     elif args.videos and args.dry_run:
         dry_run(args)
     elif args.videos:

@@ -518,6 +518,19 @@ def test_epochs_are_shuffled_anew_also_in_the_middle_of_a_step(folder):
     assert sorted(ids[:12]) == sorted(ids[12:]) == list(range(12)) and ids[:12] != ids[12:]
 
 
+def test_a_row_is_drawn_as_often_as_its_weight_says(folder):
+    data, weights = open_latents(folder), (1.0, 0.5, 2, 1, 1, 1, 1, 0.25, 1, 1, 1, 1.25)  # twelve of twelve, together
+    weighted = data._replace(weights=weights)
+    epochs = [[i for step in range(3) for i in get_batch(weighted, 0, 3 * n + step, (0, 1), 4, CPU).ids]
+              for n in range(200)]
+    for row, weight in enumerate(weights):
+        counts = [epoch.count(row) for epoch in epochs]
+        assert math.floor(weight) <= min(counts) and max(counts) <= math.ceil(weight)
+        assert sum(counts) / 200 == pytest.approx(weight, abs=0.1)
+    alike, ids = data._replace(weights=(0.3,) * 12), [get_batch(data, 0, step, (0, 1), 4, CPU).ids for step in range(6)]
+    assert [get_batch(alike, 0, step, (0, 1), 4, CPU).ids for step in range(6)] == ids
+
+
 def test_how_a_step_is_split_does_not_change_it(folder):
     # part = rank + world_size * micro: one process with two micro-batches, two ranks with one, or all at once
     data, whole = open_latents(folder), get_batch(open_latents(folder), 0, 7, (0, 1), 4, CPU)

@@ -225,6 +225,13 @@ def test_contact_sheets_show_the_path_beside_the_frames(toy, capsys):
     assert lines[2].startswith("row 0: ") and lines[2].endswith(prompts[0]) and "step 0.08 units" in lines[2]
 
 
+def test_inspect_takes_the_vae_that_is_named(toy, tmp_path):
+    shutil.copytree(toy / "data/videos", tmp_path / "videos")
+    assert "vae.pt" in refusal("data.py", "--inspect", "videos", cwd=tmp_path)
+    call("data.py", "--inspect", "videos", "--vae", toy / "ckpt/vae.pt", cwd=tmp_path)
+    assert (tmp_path / "videos/inspect-0.png").exists()
+
+
 # -------------------------------------------------------------------------------------------------------- What is wrong
 
 
@@ -480,6 +487,25 @@ def test_clips_whose_motion_is_unusual_are_dropped(toy, tmp_path, monkeypatch):
         found = [json.loads(line) for line in (tmp_path / f"{keep}/report.jsonl").read_text().splitlines()]
         assert [row["uncertainty"] for row in found[:4]] == [3, 3, 99, 3] and "uncertain" in found[2]["reasons"]
         assert [row["kept"] for row in found[:4]] == [True, True, keep, True]
+        data = open_latents(tmp_path / str(keep))
+        rarely = pytest.approx(module.UNCERTAIN / 99)  # it is kept, and seen less
+        assert list(data.weights) == ([1, 1, rarely, *[1] * (COUNT - 3)] if keep else [])
+
+
+def test_a_clip_is_trained_on_as_often_as_its_row_says(toy, tmp_path):
+    """What is said later counts, without anything being encoded again; what cannot be costs the clip alone."""
+    rows = [json.loads(line) for line in (toy / "clips/table.jsonl").read_text().splitlines()]
+    again(toy, tmp_path / "out", rows)
+    assert open_latents(tmp_path / "out").weights == ()
+    rows[1]["weight"], rows[2]["weight"], rows[4]["weight"] = 0.5, "3", ""
+    made, data = grow(toy, tmp_path / "out", rows)
+    assert made == set() and data.weights == (1, 0.5, 3, *[1] * (COUNT - 3))
+    for n, bad in enumerate((0, -1, "often", float("inf"), [1])):
+        rows[n + 5]["weight"] = bad
+    _, data = grow(toy, tmp_path / "out", rows)
+    assert data.weights == (1, 0.5, 3, *[1] * (COUNT - 8)) and len(data.rows) == COUNT - 5
+    found = [json.loads(line) for line in (tmp_path / "out/report.jsonl").read_text().splitlines()]
+    assert [[*row["reasons"]] for row in found[5:10]] == [["weight"]] * 5
 
 
 def grow(toy, out, rows, *flags):
