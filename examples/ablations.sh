@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Claims of the field on the toy world, each as one command with its table. Under an hour each on two cores.
+#
+#   examples/ablations.sh filter [--steps 1000]     a tenth of the clips have the poses of others: are they found, and
+#                                                   what do they cost a camera that is trained on them?
+#
+# Flags after the name go to the training script. What is made stays in data/ablations, where a second run finds it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+name=$1 flags=("${@:2}") out=data/ablations/$1
+mkdir -p "$out"
+
+score() {  # a checkpoint -> its cells
+    python stream.py --score --scenes 64 --ckpt "$1" --vae ckpt/tiny/vae.pt --out "${1%.pt}.mp4" | tail -n 1 | python -c '
+import json, sys
+z = json.loads(sys.stdin.read())
+names = ("psnr", "counterfactual_accuracy", "rot_err_deg", "trans_err")
+print(" | ".join("{:.3g} ± {:.2g}".format(z[name], z[name + "_standard_error"]) for name in names))
+'
+}
+
+filter() {
+    if [ ! -e "$out/wrong.jsonl" ]; then
+        python - "$out" << 'END'
+import json, sys
+from pathlib import Path
+import imageio.v3 as imageio
+import torch
+from tqdm import tqdm
+from data import FPS, K_SQUARE, Scene, intrinsics, parse_trajectory, render, sample_toy, to_bytes
+
+out, count = Path(sys.argv[1]), 1024
+(out / "clips").mkdir(exist_ok=True)
+prompts, paths, scene = sample_toy(count, seed=7, steps=7, held=False)
+for n in tqdm(range(count), "render"):
+    room = Scene(*(z[n : n + 1] for z in scene))
+    video = to_bytes(render(room, parse_trajectory(paths[n])[None], intrinsics(K_SQUARE), 64))[0]
+    imageio.imwrite(out / f"clips/{n:04d}.mp4", video.permute(1, 2, 3, 0).numpy(), fps=FPS, macro_block_size=2,
+                    output_params=["-crf", "12"])
+rows = [{"file": f"{n:04d}.mp4", "caption": prompts[n], "poses": paths[n], "K": K_SQUARE} for n in range(count)]
+some = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: count // 10].tolist()
+exchanged = {n: paths[other] for n, other in zip(some, some[1:] + some[:1], strict=True)}
+for name, poses in ("right", {}), ("wrong", exchanged):
+    lines = [json.dumps(row | {"poses": poses.get(n, row["poses"])}) for n, row in enumerate(rows)]
+    (out / f"{name}.jsonl").write_text("\n".join(lines))
+END
+    fi
+    keep=(--keep $(python -c 'from data import DOUBTFUL; print(*DOUBTFUL)'))
+    echo "| clips | of 102 wrong ones, of 922 right ones left out | psnr | control | rotation, degrees | translation |"
+    echo "|---|---|---|---|---|---|"
+    for arm in "right, all kept" "wrong, all kept" "wrong, doubted ones dropped" "wrong, uncertain ones seen less"; do
+        table=$out/${arm%%,*}.jsonl folder=$out/${arm// /-}
+        case $arm in
+            *"all kept") which=("${keep[@]}") ;;
+            *less) which=(--keep uncertain) ;;
+            *) which=() ;;
+        esac
+        mkdir -p "$folder"
+        cp -n "$out"/*/survey-*.jsonl "$folder" 2> /dev/null || true  # what was seen of the clips is the same for all
+        python data.py --videos "$out/clips" --table "$table" --out "$folder" --vae ckpt/tiny/vae.pt "${which[@]}" >&2
+        python train_camera.py --data "$folder" --init ckpt/tiny/base.pt --vae ckpt/tiny/vae.pt --out "$folder.pt" \
+            "${flags[@]}" >&2
+        left=$(python - "$out" "$folder" << 'END'
+import json, sys
+from pathlib import Path
+right, wrong, report = ([json.loads(line) for line in Path(path).read_text().splitlines()] for path in (
+    f"{sys.argv[1]}/right.jsonl", f"{sys.argv[1]}/wrong.jsonl", f"{sys.argv[2]}/report.jsonl"))
+moved = [a["poses"] != b["poses"] for a, b in zip(right, wrong, strict=True)]
+gone = [sum(not row["kept"] for row, was in zip(report, moved, strict=True) if was == which) for which in (True, False)]
+print("{}, {}".format(*gone))
+END
+        )
+        echo "| $arm | $left | $(score "$folder.pt") |"
+    done
+}
+
+"$name"
