@@ -5,6 +5,7 @@
 #   examples/bench.sh run wan-1.3b 8                the same, and measured on the GPUs of this machine
 #   examples/bench.sh walk --window 8 --sink 1      the shipped students along 1, 10 and 50 times the trained length
 #   examples/bench.sh prices --scenes 32            them with fewer steps, windows, compiled: frames/s, and what it costs
+#   examples/bench.sh videos wan-1.3b               own videos of 480x832: frames/s looked at, and encoded
 #
 # Flags after the number go to every stage. A row: preset, stage, GPUs, flags, card, GB on each, TFLOP and seconds a step
 # (for a plan, at the card's limit), and the share of the rate of a large matmul that was reached.
@@ -38,6 +39,49 @@ print("|", " | ".join([*sys.argv[1:], *("{:.3g}".format(z[name]) for name in nam
 ' "$world" "\`$flags\`"
         done
     done
+    exit
+fi
+
+if [ "$1" = videos ]; then  # a row: preset, frames/s looked at by a process, TFLOP a frame to encode, and frames/s here
+    python - "$2" << 'END'
+import contextlib, io, json, subprocess, sys, tempfile, time
+from pathlib import Path
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from data import find_ffmpeg, main, parse_args
+from model import CARDS, build_vae, card_name
+
+preset, clips = sys.argv[1], 16
+with tempfile.TemporaryDirectory() as folder:
+    for n in range(clips):  # five seconds each; no two alike
+        subprocess.run([find_ffmpeg(), "-v", "error", "-ss", str(5 * n), "-f", "lavfi", "-i", "testsrc2=s=832x480:r=16",
+                        "-frames:v", "77", f"{folder}/{n}.mp4"], check=True)
+    rows = [{"file": f"{n}.mp4", "caption": "a test picture", "poses": "w*19"} for n in range(clips)]
+    Path(folder, "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = f"--videos {folder} --out {folder}/out --dry-run --frames 20 --size 480x832 --K 0.5 0.9 0.5 0.5"
+    start = time.time()
+    with contextlib.redirect_stdout(io.StringIO()):
+        main(parse_args(flags.split()))
+    looked = 77 * clips / (time.time() - start)
+
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as flops:  # after the first: as in a long video
+    vae = build_vae(preset)
+    _, feat_cache = vae.encode(torch.empty(1, 3, 1, 480, 832))
+    before = flops.get_total_flops()
+    vae.encode(torch.empty(1, 3, 4, 480, 832), feat_cache)
+tflop = (flops.get_total_flops() - before) / 4 / 1e12
+vae = build_vae(preset).to(device).eval()
+with torch.no_grad():
+    _, feat_cache = vae.encode(torch.zeros(1, 3, 1, 480, 832, device=device))
+    for n in range(2):  # the second is warm
+        start = time.time()
+        z, feat_cache = vae.encode(torch.zeros(1, 3, 4, 480, 832, device=device), feat_cache)
+        z.cpu()
+encoded = 4 / (time.time() - start)
+limit = CARDS["H100"][0] / 2 / (tflop * 1e12)  # fp32 convolutions run at half the rate (TF32)
+print("|", " | ".join([preset, f"{looked:.0f}", f"{tflop:.2f}", f"{encoded:.2g} ({card_name()})", f"{limit:.0f}"]), "|")
+END
     exit
 fi
 

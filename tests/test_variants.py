@@ -3,18 +3,22 @@ Changes of the recipe (examples/variants): what each says it changes, and that i
 """
 import sys
 from importlib import import_module
+from typing import NamedTuple
 
 import pytest
 import torch
 
+import distill_ode
+import train_ar
 import train_dmd
 from conftest import MINIATURE, ROOT, call, refusal
 from data import Batch
 from helpers import GENERATED, hy_inputs, make_batch, make_net, meta_of, random_hy_dit
-from model import build_vae, invert_se3, load_checkpoint, rollout, save_checkpoint
+from model import build_vae, invert_se3, load_checkpoint, noise_levels, rollout, save_checkpoint, tree_map
 
 sys.path.insert(0, str(ROOT / "examples/variants"))
-sgf, long_dmd = import_module("sgf"), import_module("long_dmd")
+sgf, long_dmd, leaky_dmd, reuse_dmd = (import_module(name) for name in ("sgf", "long_dmd", "leaky_dmd", "reuse_dmd"))
+diffusion_forcing, ode_bidirectional = import_module("diffusion_forcing"), import_module("ode_bidirectional")
 
 BACKBONES = ("wan", "hy")
 META = {"chunk": 2, "shift": 3.0, "sampler": "few_step", "sampling_steps": 4, "guidance": 1.0, "camera": True,
@@ -35,6 +39,13 @@ def batch_of(backbone, generated=GENERATED):
     _, _, prompt, camera, x0 = hy_inputs(5, b=2)
     rng = [torch.Generator().manual_seed(seed) for seed in (10, 11)]
     return Batch(x0, prompt, prompt, camera, generated, rng, [0, 1], None)
+
+
+class Given(NamedTuple("Given", [*Batch.__annotations__.items(), ("chosen", torch.Tensor)])):
+    """A batch whose noise is chosen."""
+
+    def noise(self, frames=slice(None)):
+        return self.chosen[:, frames]
 
 
 def gradient(net, video, probe):
@@ -96,6 +107,111 @@ def test_a_student_whose_window_is_shorter_than_its_videos_is_refused(chain, tmp
     message = refusal("examples/variants/sgf.py", "--init", tmp_path / "short.pt", *flags, cwd=chain)
     assert str(tmp_path / "short.pt") in message and "window of 3" in message
     call("examples/variants/sgf.py", "--init", tmp_path / "long.pt", *flags, cwd=chain)
+
+
+# ----------------------------------------------------------------------------------------------------- A leaking cache
+
+
+@pytest.mark.parametrize("exit_step", (0, 2))
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_leaking_rollout_is_the_rollout(backbone, exit_step):
+    net = make(backbone)
+    plain, _ = train_dmd.self_rollout(net, batch_of(backbone), META, exit_step)
+    torch.testing.assert_close(leaky_dmd.self_rollout(net, batch_of(backbone), META, exit_step), plain, **NEAR)
+    with torch.no_grad():
+        assert not leaky_dmd.self_rollout(net, batch_of(backbone), META, exit_step).requires_grad
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_what_leaks_is_all_that_a_chunk_saw(backbone):
+    """Of one denoising step a chunk, so that nothing is cut: finite differences of the whole rollout. The exact cut is
+    blind to most of it."""
+    net, everything = make(backbone).double(), torch.ones(2, 5, dtype=torch.float64)
+    double = lambda z: z.double() if z.is_floating_point() else z
+    batch = batch_of(backbone, everything)
+    batch = batch._replace(x0=batch.x0.double(), prompt=tree_map(double, batch.prompt))
+    probe = torch.randn(batch.x0.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    probe[:, :2] = 0  # no loss of the first chunk's own
+
+    def video(how):
+        again = batch_of(backbone, everything)
+        return how(net, batch._replace(rng=again.rng), META, 0)
+
+    found = gradient(net, video(leaky_dmd.self_rollout), probe)
+    step = {name: torch.randn_like(p) * 1e-5 for name, p in net.named_parameters()}
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for name, p in net.named_parameters():
+                p += sign * step[name]
+            ends.append((video(leaky_dmd.self_rollout) * probe).sum())
+            for name, p in net.named_parameters():
+                p -= sign * step[name]
+    along = torch.cat([step[name].flatten() for name, _ in net.named_parameters()])
+    assert (found @ along).item() == pytest.approx((ends[0] - ends[1]).item() / 2, rel=1e-3)
+
+    _, passes = video(train_dmd.self_rollout)
+    cut = gradient(net, torch.cat([train_dmd.predict(net, batch, last) for last in passes], dim=1), probe)
+    assert (found - cut).norm() > 0.05 * cut.norm()
+
+
+# ------------------------------------------------------------------------------------------------- A rollout used twice
+
+
+def test_fake_score_is_first_fitted_to_what_moved_the_generator(chain, tmp_path, monkeypatch):
+    """And then to new videos: two rollouts for three losses."""
+    seen = []
+
+    def watched(name, function):
+        def watch(x, *rest):
+            seen.append((name, x.detach().clone() if name != "self_rollout" else None))
+            return function(x, *rest)
+        return watch
+
+    for name in "self_rollout", "generator_loss", "fake_score_loss":
+        monkeypatch.setattr(reuse_dmd, name, watched(name, getattr(reuse_dmd, name)))
+    flags = ["--init", "ckpt/ode.pt", "--out", str(tmp_path / "dmd.pt"), "--batch-size", "2", "--steps", "1",
+             "--fake-score-updates", "2"]
+    monkeypatch.chdir(chain)
+    try:
+        reuse_dmd.main(reuse_dmd.parse_args(flags))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert [name for name, *_ in seen] == ["self_rollout", "generator_loss", "fake_score_loss", "self_rollout",
+                                           "fake_score_loss"]
+    assert torch.equal(seen[1][1], seen[2][1]) and not torch.equal(seen[2][1], seen[4][1])
+
+
+# ----------------------------------------------------------------------------------------------------- Another past
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_diffusion_forcing_after_a_clean_past_is_teacher_forcing(backbone):
+    net, meta = make(backbone), META | {"chunk": 2}
+    for generated, same in (torch.tensor([[0.0, 0, 0, 0, 1]] * 2), True), (torch.ones(2, 5), False):
+        losses = [loss(net, batch_of(backbone, generated), meta, 0.0)
+                  for loss in (diffusion_forcing.diffusion_forcing_loss, train_ar.teacher_forcing_loss)]
+        assert torch.allclose(*losses, rtol=1e-4) == same
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_bidirectional_teachers_chunks_end_where_later_noise_has_them(backbone):
+    """A causal teacher's do not; and of both, given frames are clean in every state."""
+    net, meta, sigmas, generated = make(backbone), META, noise_levels(4, 3.0), torch.ones(2, 5)
+    generated[1, 0] = 0
+    for how, depends in (ode_bidirectional.integrate, True), (distill_ode.integrate, False):
+        ends = []
+        for change in (0.0, 1.0):
+            batch = batch_of(backbone, generated)
+            noise = batch.noise()
+            noise[:, 4] += change  # of the last chunk
+            batch = Given(*batch, noise)
+            states = how(net, batch, sigmas, meta, keep=2)
+            assert states.shape == (2, 3, *batch.x0.shape[1:]) and torch.equal(states[0, 0], noise[0])
+            assert all(torch.equal(state, batch.x0[1, 0]) for state in states[1, :, 0])
+            ends.append(states[:, -1])
+        assert ((ends[0] - ends[1])[0, :4].abs().max() > 1e-3) == depends
 
 
 # -------------------------------------------------------------------------------------------------------- Long rollouts
@@ -162,19 +278,31 @@ def test_a_rollout_shorter_than_a_video_is_refused(chain, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------- Both
 
 
-RUNS = {"sgf": (), "long_dmd": ("--rollout", "8", "--window", "4", "--sink", "1")}
+RUNS = {  # variant: its stage, what it starts from, and what makes it short
+    "sgf": ("dmd", "ode", *SHORT), "leaky_dmd": ("dmd", "ode", *SHORT), "reuse_dmd": ("dmd", "ode", *SHORT),
+    "long_dmd": ("dmd", "ode", *SHORT, "--rollout", "8", "--window", "4", "--sink", "1"),
+    "diffusion_forcing": ("ar", "camera", *MINIATURE, "--warmup", "0", "--chunk", "2", "--steps", "1"),
+    "ode_bidirectional": ("ode", "ar", *MINIATURE, "--warmup", "0", "--steps", "1"),
+}
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_variant_is_a_stage(chain, tmp_path, name):
-    """It trains, in micro-batches as at once, and what it writes streams."""
+    """It trains, and what it writes streams."""
+    stage, before, *flags = RUNS[name]
     script, weights = f"examples/variants/{name}.py", []
+    if stage == "ode":
+        flags += ["--pairs", tmp_path / "pairs"]
+        call(script, "--generate", "--pairs", tmp_path / "pairs", "--pairs-count", "4", "--batch-size", "2", cwd=chain)
     for size, accum in ((2, 1), (1, 2)):
         out = tmp_path / f"{size}.pt"
-        call(script, *SHORT, *RUNS[name], "--batch-size", size, "--accum", accum, "--seed", 3, "--out", out, cwd=chain)
-        weights.append(torch.cat([w.flatten() for w in load_checkpoint(out, "dmd")[0].values()]))
-    start = torch.cat([w.flatten() for w in load_checkpoint(chain / "ckpt/ode.pt")[0].values()])
-    assert (weights[0] - weights[1]).norm() < 0.02 * (weights[0] - start).norm()
+        call(script, *flags, "--batch-size", size, "--accum", accum, "--seed", 3, "--out", out, cwd=chain)
+        weights.append(torch.cat([w.flatten() for w in load_checkpoint(out, stage)[0].values()]))
+    start = torch.cat([w.flatten() for w in load_checkpoint(chain / f"ckpt/{before}.pt")[0].values()])
+    moved = (weights[0] - start).norm()
+    assert moved > 0
+    if stage == "dmd":  # in the others a step's mean is over frames that are not given, of each micro-batch
+        assert (weights[0] - weights[1]).norm() < 0.02 * moved
     meta = meta_of(tmp_path / "1.pt")
     assert (meta.get("window"), meta.get("sink")) == ((4, 1) if name == "long_dmd" else (None, None))
     call("stream.py", "--ckpt", tmp_path / "1.pt", "--vae", "ckpt/vae.pt", "--camera", "w*9", "--out",
@@ -184,4 +312,4 @@ def test_a_variant_is_a_stage(chain, tmp_path, name):
 @pytest.mark.parametrize("name", RUNS)
 def test_the_bill_of_a_variant(capsys, chain, name):
     call(f"examples/variants/{name}.py", "--plan", "1", cwd=chain)
-    assert '"stage": "dmd"' in capsys.readouterr().out
+    assert f'"stage": "{RUNS[name][0]}"' in capsys.readouterr().out

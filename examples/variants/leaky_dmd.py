@@ -1,0 +1,308 @@
+"""
+Stage 3, a variant: DMD through a leaking cache. Read as a diff, train_dmd.py against this.
+
+train_dmd.py cuts a self-rollout exactly: the loss of a chunk reaches its own last pass, and nothing before it. Here the
+last passes have gradient as they are made, and so has what is cached of them: the loss of a chunk also reaches the
+chunks that it saw, the keys and values that they wrote, and through their pictures their own last passes, as in a
+recurrent network that is trained through all of its steps. What changes:
+  1. self_rollout makes each chunk's last pass, and its place in the cache, with gradient: nothing is made again
+  2. the generator's loss goes backward through all of it; the rollouts of fake_score have none
+
+Memory: the last passes of a whole video, and their caches, where train_dmd.py holds one chunk's.
+
+$ PYTHONPATH=. python examples/variants/leaky_dmd.py
+$ PYTHONPATH=. torchrun --nproc_per_node 2 examples/variants/leaky_dmd.py --batch-size 4
+"""
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import (
+    Batch, HelpFormatter, Latents, check_data, get_batch, mix, open_latents, open_log, positive, random_batch,
+    set_recipe, write_log, write_samples,
+)
+from model import (
+    Meta, Nets, Work, add_noise, batch_part, bill, build, check_finite, describe_run, gathered, guide, load_checkpoint,
+    load_state, lock_folder, masked_mse, noise_levels, origin, print_peak, save_average, save_state, shard, shift_sigma,
+    start_process_group, stopping, update_ema, velocity_to_x0,
+)
+
+
+def self_rollout(generator: nn.Module, batch: Batch, meta: Meta, exit_step: int, gather: bool = False) -> Tensor:
+    """A video made chunk by chunk after its own past [b f c h w], with the gradient of last passes and of the cache.
+
+    As model.py's rollout with few_step, but each chunk stops at exit_step (0: after one pass), and the video is what is
+    predicted there. Early ones are rough: the scores must see them, too, since few_step noises them again and goes on.
+    All chunks share it, and all ranks, whose collectives must match. Given frames are the batch's own.
+    gather: keep the generator's weights whole until the video is made.
+    """
+    f, chunk = batch.x0.shape[1], meta["chunk"]
+    sigmas = noise_levels(meta["sampling_steps"], meta["shift"])
+    video, nothing = [], slice(0, 0)
+    with gathered(generator, gather):
+        kv_cache = generator(batch.x0[:, nothing], batch.generated[:, nothing], batch.prompt,
+                             batch.camera.frames(nothing), update_cache=True)
+        for start in range(0, f, chunk):
+            frames = slice(start, start + chunk)
+            generated, camera = batch.generated[:, frames], batch.camera.frames(frames)
+            x_t = add_noise(batch.x0[:, frames], batch.noise(frames), generated)  # level 1, given frames at level 0
+            for i in range(exit_step + 1):
+                with torch.set_grad_enabled(i == exit_step and torch.is_grad_enabled()):
+                    v = generator(x_t, sigmas[i] * generated, batch.prompt, camera, kv_cache=kv_cache)
+                    x0 = velocity_to_x0(v, x_t, sigmas[i] * generated)
+                if i < exit_step:
+                    x_t = add_noise(x0, batch.noise(frames), sigmas[i + 1] * generated)
+            video.append(x0)
+            if frames.stop < f:
+                kv_cache = generator(x0, torch.zeros_like(generated), batch.prompt, camera, kv_cache=kv_cache,
+                                     update_cache=True)
+    return torch.cat(video, dim=1)
+
+
+def noised(x: Tensor, batch: Batch, meta: Meta) -> tuple[Tensor, Tensor, Tensor]:
+    """A rollout x at a random level, one per video -> x_t, noise, sigma [b f]."""
+    # clamped after the shift, as in Self Forcing: at the very ends the scores have nothing to say
+    sigma = shift_sigma(batch.rand(1), meta["shift"]).clamp(0.02, 0.98) * batch.generated
+    noise = batch.noise()
+    return add_noise(x, noise, sigma), noise, sigma
+
+
+def dmd_loss(x: Tensor, x0_real: Tensor, x0_fake: Tensor) -> Tensor:
+    """A loss whose gradient with respect to x is (x0_fake - x0_real) / mean |x - x0_real| / x.numel(), mean per video.
+
+    Its value, half the mean square of the scaled difference, says how far the scores are apart, and need not fall.
+    """
+    # given frames, on which both scores return x itself, add zeros to both means: that cancels
+    scale = (x.detach() - x0_real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp_min(1e-8)
+    return 0.5 * F.mse_loss(x, x.detach() - (x0_fake - x0_real) / scale)
+
+
+def generator_loss(x: Tensor, real_score: nn.Module, fake_score: nn.Module, batch: Batch, meta: Meta,
+                   guidance: float) -> Tensor:
+    """Move the rollout x [b f c h w] from where fake_score expects it to where real_score does.
+
+    guidance: of real_score alone. The generator's videos have it in them, and fake_score learns it from those.
+    """
+    with torch.no_grad():  # the scores only point
+        x_t, _, sigma = noised(x, batch, meta)  # part 2
+        v_fake = fake_score(x_t, sigma, batch.prompt, batch.camera)
+        v_cond = real_score(x_t, sigma, batch.prompt, batch.camera)
+        v_null = real_score(x_t, sigma, batch.null, batch.camera)
+        x0_fake = velocity_to_x0(v_fake, x_t, sigma)
+        x0_real = velocity_to_x0(guide(v_cond, v_null, guidance), x_t, sigma)
+    return dmd_loss(x, x0_real, x0_fake)  # part 3
+
+
+def fake_score_loss(x: Tensor, fake_score: nn.Module, batch: Batch, meta: Meta) -> Tensor:
+    """Flow matching on a rollout x [b f c h w]. (Public code tells the score a neighbouring level, from a table.)"""
+    x_t, noise, sigma = noised(x, batch, meta)
+    return masked_mse(fake_score(x_t, sigma, batch.prompt, batch.camera), noise - x, batch.generated)
+
+
+RECIPES = {
+    "tiny": dict(steps=30, batch_size=16, accum=1, lr=5e-5, fake_score_lr=1e-4, max_grad_norm=1.0, ema_decay=0.95,
+                 fake_score_updates=5, guidance=2.0, save_every=10, state_every=10),
+    # minWM: 200 updates of fake_score, 32 videos, lr 2e-6 and 4e-7, betas (0, 0.999), EMA 0.99 from update 200 on (ours
+    # from the start, with 40 generator steps to follow, so it forgets faster), guidance "3.0" in a formula that adds
+    # one: 4 in ours. Its cache leaks gradient between chunks; ours is truncated exactly.
+    "wan-1.3b": dict(steps=40, batch_size=1, accum=4, lr=2e-6, fake_score_lr=4e-7, max_grad_norm=10.0, ema_decay=0.8,
+                     fake_score_updates=5, guidance=4.0, save_every=5, state_every=10),
+}
+RECIPES["wan-14b"] = RECIPES["wan-1.3b"]
+RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(lr=1e-4, fake_score_lr=2e-4)
+# minWM: 100 generator updates after 4 of fake_score each, Muon at lr 1e-5 and 8e-6 (AdamW's at a fifth of that makes
+# updates as large), EMA 0.99 from the 100th step on, guidance 5.
+RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(steps=100, fake_score_lr=1.6e-6, max_grad_norm=1.0, ema_decay=0.95,
+                                              fake_score_updates=4, guidance=5.0)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    p.add_argument("--init", type=Path, default=Path("ckpt/ode.pt"), help="few-step student to start from")
+    p.add_argument("--data", type=Path, default=Path("data/toy"), help="latents folder (python data.py)")
+    p.add_argument("--out", type=Path, default=Path("ckpt/dmd.pt"), help="checkpoint to write")
+    # -- first flags (same in every stage) ---------------------------------------------------------------------------
+    p.add_argument("--preset", default="tiny", choices=RECIPES, help="network, and the defaults of the other flags")
+    p.add_argument("--resume", action="store_true", help="continue from the state beside --out")
+    p.add_argument("--steps", type=positive, help="optimizer steps; of the generator in train_dmd.py")
+    p.add_argument("--batch-size", type=positive, help="videos per process and micro-batch")
+    p.add_argument("--accum", type=positive, help="micro-batches per optimizer step")
+    p.add_argument("--lr", type=float, help="of AdamW; in train_dmd.py the generator's")
+    p.add_argument("--max-grad-norm", type=float, help="gradients longer than this are scaled down to it")
+    p.add_argument("--ema-decay", type=float, help="of the averaged weights, which are what --out holds")
+    # -- end ---------------------------------------------------------------------------------------------------------
+    p.add_argument("--scores", type=Path, default=Path("ckpt/camera.pt"), help="camera model of any size: both scores; "
+                   "--plan and --bench take them for as large as the student")
+    p.add_argument("--fake-score-lr", type=float, help="learning rate of fake_score's AdamW")
+    p.add_argument("--fake-score-updates", type=positive, help="of fake_score, per generator update")
+    p.add_argument("--guidance", type=float, help="of real_score: w in null + w (cond - null); 1 is off")
+    p.add_argument("--gather", action="store_true", help="keep the generator whole on every GPU during a rollout: "
+                   "fewer gathers, more memory")
+    # -- last flags (same in every stage) ----------------------------------------------------------------------------
+    p.add_argument("--seed", type=int, default=0, help="of the order of videos and of all noise")
+    p.add_argument("--log-every", type=positive, default=10, help="steps from one line of metrics.jsonl to the next")
+    p.add_argument("--save-every", type=positive, default=500, help="steps from one checkpoint and sheet to the next")
+    p.add_argument("--state-every", type=positive, default=500, help="steps from one state to resume from to the next")
+    p.add_argument("--keep", type=positive, default=5, help="checkpoints of earlier saves that stay beside --out")
+    p.add_argument("--vae", type=Path, help="for the sheets; default: what made the latents")
+    p.add_argument("--sp", type=positive, default=1, help="processes that share a video, each some of its tokens")
+    p.add_argument("--shard-over", type=positive, help="processes that share a copy of weights and moments; default: "
+                   "those of a node; of two, where --sp takes a whole one")
+    p.add_argument("--compile", action="store_true", help="torch.compile blocks: slow to start, then faster steps")
+    p.add_argument("--plan", type=positive, metavar="GPUS", help="only say what a step would take on so many; no files")
+    p.add_argument("--bench", type=positive, metavar="STEPS", help="only time so many steps, on noise; no files")
+    set_recipe(p, RECIPES, argv)
+    # -- end ---------------------------------------------------------------------------------------------------------
+    return p.parse_args(argv)
+
+
+def load_nets(args: argparse.Namespace, data: Latents, device: torch.device) -> tuple[Nets, Meta, Meta]:
+    """generator, its ema, real_score and fake_score; what the student's and the scores' checkpoints say of themselves.
+
+    Of the student's, training reads chunk, sampling_steps, shift and given_prob (in `tiny` 2, 4, 3.0 and 0.25).
+    Raises ValueError when student, scores and data do not belong together.
+    """
+    weights, source = load_checkpoint(args.init, "ode", "cd", "dmd", preset=args.preset)
+    # scores may be larger than the student, as in Causal Forcing: a 14B points a 1.3B the way
+    score_weights, score_meta = load_checkpoint(args.scores, "camera", preset=args.preset, any_size=True)
+    source = check_data(data, source, args.init)  # with the size and length of these videos, if it knew none of ours
+    check_data(data, score_meta, args.scores)
+    if score_meta["shift"] != source["shift"]:
+        raise ValueError(f"{args.init} and {args.scores} differ in noise schedule: shift {source['shift']} and "
+                         f"{score_meta['shift']}")
+    with torch.device("meta"):
+        nets = {name: build(args.preset) for name in ("generator", "ema")}
+        nets |= {name: build(score_meta["preset"]) for name in ("real_score", "fake_score")}
+    # HY's released scores were told the noise level with the text, too; what we train is not, see HYDiT
+    nets["real_score"].timed_text = score_meta.get("timed_text", False)
+    shard(nets["generator"], weights, device, train=True, compiled=args.compile)
+    shard(nets["ema"], weights, device)
+    shard(nets["real_score"], score_weights, device, compiled=args.compile)
+    shard(nets["fake_score"], score_weights, device, train=True, compiled=args.compile)
+    return nets, source, score_meta
+
+
+def sample_exit_step(seed: int, update: int, steps: int) -> int:
+    """Which of a chunk's denoising steps carries gradient in this update: the same on every rank."""
+    return int(torch.randint(steps, (), generator=torch.Generator().manual_seed(mix(seed, 3, update))))
+
+
+def main(args: argparse.Namespace) -> None:
+    # -- setup (same in every stage) ---------------------------------------------------------------------------------
+    rank, _, device = start_process_group(args.sp, args.shard_over)
+    data = open_latents(args.data, args.preset)
+    folder = lock_folder(args.out)  # beside the checkpoint: earlier ones, states to resume from, metrics, sheets
+    # -- end ---------------------------------------------------------------------------------------------------------
+
+    nets, source, score_meta = load_nets(args, data, device)
+    generator, ema, real_score, fake_score = (nets[name] for name in ("generator", "ema", "real_score", "fake_score"))
+    adamw = dict(betas=(0.0, 0.999), weight_decay=0.01, fused=True)  # no momentum: both chase a moving target
+    optimizer = torch.optim.AdamW(generator.parameters(), lr=args.lr, **adamw)
+    fake_score_optimizer = torch.optim.AdamW(fake_score.parameters(), lr=args.fake_score_lr, **adamw)
+    del nets["real_score"]  # from what is saved: it never changes
+    optimizers = {"generator": optimizer, "fake_score": fake_score_optimizer}
+    meta: Meta = source | {"stage": "dmd", "sampler": "few_step",
+                           "from": f"{origin(args.init, source)}; scores {origin(args.scores, score_meta)}"}
+    run = describe_run(args, init=source, scores=score_meta)
+
+    # -- start (same in every stage) ---------------------------------------------------------------------------------
+    step = load_state(folder, nets, optimizers, run) if args.resume else 0
+    open_log(args.out, step, args.steps)
+    bar = tqdm(total=args.steps, initial=step, desc=meta["stage"], disable=rank > 0)
+    # -- end ---------------------------------------------------------------------------------------------------------
+    while step < args.steps and not stopping():
+        # the generator first, reading the score that was fitted to it (in the first step: the camera model)
+        t0, update = time.time(), step * (1 + args.fake_score_updates)
+        exit_step = sample_exit_step(args.seed, update, meta["sampling_steps"])
+        loss_sum, ids = 0.0, []
+        for micro in range(args.accum):
+            part = batch_part(micro, args.accum)
+            batch = get_batch(data, args.seed, update, part, args.batch_size, device, meta["given_prob"])
+            x = self_rollout(generator, batch, meta, exit_step, args.gather)  # part 1
+            loss = generator_loss(x, real_score, fake_score, batch, meta, args.guidance) / args.accum
+            loss.backward()
+            loss_sum, ids = loss_sum + loss.detach(), ids + batch.ids
+        grad_norm = nn.utils.clip_grad_norm_(generator.parameters(), args.max_grad_norm).full_tensor()
+        metrics = check_finite(step, {"loss": loss_sum, "grad_norm": grad_norm}, ids)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(ema, generator, args.ema_decay)
+        for _ in range(args.fake_score_updates):  # part 5: the score catches up
+            update += 1
+            exit_step = sample_exit_step(args.seed, update, meta["sampling_steps"])
+            loss_sum, ids = 0.0, []
+            for micro in range(args.accum):
+                part = batch_part(micro, args.accum)
+                batch = get_batch(data, args.seed, update, part, args.batch_size, device, meta["given_prob"])
+                with torch.no_grad():
+                    x = self_rollout(generator, batch, meta, exit_step, args.gather)
+                loss = fake_score_loss(x, fake_score, batch, meta) / args.accum
+                loss.backward()
+                loss_sum, ids = loss_sum + loss.detach(), ids + batch.ids
+            grad_norm = nn.utils.clip_grad_norm_(fake_score.parameters(), args.max_grad_norm).full_tensor()
+            metrics |= check_finite(step, {"fake_score_loss": loss_sum, "fake_score_grad_norm": grad_norm}, ids)
+            fake_score_optimizer.step()
+            fake_score_optimizer.zero_grad()
+        step += 1
+
+        # -- log and save (same in every stage) ----------------------------------------------------------------------
+        bar.update()
+        if rank == 0 and bar.n == bar.initial + 2:  # all that a step takes is there from the second on
+            print_peak(args, WORK, meta)
+        bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
+        if step % args.log_every == 0 and rank == 0:
+            write_log(folder / "metrics.jsonl", {"step": step, **metrics, "sec": time.time() - t0})
+        ends = step == args.steps or stopping()
+        if step % args.save_every == 0 or ends:
+            save_average(args.out, step, ema, meta, args.keep)
+            write_samples(args.out, step, ema, meta, data, args.vae, args.seed, args.batch_size)
+        if step % args.state_every == 0 or ends:
+            save_state(folder, step, nets, optimizers, run)  # last: a state to resume from has its checkpoint
+        # -- end -----------------------------------------------------------------------------------------------------
+
+
+# What --plan counts and --bench times, without any files (model.py, 12).
+
+
+def rehearse(args: argparse.Namespace, nets: Nets, batch: Batch, meta: Meta) -> Iterator[str]:
+    """A micro-batch of a step, every rollout as long as they come."""
+    generator, real_score, fake_score = (nets[name] for name in ("generator", "real_score", "fake_score"))
+    last_step = meta["sampling_steps"] - 1
+    x = self_rollout(generator, batch, meta, last_step, args.gather)
+    generator_loss(x, real_score, fake_score, batch, meta, args.guidance).backward()
+    yield "generator"
+    for _ in range(args.fake_score_updates):
+        with torch.no_grad():
+            x = self_rollout(generator, batch, meta, last_step, args.gather)
+        fake_score_loss(x, fake_score, batch, meta).backward()
+        yield "fake_score"
+
+
+WORK = Work("dmd", {"generator": True, "ema": False, "real_score": False, "fake_score": True}, rehearse, random_batch,
+            repeats="fake_score_updates")
+
+
+if __name__ == "__main__":
+    # -- run (same in every stage) ----------------------------------------------------------------------------------
+    sys.stdout.reconfigure(errors="replace")  # no console stops a run over a letter that it lacks
+    try:
+        args = parse_args()
+        if args.plan or args.bench:
+            bill(args, WORK)
+        else:
+            main(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    gc.collect()  # frees FSDP's reference cycles, which could otherwise outlive the process group
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    # -- end --------------------------------------------------------------------------------------------------------
