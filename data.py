@@ -49,7 +49,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -344,11 +344,12 @@ def render(scene: Scene, viewmats: Tensor, K: Tensor, size: int) -> Tensor:
 
 
 def look_errors(video: Tensor, hits: Hits, colours: Tensor) -> Tensor:
-    """Squared error of every frame's every panel under each of LOOKS [b t 17 7], summed over the rays that meet it;
-    the last panel is all that has no picture."""
-    def per_panel(z: Tensor) -> Tensor:  # pixels [b t h w] -> sums over the rays [b t 17]
-        rays = repeat(z, "b t h w -> b t (h p w q)", p=2, q=2)
-        return torch.zeros(*rays.shape[:2], N_PANELS + 1).scatter_add_(2, hits.panel.flatten(2), rays)
+    """Squared error of every frame's every panel under each of LOOKS [b t 17 7], summed over the pixels that show some
+    of its picture; the last is of all other pixels, which are the same under all looks."""
+    panel = reduce(hits.panel, "b t (h p) (w q) -> b t (h w)", "min", p=2, q=2)
+
+    def per_panel(z: Tensor) -> Tensor:  # [b t h w] -> [b t 17]
+        return torch.zeros(*z.shape[:2], N_PANELS + 1).scatter_add_(2, panel, z.flatten(2))
 
     # a look m from grey adds 2 share m to a pixel, of which `share` is picture, and so to what it is off
     off = paint(hits, colours, torch.full((len(colours), N_PANELS), LOOKS.index(GREY))) - video
@@ -923,9 +924,9 @@ def read_scores(path: Path) -> dict[int, float]:
 
 def make_vae(args: argparse.Namespace, video: Tensor) -> None:
     """Fit a VAE to video [n 3 t h w] uint8 and save it with the mean and std of its latents."""
-    vae = build_vae(args.preset)
-    vae.fit(from_bytes(video[:256]))
-    z = vae.encode(from_bytes(video[:256]))[0]
+    vae, some = build_vae(args.preset), from_bytes(video[:128])
+    vae.fit(some)
+    z = vae.encode(some)[0]
     mean, std = z.mean((0, 1, 3, 4)).tolist(), z.std((0, 1, 3, 4)).tolist()
     weights = vae.state_dict()
     meta = {"stage": "vae", "preset": args.preset, "mean": mean, "std": std, "fingerprint": fingerprint(weights)}
@@ -3599,7 +3600,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    help="latent frames per video, which are 1 + 4 (frames - 1) pixel frames")
     p.add_argument("--size", type=pixels, default="64",
                    help="pixels: the side of a square, or height x width, as in 480x832")
-    p.add_argument("--seed", type=int, default=0, help="of the toy world's rooms and paths, and of its VAE")
+    p.add_argument("--seed", type=int, default=0, help="of the toy world's rooms and paths")
     p.add_argument("--image-share", type=float, help="HY: share of the videos that come with their first frame as an "
                    "image to go on from, 0 to 1; default 0.25, of your own videos 1")
     add_toy_flags(p)
@@ -3614,8 +3615,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.keep is None:
         args.keep = []
     size = f"--size {args.size[0]}x{args.size[1]}"
-    if any(side % 16 for side in args.size) or args.frames < 2:
-        p.error(f"{size} --frames {args.frames}: expected multiples of 16 pixels, and at least 2 frames")
+    if any(side % 8 for side in args.size) or args.frames < 2:
+        p.error(f"{size} --frames {args.frames}: expected multiples of 8 pixels, and at least 2 frames")
+    if not args.videos and args.size[0] % 16:
+        p.error(f"{size}: expected a multiple of 16 pixels, the toy world's tokens")
     if not args.videos and args.size[0] != args.size[1]:
         p.error(f"{size}: the toy world is square")
     if not 0 < args.fps < math.inf:

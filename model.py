@@ -1718,20 +1718,21 @@ class LinearPatches(nn.Module):
         super().__init__()
         self.sides = {"t": frames, "p": stride, "q": stride}
         pixels = 3 * frames * stride**2
-        for name, shape in {"centre": (pixels,), "down": (pixels, z_dim), "up": (z_dim, pixels)}.items():
-            self.register_buffer(name, torch.zeros(shape))
+        shapes = (pixels,), (pixels, z_dim), (z_dim, pixels)
+        self.centre, self.down, self.up = (nn.Parameter(torch.zeros(z), requires_grad=False) for z in shapes)
 
     def patches(self, video: Tensor) -> Tensor:
         """[b 3 t H W] -> [b f h w pixels]"""
         return rearrange(video, "b c (f t) (h p) (w q) -> b f h w (c t p q)", **self.sides)
 
+    @torch.no_grad()
     def fit(self, video: Tensor) -> None:
         """Find the map from videos like [b 3 t H W]; the numbers have variance 1."""
         x = self.patches(video).flatten(0, 3)
         variance, direction = (z[..., -self.down.shape[1] :] for z in torch.linalg.eigh(torch.cov(x.mT)))  # ascending
         scale = variance.clamp_min(1e-4).sqrt()  # below a byte's step there is nothing to be scaled up
-        found = x.mean(0), direction / scale, (direction * scale).mT
-        self.centre, self.down, self.up = (z.contiguous() for z in found)
+        for part, found in (self.centre, x.mean(0)), (self.down, direction / scale), (self.up, (direction * scale).mT):
+            part.copy_(found)
 
     def encode(self, video: Tensor) -> Tensor:
         """[b 3 t H W] -> [b c f h w]"""
@@ -1764,20 +1765,21 @@ class ToyVAE(nn.Module):
         self.first.fit(video)
         self.later.fit(video[:, :, 1:])
 
-    def alone(self, feat_cache: FeatCache) -> int:
-        """How many frames of a piece, each with a latent of its own, stand alone: one at the start of a video."""
+    def begin(self, feat_cache: FeatCache) -> int:
+        """Mark that the video has begun -> how many frames of this piece, each with a latent of its own, stand alone:
+        the video's first."""
         begun = self in feat_cache
-        feat_cache[self] = self.first.centre.new_empty(0)  # only a mark: no map looks back
+        feat_cache[self] = self.first.centre.new_empty(0)  # nothing: no map looks back
         return 0 if begun else 1
 
     def compress(self, video: Tensor, feat_cache: FeatCache) -> Tensor:
         """video [b 3 t H W] -> raw latents [b c f h w]."""
-        n = self.alone(feat_cache)
+        n = self.begin(feat_cache)
         return torch.cat([self.first.encode(video[:, :, :n]), self.later.encode(video[:, :, n:])], dim=2)
 
     def reconstruct(self, z: Tensor, feat_cache: FeatCache) -> Tensor:
         """Raw latents [b c f h w] -> video [b 3 t H W]: what `compress` started from."""
-        n = self.alone(feat_cache)
+        n = self.begin(feat_cache)
         return torch.cat([self.first.decode(z[:, :, :n]), self.later.decode(z[:, :, n:])], dim=2)
 
     encode, decode = WanVAE.encode, WanVAE.decode
@@ -2947,7 +2949,7 @@ class Meter(TorchFunctionMode):
 
 def usual_meta(preset: str, stage: str) -> Meta:
     """What a checkpoint of the stage says of itself: minWM's settings, or the toy world's."""
-    toy = {"size": [32, 32], "frames": 8, "chunk": 2, "shift": 3.0} if preset.startswith("tiny") else {}
+    toy = {"size": [64, 64], "frames": 8, "chunk": 1, "shift": 5.0} if preset.startswith("tiny") else {}
     return (RELEASED_HY if PRESETS[preset].net is HYDiT else RELEASED)[stage] | toy
 
 

@@ -50,9 +50,9 @@ from tqdm import tqdm
 from data import (
     CLEAR, GRAMMAR, INKS, KEYS, N_PANELS, NAMED, PALETTE, PILLAR, ROOM, TURN, VIDEOS, CameraPath, Encoder,
     HelpFormatter, Scene, best_inks, cast, collate_prompts, explain, explain_frames, first_line, from_bytes, held_out,
-    intrinsics, load_encoder, look_errors, mix, names_a_file, paint, parse_trajectory, pixel_cameras, positive, pressed,
-    psnr, random_batch, random_encoder, read_camera, read_picture, read_prompt, render, replacing, resize_and_crop,
-    rotation, sample_path, sample_toy, to_bytes, write_sheet,
+    intrinsics, load_encoder, look_errors, mix, names_a_file, paint, panels_seen, parse_trajectory, pixel_cameras,
+    positive, pressed, psnr, random_batch, random_encoder, read_camera, read_picture, read_prompt, render, replacing,
+    resize_and_crop, rotation, sample_path, sample_toy, to_bytes, write_sheet,
 )
 from model import (
     CARDS, PRESETS, Camera, HYPrompt, Meta, Meter, Prompt, StreamState, build, build_vae, card_name, check_window,
@@ -389,7 +389,7 @@ def encode_mp4(path: Path, pieces: Iterator[np.ndarray], fps: float) -> None:
 def named_colours(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> Tensor:
     """For every surface the prompt names: does its colour explain its bare part best? [b 7], NaN where unseen.
 
-    Of every fourth frame, those whose poses viewmats [b f 4 4] holds.
+    scene: with the video's own looks. Of every fourth frame, those whose poses viewmats [b f 4 4] holds.
     """
     video = video[:, :, ::4]
     hits = cast(scene.pillars, viewmats, K, video.shape[-1])
@@ -398,19 +398,19 @@ def named_colours(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> T
     rays = torch.zeros(b, NAMED + 1).scatter_add_(1, surface, bare)  # that meet each surface where it is bare
     errors = []
     for colour in range(len(PALETTE)):  # of each surface, were it of this colour
-        picture = paint(hits, torch.full((b, NAMED + 1), colour), scene.looks)
-        error = repeat((picture - video).square().sum(1), "b t h w -> b (t h p w q)", p=2, q=2)
+        image = paint(hits, torch.full((b, NAMED + 1), colour), scene.looks)
+        error = repeat((image - video).square().sum(1), "b t h w -> b (t h p w q)", p=2, q=2)
         errors.append(torch.zeros(b, NAMED + 1).scatter_add_(1, surface, bare * error))
     best = torch.stack(errors, dim=-1).argmin(-1)
     right = (best == scene.colours)[:, :NAMED].float()
-    return torch.where(rays[:, :NAMED] / 4 >= 8, right, torch.nan)  # four rays a pixel; under eight pixels is unseen
+    return torch.where(rays[:, :NAMED] / 4 >= 32, right, torch.nan)  # four rays a pixel; under 32 pixels is unseen
 
 
 def towards_inks(errors: Tensor) -> Tensor:
-    """look_errors [b t 17 7] -> what `texture` and `clutter` are made of, of each frame [4 b t].
+    """look_errors [b t 17 7] -> what `texture` and `clutter` are made of, of each frame's each picture [4 b t 16].
 
     For a picture x, g the grey between all inks and l the ink that explains all frames best: <x - g, l - g>; the same
-    for the best decoy; |l - g|^2; |x - g|^2. Summed over pictures.
+    for the best decoy; |l - g|^2; |x - g|^2.
     """
     n, errors = len(INKS), errors[:, :, :N_PANELS]
     inks, decoys, off = errors[..., :n], errors[..., n : 2 * n], errors[..., 2 * n]
@@ -420,27 +420,29 @@ def towards_inks(errors: Tensor) -> Tensor:
         best = bank.sum(1, keepdim=True).argmin(-1, keepdim=True).expand(*bank.shape[:3], 1)
         return (off + energy - bank.gather(3, best)[..., 0]) / 2  # law of cosines
 
-    return torch.stack([towards(inks), towards(decoys), energy, off]).sum(-1)
+    return torch.stack([towards(inks), towards(decoys), energy, off])
 
 
 def texture(found: Tensor) -> Tensor:
-    """towards_inks of some frames [4 b t] -> how far pictures went from grey to an ink, less how far to a decoy [b].
+    """towards_inks of some frames [4 b t 16] -> how far pictures went from grey to an ink, less how far to a decoy [b].
 
-    0.5 in the true room, as an ink lies between two decoys; 0 for grey, blur, noise: what is no ink is as good a decoy.
+    0.5 in the true room, as an ink lies between two decoys; 0 for grey and noise, whose best decoy is as near. Further
+    than an ink is no better. Part of a walk may have less than 0, down to -1: its inks are those of the whole.
     """
-    ink, decoy, energy, _ = found.sum(-1)
-    return (ink - decoy) / energy
+    ink, decoy, energy, _ = found.sum(2)
+    return (ink.minimum(energy) - decoy.minimum(energy)).sum(1) / energy.sum(1)
 
 
 def clutter(found: Tensor) -> Tensor:
-    """As `texture`: the energy of what of the pictures leads nowhere near their ink, over that of an ink."""
-    ink, _, energy, off = found.sum(-1)
-    return off / energy - (ink / energy).square()
+    """As `texture`: how far, squared, pictures are from all that lies between grey and their ink, over grey to ink."""
+    ink, _, energy, off = found.sum(2)
+    k = (ink / energy.clamp_min(1e-9)).clamp(0, 1)
+    return (off - 2 * k * ink + k.square() * energy).sum(1) / energy.sum(1)
 
 
 def tenths(t: int) -> list[slice]:
-    """The frames of each tenth of t."""
-    return [slice(t * n // 10, t * (n + 1) // 10) for n in range(10)]
+    """The frames of each tenth of t, of few frames one at least."""
+    return [slice(t * n // 10, max(t * n // 10 + 1, t * (n + 1) // 10)) for n in range(10)]
 
 
 def read_pose(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
@@ -508,35 +510,35 @@ def coverage(looks: Tensor, seen: Tensor) -> float:
 def measure(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor, chunk: int) -> dict[str, Tensor]:
     """Every per-video number for a group of videos [b 3 t h w]. Each other's paths are the counterfactuals."""
     hits = cast(scene.pillars, pixel_cameras(viewmats), K, video.shape[-1])
-    found = towards_inks(look_errors(video, hits, scene.colours))
-    best, looks, seen = explain(video, scene, viewmats, K)
+    errors = look_errors(video, hits, scene.colours)
+    found, own = towards_inks(errors), scene._replace(looks=best_inks(errors))  # the room of the video
+    best = paint(hits, own.colours, own.looks)
     few = video[:, :, ::4]  # one frame of each latent, which its pose belongs to
-    candidates = []
-    for shift in range(len(video)):  # its own path, then each other's
+    candidates = [psnr(few, explain_frames(few, scene, viewmats, K)[0])]  # along its own path, then along each other's
+    for shift in range(1, len(video)):
         other = viewmats.roll(shift, 0)
         same = (other - viewmats).abs().amax((1, 2, 3)) < 1e-4  # two videos with one path are no counterfactual
-        dB = psnr(few, explain_frames(few, scene, other, K)[0])
-        candidates.append(torch.where(same, -torch.inf, dB) if shift else dB)
+        candidates.append(torch.where(same, -torch.inf, psnr(few, explain_frames(few, scene, other, K)[0])))
     dB = torch.stack(candidates, dim=1)  # [b candidates], the commanded path first
     first = video[:, :, :1].expand_as(video)  # the first frame held: what standing still would score
     shown = torch.arange(4, video.shape[2], 8)  # the last pixel frame of every second latent
-    rot, trans = read_pose(video[:, :, shown], scene._replace(looks=looks), viewmats[:, shown // 4], K)
+    rot, trans = read_pose(video[:, :, shown], own, viewmats[:, shown // 4], K)
     per_frame = 10 * torch.log10(4 / (video - best).square().mean((1, 3, 4)))  # [b t]
     return {
         "psnr": psnr(video, best), "psnr_copy_first": psnr(first, explain(first, scene, viewmats, K)[0]),
         "psnr_shuffled_camera": torch.where(dB[:, 1].isinf(), torch.nan, dB[:, 1]),
         "counterfactual_accuracy": (dB.argmax(1) == 0).float(),
         "texture": texture(found), "clutter": clutter(found), "rot_err_deg": rot.mean(1), "trans_err": trans.mean(1),
-        "prompt_accuracy": named_colours(video, scene, viewmats, K).nanmean(1),
+        "prompt_accuracy": named_colours(video, own, viewmats, K).nanmean(1),
         "boundary_jump": edge_ratio(video, chunk) / edge_ratio(best, chunk),
         "psnr_first_chunk": per_frame[:, : 1 + 4 * (chunk - 1)].mean(1),
         "psnr_last_chunk": per_frame[:, -4 * chunk :].mean(1),
-        "texture_tenths": torch.stack([texture(found[..., tenth]) for tenth in tenths(found.shape[-1])], dim=1),
-        "looks": looks, "seen": seen,
+        "texture_tenths": torch.stack([texture(found[:, :, tenth]) for tenth in tenths(video.shape[2])], dim=1),
+        "looks": own.looks, "seen": panels_seen(hits, 24),
     }
 
 
-def average(rows: list[dict[str, Tensor]]) -> dict[str, float]:
+def average(rows: list[dict[str, Tensor]]) -> dict[str, float | list[float]]:
     """Of what `measure` says of group after group."""
     joined = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     spread = coverage(joined.pop("looks"), joined.pop("seen"))
@@ -553,7 +555,7 @@ def standard_error(rows: list[dict[str, Tensor]], name: str) -> float:
     return round((z.std() / len(z) ** 0.5).item(), 4)
 
 
-def score(player: Player, args: argparse.Namespace) -> tuple[dict[str, float], list[Tensor]]:
+def score(player: Player, args: argparse.Namespace) -> tuple[dict[str, float | list[float]], list[Tensor]]:
     """Held-out rooms along held-out paths -> averages, and 16 videos below the renders that explain them best."""
     vae, meta, group = player.vae, player.meta, 8
     if args.scenes < group or args.scenes % group:
@@ -565,7 +567,7 @@ def score(player: Player, args: argparse.Namespace) -> tuple[dict[str, float], l
         most = 1
     if not 0 <= args.given <= most:
         raise ValueError(f"--given {args.given}: this checkpoint goes on from at most {most} given frames")
-    chunk = meta["chunk"] or 2
+    chunk = meta["chunk"] or 1
     prompts, paths, scene = sample_toy(args.scenes, mix(args.score_seed, 4), meta["frames"] - 1, held=True)
     viewmats = torch.stack([parse_trajectory(path) for path in paths])
     K = intrinsics(meta["K"])
@@ -651,7 +653,7 @@ def best_room(errors: Tensor, size: int) -> tuple[Tensor, Tensor]:
     looks = best_inks(errors)
     look = F.pad(looks, (0, 1))[:, None, :, None]  # what has no picture is the same whatever the look
     chosen = errors.gather(3, look.expand(-1, errors.shape[1], -1, 1)).sum((2, 3))
-    return looks, chosen / (4 * 3 * size**2)  # four rays a pixel
+    return looks, chosen / (3 * size**2)
 
 
 def decibels(error: Tensor) -> Tensor:
@@ -667,7 +669,7 @@ def measure_walk(video: Tensor, errors: Tensor, scene: Scene, poses: Tensor, K: 
     last = torch.tensor([part.stop - 1 for part in parts])
     rot, trans = read_pose(from_bytes(video[:, :, last]), scene._replace(looks=looks), poses[:, last], K)
     return {"psnr": torch.stack([decibels(error[:, part]) for part in parts], dim=1),
-            "texture": torch.stack([texture(found[..., part]) for part in parts], dim=1),
+            "texture": torch.stack([texture(found[:, :, part]) for part in parts], dim=1),
             "rot_err_deg": rot, "trans_err": trans}
 
 
@@ -892,8 +894,8 @@ def plan(preset: str, meta: Meta) -> dict:
         seconds.append(max(cost["flop"] / rate, reading / bandwidth) + 2 * decode["flop"] / rate)
     return {"preset": preset, "stage": "stream", "gpus": 1, "gb": gb | {"total": sum(gb.values())},
             "cache_gb_per_frame": chunks[-1]["cache"] / 1e9 / cached if cached else 0.0,
-            "tflop": [round(cost["flop"] / 1e12, 4) for cost in chunks],
-            "tflop_decode": [round(cost["flop"] / 1e12, 4) for cost in decoding],
+            "tflop": [float(f"{cost['flop'] / 1e12:.4g}") for cost in chunks],
+            "tflop_decode": [float(f"{cost['flop'] / 1e12:.4g}") for cost in decoding],
             "first_frame_s": seconds[0], "fps": 4 * meta["chunk"] / seconds[-1]}
 
 

@@ -12,7 +12,7 @@ Teacher forcing. Three changes from train_camera.py, marked in the code:
     loss = || v(x_t^i, x0^{<i}, sigma^i, prompt, camera) - (noise^i - x0^i) ||^2, all chunks i in one pass
 
 $ python train_ar.py
-$ torchrun --nproc_per_node 2 train_ar.py --batch-size 8
+$ torchrun --nproc_per_node 2 train_ar.py --batch-size 4
 """
 import argparse
 import gc
@@ -79,7 +79,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # -- end ---------------------------------------------------------------------------------------------------------
     p.add_argument("--betas", type=float, nargs=2, help="of AdamW: decay of the gradient's mean and square")
     p.add_argument("--warmup", type=int, help="steps until lr is reached")
-    p.add_argument("--cooldown", type=float, help="share of the steps, the last, over which lr falls to zero")
+    p.add_argument("--cooldown", type=float, help="share of --steps, 0 to 1, over which lr falls to zero at the end")
     p.add_argument("--chunk", type=positive, help="latent frames denoised together")
     p.add_argument("--null-prob", type=float, help="share of videos whose prompt is dropped, for guidance's sake")
     p.add_argument("--guidance", type=float, help="for sampling: w in null + w (cond - null); 1 is off")

@@ -12,7 +12,7 @@ In some videos the first frame or two are given, as an image to go on from: they
 
 $ python train_camera.py --no-camera            the toy world has no base model to download: make one, without camera
 $ python train_camera.py
-$ torchrun --nproc_per_node 2 train_camera.py --batch-size 8
+$ torchrun --nproc_per_node 2 train_camera.py --batch-size 4
 """
 import argparse
 import gc
@@ -86,7 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--no-camera", action="store_true", help="train the toy world's base model from scratch instead")
     p.add_argument("--betas", type=float, nargs=2, help="of AdamW: decay of the gradient's mean and square")
     p.add_argument("--warmup", type=int, help="steps until lr is reached")
-    p.add_argument("--cooldown", type=float, help="share of the steps, the last, over which lr falls to zero")
+    p.add_argument("--cooldown", type=float, help="share of --steps, 0 to 1, over which lr falls to zero at the end")
     p.add_argument("--shift", type=float, help="of the noise levels, towards pure noise; 1 is uniform")
     p.add_argument("--null-prob", type=float, help="share of videos whose prompt is dropped, for guidance's sake")
     p.add_argument("--given-prob", "--prefix-prob", type=float, help="share of videos whose first latent frame or two "

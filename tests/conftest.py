@@ -24,10 +24,11 @@ import torch.distributed as dist
 torch.set_num_threads(1)  # as in the processes below: the networks are tiny, and the numbers depend on it
 
 MINIATURE = "--batch-size 2 --lr 5e-3 --ema-decay 0.5 --log-every 1".split()
+STEADY = ("--warmup", "0", "--cooldown", "0")  # the learning rate
 SCRIPTS = {
-    "base": ("train_camera.py", "--no-camera", "--warmup", "0", "--sampling-steps", "4"),
-    "camera": ("train_camera.py", "--warmup", "0", "--sampling-steps", "4"),
-    "ar": ("train_ar.py", "--warmup", "0", "--sampling-steps", "4", "--chunk", "2"),
+    "base": ("train_camera.py", "--no-camera", *STEADY, "--shift", "3", "--sampling-steps", "4"),
+    "camera": ("train_camera.py", *STEADY, "--shift", "3", "--sampling-steps", "4"),
+    "ar": ("train_ar.py", *STEADY, "--sampling-steps", "4", "--chunk", "2"),
     "ode": ("distill_ode.py", "--warmup", "0"),
     "cd": ("distill_cd.py", "--warmup", "0"),
     "dmd": ("train_dmd.py", "--fake-score-lr", "5e-3", "--fake-score-updates", "2"),

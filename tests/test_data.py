@@ -331,6 +331,20 @@ def test_a_room_shows_the_colours_of_its_prompt_around_pictures_in_its_inks():
             torch.testing.assert_close(hues, (hue / hue.max())[:, None].expand_as(hues), atol=0.01, rtol=0)
 
 
+def test_every_surface_has_pictures_of_its_own():
+    """Seen from the middle in all directions: two on a wall, four on floor and ceiling, none of them on two surfaces."""
+    paths = "still", "j*30", "j*60", "l*30", "i*20", "k*20", "j*60,i*20", "j*60,k*20"
+    turns = [parse_trajectory(path)[-1] for path in paths]
+    hits = cast(torch.tensor([[[0.8, -0.7], [-0.8, -0.7]]]), torch.stack(turns)[None], intrinsics(K_SQUARE), 64)
+    of_surface = {}
+    for surface, panel in zip(hits.surface.flatten().tolist(), hits.panel.flatten().tolist(), strict=True):
+        if panel < N_PANELS:
+            of_surface.setdefault(SURFACES[surface], set()).add(panel)
+    assert {name: len(panels) for name, panels in of_surface.items()} == {
+        "left wall": 2, "right wall": 2, "far wall": 2, "back wall": 2, "floor": 4, "ceiling": 4}
+    assert sorted(panel for panels in of_surface.values() for panel in panels) == [*range(N_PANELS)]
+
+
 def test_inks_and_decoys_are_as_bright_and_as_far_from_grey():
     inks, decoys, grey = torch.tensor(LOOKS[:3]), torch.tensor(LOOKS[3:6]), torch.tensor(LOOKS[6])
     torch.testing.assert_close(inks.mean(0), grey)

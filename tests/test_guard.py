@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model
-from conftest import SCRIPTS, STAGES, call
+from conftest import SCRIPTS, STAGES, STEADY, call
 from data import K_SQUARE, Batch, find_duplicates, get_batch, intrinsics, load_encoder, open_latents, parse_trajectory
 from distill_cd import consistency_loss
 from distill_ode import integrate, ode_loss
@@ -141,9 +141,9 @@ def random_weights(preset, seed):
 
 USUAL = "--steps 2 --log-every 1 --lr 5e-3 --ema-decay 0.5 --batch-size 2".split()
 SHORT = {
-    "base": ("train_camera.py", *USUAL, "--no-camera", "--warmup", "0", "--sampling-steps", "2"),
-    "camera": ("train_camera.py", *USUAL, "--init", "ckpt/camera.pt", "--warmup", "0", "--sampling-steps", "2"),
-    "ar": ("train_ar.py", *USUAL, "--warmup", "0", "--sampling-steps", "2"),
+    "base": ("train_camera.py", *USUAL, "--no-camera", *STEADY, "--shift", "3", "--sampling-steps", "2"),
+    "camera": ("train_camera.py", *USUAL, "--init", "ckpt/camera.pt", *STEADY, "--shift", "3", "--sampling-steps", "2"),
+    "ar": ("train_ar.py", *USUAL, *STEADY, "--chunk", "2", "--sampling-steps", "2"),
     "pairs": ("distill_ode.py", "--generate", "--teacher-steps", "8", "--pairs-count", "16", "--batch-size", "8"),
     "ode": ("distill_ode.py", *USUAL, "--warmup", "0", "--teacher-steps", "8"),
     "cd": ("distill_cd.py", *USUAL, "--warmup", "0"),
@@ -319,11 +319,15 @@ def test_optimizers_are_what_the_flags_say(world, tmp_path, stage):
     """Warm-up, betas, weight decay, clipping, an empty gradient at every step, and the EMA of the one that is kept."""
     asked = "--steps 4 --lr 3e-3 --max-grad-norm 1e-3 --ema-decay 0.7".split()
     asked += "--fake-score-lr 2e-3".split() if stage == "dmd" else "--warmup 3 --betas 0.3 0.8".split()
+    falls = stage in ("base", "camera", "ar")
+    asked += "--cooldown 0.5".split() if falls else []
     updates, left = watch(world, tmp_path, stage, *asked)
     student, ema = updates[0][0].net, load_checkpoint(world / f"ckpt/{STARTS[stage]}.pt")[0]
     ema = torch.cat([w.flatten() for w in ema.values()])
     for n, step in enumerate(step for step, _ in updates):
         lr = (3e-3 if step.net == student else 2e-3) if stage == "dmd" else 3e-3 * min(1, (n + 1) / 3)
+        if falls:  # the last two of four
+            lr = min(lr, 3e-3 * (4 - n) / 2)
         betas = (0.0, 0.999) if stage == "dmd" else (0.3, 0.8)
         assert (step.lr, *step.betas, step.weight_decay) == pytest.approx((lr, *betas, 0.01))
         assert step.norm == pytest.approx(1e-3, rel=1e-3)

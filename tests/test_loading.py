@@ -316,7 +316,7 @@ def test_prompts_of_videos_are_read_by_umt5(chain, tmp_path):
     room = ((room + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
     imageio.imwrite(clips / "room.mp4", room, fps=16, macro_block_size=2, output_params=["-crf", "1"])
     (clips / "table.jsonl").write_text(json.dumps({"file": "room.mp4", "caption": "a red room", "poses": parts}))
-    flags = ("--vae", "ckpt/vae.pt", "--frames", "2", "--K", *K_SQUARE, "--text-encoder", path)
+    flags = ("--vae", "ckpt/vae.pt", "--frames", "2", "--size", "32", "--K", *K_SQUARE, "--text-encoder", path)
     call("data.py", "--videos", clips, *flags, "--out", tmp_path / "videos", cwd=chain)
     batch = get_batch(open_latents(tmp_path / "videos"), 0, 0, (0, 1), 1, CPU)
     embeds = torch.cat([batch.prompt, batch.null])

@@ -13,8 +13,8 @@ import train_ar
 import train_dmd
 from conftest import MINIATURE, ROOT, call, refusal
 from data import Batch
-from helpers import GENERATED, hy_inputs, make_batch, make_net, meta_of, random_hy_dit
-from model import build_vae, invert_se3, load_checkpoint, noise_levels, rollout, save_checkpoint, tree_map
+from helpers import GENERATED, fitted_vae, hy_inputs, make_batch, make_net, meta_of, random_hy_dit
+from model import invert_se3, load_checkpoint, noise_levels, rollout, save_checkpoint, tree_map
 
 sys.path.insert(0, str(ROOT / "examples/variants"))
 sgf, long_dmd, leaky_dmd, reuse_dmd = (import_module(name) for name in ("sgf", "long_dmd", "leaky_dmd", "reuse_dmd"))
@@ -245,7 +245,7 @@ def test_a_long_path_goes_back_and_on_again():
 @torch.no_grad()
 def test_a_clip_is_a_video_of_its_own():
     torch.manual_seed(0)
-    vae, batch = build_vae("tiny").eval(), batch_of("wan")
+    vae, batch = fitted_vae(), batch_of("wan")
     truth = 0.3 * torch.randn(2, 3, 1 + 4 * 11, 32, 32)
     x = vae.encode(truth)[0]
     longer = long_dmd.lengthen(batch, 12)

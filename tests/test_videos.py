@@ -850,7 +850,7 @@ def test_every_flag_says_what_it_does_and_its_default(monkeypatch):
     args = parse_args([])
     assert args.size == [64, 64] and args.keep == [] and args.image_share == 0.25
     assert all(action.help for action in parsers[0]._actions)
-    assert "videos to render (default: 4096)" in parsers[0].format_help()
+    assert "videos to render (default: 6144)" in parsers[0].format_help()
 
 
 def test_a_path_is_drawn_from_above():
