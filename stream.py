@@ -426,8 +426,8 @@ def towards_inks(errors: Tensor) -> Tensor:
 def texture(found: Tensor) -> Tensor:
     """towards_inks of some frames [4 b t 16] -> how far pictures went from grey to an ink, less how far to a decoy [b].
 
-    0.5 in the true room, as an ink lies between two decoys; 0 for grey and noise, whose best decoy is as near. Further
-    than an ink is no better. Part of a walk may have less than 0, down to -1: its inks are those of the whole.
+    0.5 in the true room, as an ink lies between two decoys; 0 for grey and noise, whose best decoy is as near, and for
+    inks twice as strong. Part of a walk may have less than 0, down to -1: its inks are those of the whole.
     """
     ink, decoy, energy, _ = found.sum(2)
     return (ink.minimum(energy) - decoy.minimum(energy)).sum(1) / energy.sum(1)
