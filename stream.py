@@ -550,7 +550,7 @@ def score(player: Player, args: argparse.Namespace) -> tuple[dict[str, float], l
 
     floors = ("psnr_copy_first", "psnr_shuffled_camera")
     ceiling = {f"{name}_ceiling": value for name, value in average(ceilings).items() if name not in floors}
-    errors = {f"{name}_standard_error": standard_error(rows, name) for name in ("psnr", "sharpness", "boundary_jump")}
+    errors = {f"{name}_standard_error": standard_error(rows, name) for name in rows[0] if name not in ("looks", "seen")}
     sheet = [torch.cat(best)[:16], torch.cat(videos)[:16]]
     return average(rows) | {"chance": 1 / group} | errors | ceiling, sheet
 
