@@ -589,8 +589,8 @@ def score(player: Player, args: argparse.Namespace) -> tuple[dict[str, float | l
 
     floors = ("psnr_copy_first", "psnr_shuffled_camera")
     ceiling = {f"{name}_ceiling": value for name, value in average(ceilings).items() if name not in floors}
-    errors = {f"{name}_standard_error": standard_error(rows, name) for name in (
-        "psnr", "texture", "clutter", "counterfactual_accuracy", "boundary_jump")}
+    errors = {f"{name}_standard_error": standard_error(rows, name) for name in rows[0]
+              if name not in ("looks", "seen", "texture_tenths")}
     sheet = [torch.cat(best)[:16], torch.cat(videos)[:16]]
     return average(rows) | {"chance": 1 / group} | errors | ceiling, sheet
 

@@ -9,15 +9,17 @@ import pytest
 import torch
 
 import distill_ode
+import model
 import train_ar
 import train_dmd
 from conftest import MINIATURE, ROOT, call, refusal
 from data import Batch
 from helpers import GENERATED, fitted_vae, hy_inputs, make_batch, make_net, meta_of, random_hy_dit
-from model import invert_se3, load_checkpoint, noise_levels, rollout, save_checkpoint, tree_map
+from model import invert_se3, load_checkpoint, noise_levels, rollout, rope_speed, save_checkpoint, tree_map
 
 sys.path.insert(0, str(ROOT / "examples/variants"))
 sgf, long_dmd, leaky_dmd, reuse_dmd = (import_module(name) for name in ("sgf", "long_dmd", "leaky_dmd", "reuse_dmd"))
+riflex = import_module("riflex")
 diffusion_forcing, ode_bidirectional = import_module("diffusion_forcing"), import_module("ode_bidirectional")
 
 BACKBONES = ("wan", "hy")
@@ -273,6 +275,47 @@ def test_a_rollout_shorter_than_a_video_is_refused(chain, tmp_path):
     flags = "--rollout", "3", "--out", tmp_path / "dmd.pt", *SHORT
     message = refusal("examples/variants/long_dmd.py", *flags, cwd=chain)
     assert message.startswith("error: --rollout 3")
+
+
+# ------------------------------------------------------------------------------------------------- Longer than trained
+
+
+def test_temporal_speeds_are_changed_as_they_are_called():
+    bands, theta, trained, times = (16, 16, 16), 10000.0, 8, 2
+    speed = rope_speed(16, theta, torch.device("cpu"))
+    frames, far = torch.arange(16), torch.arange(16) * times
+    plain = model.rope_table(frames, 2, 3, bands, theta)
+    ways = {name: change for name, (change, _) in riflex.ways(speed, trained, times, causal=True).items()}
+    assert "window" in ways and "window" not in riflex.ways(speed, trained, times, causal=False)
+    # pairs that make less than 0.9 of a turn in 16 frames are not slowed down: all but the fastest
+    assert [name for name in ways if name.startswith("component")] == ["component 0"]
+    tables = {}
+    for name, change in ways.items():
+        with riflex.temporal_speeds(change):
+            tables[name] = model.rope_table(far if name == "interpolated" else frames, 2, 3, bands, theta)
+        assert torch.equal(tables[name][:, :, 8:], plain[:, :, 8:])  # rows and columns
+    assert torch.equal(model.rope_table(frames, 2, 3, bands, theta), plain)
+    torch.testing.assert_close(tables["as they are"], plain)
+    torch.testing.assert_close(tables["interpolated"][:, :, :8], plain[:, :, :8])  # twice as far at half the speed
+    first = tables["component 0"].unflatten(0, (16, 6))[:, 0, 0]  # [frames pairs]
+    torch.testing.assert_close(first[:, 1:8], plain.unflatten(0, (16, 6))[:, 0, 0, 1:8])
+    turned = torch.polar(torch.ones(16), frames * 0.9 * 2 * torch.pi / 16)
+    torch.testing.assert_close(first[:, 0], turned, atol=1e-5, rtol=0)
+    slow = tables["ntk"].unflatten(0, (16, 6))[:, 0, 0]
+    torch.testing.assert_close(slow[:, 0], plain.unflatten(0, (16, 6))[:, 0, 0, 0])
+    torch.testing.assert_close(slow[::2, 7], plain.unflatten(0, (16, 6))[:8, 0, 0, 7])
+
+
+@pytest.mark.parametrize("stage", ("camera", "dmd"))
+def test_longer_walks_are_measured(chain, capsys, stage):
+    call("examples/variants/riflex.py", "--ckpt", f"ckpt/{stage}.pt", "--scenes", "2", "--times", "2", cwd=chain)
+    lines = capsys.readouterr().out.splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    names = [line.split("|")[1].strip() for line in table[2:]]
+    assert names[0] == "as they are" and names[-1] == "*truth through the VAE*"
+    assert ("window" in names) == (stage == "dmd")
+    assert "nan" not in "".join(table) and table[-1].count("±") == 4
+    assert table[-1].split("|")[5].strip() == "0.0 ± 0.0"  # the truth repeats itself as often as the truth
 
 
 # ----------------------------------------------------------------------------------------------------------------- Both
