@@ -24,7 +24,7 @@ train() {  # a script and its flags, on two cores: a video's worth of noise is t
     torchrun --nproc_per_node 2 "$1" --vae "$ckpt/vae.pt" --batch-size 4 "${@:2}" "${flags[@]}" >&2
 }
 
-head() {  # the first column's name
+header() {  # the first column's name
     echo "| $1 | texture | clutter | psnr | control | rotation, degrees | translation |"
     echo "|---|---|---|---|---|---|---|"
 }
@@ -51,7 +51,7 @@ for line in open(sys.argv[1]):
 }
 
 batch() {
-    head "videos a step"
+    header "videos a step"
     for size in 2 4 8 16 32; do  # 24,000 videos of each
         train train_camera.py --init "$ckpt/base.pt" --out "$out/$size.pt" --batch-size $((size / 2)) \
             --steps $((24000 / size))
@@ -60,7 +60,7 @@ batch() {
 }
 
 poses() {
-    head "noise on every pose, in steps of 0.08 units and 3 degrees"
+    header "noise on every pose, in steps of 0.08 units and 3 degrees"
     for noise in 0 0.5 1 2; do
         python - "$out/data-$noise" "$noise" << 'END'
 import shutil, sys
@@ -91,7 +91,7 @@ END
 }
 
 forcing() {
-    head "past in training, sampling steps"
+    header "past in training, sampling steps"
     for script in train_ar.py examples/variants/diffusion_forcing.py; do
         made=$out/$(basename "$script" .py).pt
         train "$script" --init "$ckpt/camera.pt" --out "$made" --steps 1500
@@ -101,7 +101,7 @@ forcing() {
 }
 
 teacher() {
-    head "pairs of, sampling steps"
+    header "pairs of, sampling steps"
     for script in distill_ode.py examples/variants/ode_bidirectional.py; do
         made=$out/$(basename "$script" .py) who=()
         if [ "$script" != distill_ode.py ]; then
@@ -116,7 +116,7 @@ teacher() {
 }
 
 init() {
-    head "DMD from, sampling steps"
+    header "DMD from, sampling steps"
     python - "$ckpt" "$out" << 'END'
 import sys
 from pathlib import Path
@@ -142,7 +142,7 @@ END
 longer() {
     train train_dmd.py --init "$ckpt/ode.pt" --scores "$ckpt/camera.pt" --out "$out/dmd.pt" --steps 240 --save-every 40 \
         --keep 100
-    head "updates of the generator"
+    header "updates of the generator"
     row 0 "$ckpt/ode.pt"
     for save in "$out"/dmd/step-*.pt; do
         row "$((10#$(basename "$save" .pt | cut -d- -f2)))" "$save"
@@ -150,7 +150,7 @@ longer() {
 }
 
 cut_exactly() {
-    head "rollouts"
+    header "rollouts"
     for script in train_dmd.py examples/variants/leaky_dmd.py examples/variants/sgf.py; do
         made=$out/$(basename "$script" .py).pt
         train "$script" --init "$ckpt/ode.pt" --scores "$ckpt/camera.pt" --out "$made"
@@ -176,7 +176,7 @@ train_dmd.main(train_dmd.parse_args())
 gc.collect()
 dist.destroy_process_group()
 END
-    head "scores"
+    header "scores"
     for script in train_dmd.py examples/variants/reuse_dmd.py "$out/uniform_dmd.py"; do
         made=$out/$(basename "$script" .py)-made.pt
         train "$script" --init "$ckpt/ode.pt" --scores "$ckpt/camera.pt" --out "$made"
@@ -211,7 +211,7 @@ for name, poses in ("right", {}), ("wrong", exchanged):
 END
     fi
     read -ra keep <<< "$(python -c 'from data import DOUBTFUL; print("--keep", *DOUBTFUL)')"
-    head "clips; how many of 102 wrong ones and of 922 right ones are left out"
+    header "clips; how many of 102 wrong ones and of 922 right ones are left out"
     for arm in "right, all kept" "wrong, all kept" "wrong, doubted ones dropped"; do
         folder=$out/$(tr -d , <<< "${arm// /-}") which=()
         if [[ $arm == *"all kept" ]]; then
