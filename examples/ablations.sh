@@ -1,22 +1,33 @@
 #!/usr/bin/env bash
 # Claims of the field on the toy world, each as one command with its table. Under an hour each on two cores.
 #
-#   examples/ablations.sh filter [--steps 1000]     a tenth of the clips have the poses of others: are they found, and
-#                                                   what do they cost a camera that is trained on them?
+#   examples/ablations.sh filter     a tenth of the clips have the poses of others: are they found, and what do they cost
+#                                    a camera that is trained on them?
 #
-# Flags after the name go to the training script. What is made stays in data/ablations, where a second run finds it.
+# Flags after the name go to the training script: --steps 1000. What is made stays in data/ablations; clips and latents
+# are found there by a second run, training begins anew. ± is the standard error over 64 rooms, of one training seed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+case ${1-} in
+    filter) ;;
+    *) echo "usage: examples/ablations.sh filter [flags of the training script]" >&2; exit 2 ;;
+esac
 name=$1 flags=("${@:2}") out=data/ablations/$1
 mkdir -p "$out"
 
-score() {  # a checkpoint -> its cells
-    python stream.py --score --scenes 64 --ckpt "$1" --vae ckpt/tiny/vae.pt --out "${1%.pt}.mp4" | tail -n 1 | python -c '
+header() {  # the first columns
+    echo "| $1 | psnr | control | rotation, degrees | translation |"
+    echo "|$(tr -cd '|' <<< "$1" | sed 's/|/---|/g')---|---|---|---|---|"
+}
+
+row() {  # the first cells, a checkpoint
+    python stream.py --score --ckpt "$2" --vae ckpt/tiny/vae.pt --out "${2%.pt}.mp4" | tail -n 1 | python -c '
 import json, sys
 z = json.loads(sys.stdin.read())
 names = ("psnr", "counterfactual_accuracy", "rot_err_deg", "trans_err")
-print(" | ".join("{:.3g} ± {:.2g}".format(z[name], z[name + "_standard_error"]) for name in names))
-'
+cells = ["{:.3g} ± {:.2g}".format(z[name], z[name + "_standard_error"]) for name in names]
+print("|", " | ".join([sys.argv[1], *cells]), "|")
+' "$1"
 }
 
 filter() {
@@ -45,31 +56,29 @@ for name, poses in ("right", {}), ("wrong", exchanged):
     (out / f"{name}.jsonl").write_text("\n".join(lines))
 END
     fi
-    keep=(--keep $(python -c 'from data import DOUBTFUL; print(*DOUBTFUL)'))
-    echo "| clips | of 102 wrong ones, of 922 right ones left out | psnr | control | rotation, degrees | translation |"
-    echo "|---|---|---|---|---|---|"
-    for arm in "right, all kept" "wrong, all kept" "wrong, doubted ones dropped"; do
-        table=$out/${arm%%,*}.jsonl folder=$out/${arm// /-}
-        which=()
-        if [[ $arm == *"all kept" ]]; then
+    read -ra keep <<< "$(python -c 'from data import DOUBTFUL; print("--keep", *DOUBTFUL)')"
+    header "clips | wrong ones left out | right ones left out"
+    for arm in wrong-kept wrong-doubted-dropped right-kept right-doubted-dropped; do
+        table=$out/${arm%%-*}.jsonl folder=$out/$arm which=()
+        if [[ $arm == *-kept ]]; then
             which=("${keep[@]}")
         fi
         mkdir -p "$folder"
         cp -n "$out"/*/survey-*.jsonl "$folder" 2> /dev/null || true  # what was seen of the clips is the same for all
         python data.py --videos "$out/clips" --table "$table" --out "$folder" --vae ckpt/tiny/vae.pt "${which[@]}" >&2
-        torchrun --nproc_per_node 2 train_camera.py --data "$folder" --init ckpt/tiny/base.pt --vae ckpt/tiny/vae.pt \
-            --batch-size 8 --out "$folder.pt" "${flags[@]}" >&2
-        left=$(python - "$out" "$folder" << 'END'
+        left=$(python - "$out/right.jsonl" "$table" "$folder/report.jsonl" << 'END'
 import json, sys
 from pathlib import Path
-right, wrong, report = ([json.loads(line) for line in Path(path).read_text().splitlines()] for path in (
-    f"{sys.argv[1]}/right.jsonl", f"{sys.argv[1]}/wrong.jsonl", f"{sys.argv[2]}/report.jsonl"))
-moved = [a["poses"] != b["poses"] for a, b in zip(right, wrong, strict=True)]
-gone = [sum(not row["kept"] for row, was in zip(report, moved, strict=True) if was == which) for which in (True, False)]
-print("{}, {}".format(*gone))
+right, table, report = ([json.loads(line) for line in Path(path).read_text().splitlines()] for path in sys.argv[1:])
+wrong = [a["poses"] != b["poses"] for a, b in zip(right, table, strict=True)]
+gone = [[not row["kept"] for row, is_wrong in zip(report, wrong, strict=True) if is_wrong == which]
+        for which in (True, False)]
+print(" | ".join(f"{sum(z)} of {len(z)}" for z in gone))
 END
         )
-        echo "| $arm | $left | $(score "$folder.pt") |"
+        torchrun --standalone --nproc_per_node 2 train_camera.py --data "$folder" --init ckpt/tiny/base.pt \
+            --vae ckpt/tiny/vae.pt --batch-size 8 --out "$folder/camera.pt" "${flags[@]}" >&2
+        row "$arm | $left" "$folder/camera.pt"
     done
 }
 

@@ -15,7 +15,7 @@ import train_ar
 import train_dmd
 from conftest import MINIATURE, ROOT, call, refusal
 from data import Batch, parse_trajectory
-from helpers import GENERATED, hy_inputs, make_batch, make_net, meta_of, random_hy_dit
+from helpers import GENERATED, hy_inputs, made_from, make_batch, make_net, meta_of, random_hy_dit
 from model import build_vae, invert_se3, load_checkpoint, noise_levels, rollout, rope_speed, save_checkpoint, tree_map
 
 sys.path.insert(0, str(ROOT / "examples/variants"))
@@ -102,14 +102,16 @@ def test_the_loss_of_a_chunk_reaches_what_the_chunks_before_wrote(backbone):
     assert (found - cut).norm() > 0.05 * cut.norm()
 
 
-def test_a_student_whose_window_is_shorter_than_its_videos_is_refused(chain, tmp_path):
+@pytest.mark.parametrize("name", ("sgf", "leaky_dmd"))
+def test_a_student_whose_window_is_shorter_than_its_videos_is_refused(chain, tmp_path, name):
+    script = f"examples/variants/{name}.py"
     weights, meta = load_checkpoint(chain / "ckpt/ode.pt")
-    for window, name in ((3, "short"), (meta["frames"], "long")):
-        save_checkpoint(tmp_path / f"{name}.pt", weights, meta | {"window": window, "sink": 0})
+    for window, length in ((3, "short"), (meta["frames"], "long")):
+        save_checkpoint(tmp_path / f"{length}.pt", weights, meta | {"window": window, "sink": 0})
     flags = "--out", tmp_path / "dmd.pt", *SHORT
-    message = refusal("examples/variants/sgf.py", "--init", tmp_path / "short.pt", *flags, cwd=chain)
+    message = refusal(script, "--init", tmp_path / "short.pt", *flags, cwd=chain)
     assert str(tmp_path / "short.pt") in message and "window of 3" in message
-    call("examples/variants/sgf.py", "--init", tmp_path / "long.pt", *flags, cwd=chain)
+    call(script, "--init", tmp_path / "long.pt", *flags, cwd=chain)
 
 
 # ----------------------------------------------------------------------------------------------------- A leaking cache
@@ -190,11 +192,14 @@ def test_fake_score_is_first_fitted_to_what_moved_the_generator(chain, tmp_path,
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_diffusion_forcing_after_a_clean_past_is_teacher_forcing(backbone):
+    """Loss and gradient, that of the past with it. After a noised past both are others."""
     net, meta = make(backbone), META | {"chunk": 2}
     for generated, same in (torch.tensor([[0.0, 0, 0, 0, 1]] * 2), True), (torch.ones(2, 5), False):
         losses = [loss(net, batch_of(backbone, generated), meta, 0.0)
                   for loss in (diffusion_forcing.diffusion_forcing_loss, train_ar.teacher_forcing_loss)]
+        found, plain = (gradient(net, loss, torch.ones(())) for loss in losses)
         assert torch.allclose(*losses, rtol=1e-4) == same
+        assert ((found - plain).norm() < 1e-3 * plain.norm()) == same
 
 
 @torch.no_grad()
@@ -215,6 +220,33 @@ def test_a_bidirectional_teachers_chunks_end_where_later_noise_has_them(backbone
             assert all(torch.equal(state, batch.x0[1, 0]) for state in states[1, :, 0])
             ends.append(states[:, -1])
         assert ((ends[0] - ends[1])[0, :4].abs().max() > 1e-3) == depends
+
+
+@torch.no_grad()
+def test_the_past_of_bidirectional_pairs_is_the_teachers():
+    net, batch = make("wan"), batch_of("wan", torch.ones(2, 5))
+    states = torch.randn(2, 3, *batch.x0.shape[1:], generator=torch.Generator().manual_seed(0))
+    losses = []
+    for x0, end in ((batch.x0, 0.0), (batch.x0 + 1, 0.0), (batch.x0, 1.0)):
+        changed = states.clone()
+        changed[:, -1, :2] += end  # of the first chunk: what later ones see, and its own aim
+        again = batch_of("wan", torch.tensor([[0.0, 0, 1, 1, 1]] * 2))  # whose own aim does not count
+        losses.append(ode_bidirectional.ode_loss(net, again._replace(x0=x0, states=changed), [1.0, 0.5], META))
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_another_teacher_makes_other_pairs(chain, tmp_path):
+    flags = "--pairs", tmp_path / "pairs", "--teacher-steps", "4"
+    script = "examples/variants/ode_bidirectional.py"
+    call(script, "--generate", "--pairs-count", "2", "--batch-size", "2", *flags, cwd=chain)
+    weights, meta = load_checkpoint(chain / "ckpt/camera.pt")
+    for name, change in ("other", {}), ("shifted", {"shift": 7.0}):
+        save_checkpoint(tmp_path / f"{name}.pt", {key: w + 0.1 for key, w in weights.items()}, meta | change)
+    run = (*MINIATURE, "--steps", "1", "--out", tmp_path / "ode.pt", *flags, "--teacher")
+    assert "expected pairs with" in refusal(script, *run, tmp_path / "other.pt", cwd=chain)
+    assert "differ in noise schedule" in refusal(script, *run, tmp_path / "shifted.pt", cwd=chain)
+    call(script, *run, chain / "ckpt/camera.pt", cwd=chain)
+    assert meta_of(tmp_path / "ode.pt")["from"].endswith(f"pairs of {made_from(chain / 'ckpt/camera.pt')}")
 
 
 # -------------------------------------------------------------------------------------------------------- Long rollouts
