@@ -542,7 +542,7 @@ def open_latents(folder: str | Path, preset: str | None = None) -> Latents:
         count = shard.get_slice("prompt_ids").get_shape()[0]
         gone = {*dropped.get(file.name, [])}
         counting += [starts[-1] + row for row in range(count) if row not in gone]
-        weights += [weight_of.get(clip_key(*clip[:2]), 1.0) for row, clip in enumerate(clips) if row not in gone]
+        weights += [weight_of.get(clip_key(*clip[:3]), 1.0) for row, clip in enumerate(clips) if row not in gone]
         starts.append(starts[-1] + count)
     if preset:
         net, dit = PRESETS[preset].net, PRESETS[preset].dit
@@ -560,7 +560,9 @@ def open_latents(folder: str | Path, preset: str | None = None) -> Latents:
     if not counting:
         raise ValueError(f"{folder}: all of its rows were dropped")
     meta = json.loads(shards[0].metadata()["meta"]) | json.loads(about.get("meta", "{}"))  # of a shard, of the folder
-    return Latents(folder, shards, starts, counting, tuple(weights) if weight_of else (), prompts, ends, meta)
+    # pairs (distill_ode.py) name no clips: theirs were drawn by weight already
+    weights = tuple(weights) if weight_of and len(weights) == len(counting) else ()
+    return Latents(folder, shards, starts, counting, weights, prompts, ends, meta)
 
 
 def check_data(data: Latents, source: Meta, path: Path) -> Meta:
@@ -608,9 +610,9 @@ def read_row(data: Latents, row: int) -> dict[str, Tensor]:
     return {name: shard.get_slice(name)[row - data.starts[n]] for name in shard.keys()}
 
 
-def clip_key(file: str, start: int) -> str:
-    """What a clip of a video is called where more is said of it."""
-    return json.dumps([file, start])
+def clip_key(file: str, start: int, *caption: str) -> str:
+    """What a clip of a video, or one of its captions, is called where more is said of it."""
+    return json.dumps([file, start, *caption])
 
 
 def read_embeds(data: Latents, i: int) -> dict[str, Tensor]:
@@ -642,10 +644,12 @@ def get_batch(data: Latents, seed: int, step: int, part: tuple[int, int], size: 
     Raises ValueError when a latent is not finite.
     """
     total, (n, parts) = len(data.rows), part
-    ids, rng = [], []
+    ids, rng, order = [], [], {}
     for slot in range(n * size, (n + 1) * size):
         epoch, position = divmod(step * parts * size + slot, total)
-        ids.append(data.rows[shuffled(total, data.weights, seed, epoch)[position]])
+        if epoch not in order:
+            order[epoch] = shuffled(total, data.weights, seed, epoch)
+        ids.append(data.rows[order[epoch][position]])
         rng.append(torch.Generator().manual_seed(mix(seed, 2, step, slot)))
     rows = [read_row(data, row) for row in ids]
     for row, sample in zip(ids, rows, strict=True):
@@ -2149,14 +2153,14 @@ TABLE = f"""a table of the videos, .jsonl, .json (a list of objects) or .csv, wi
   K         optional: fx/W fy/H cx/W cy/H of the video, instead of what the poses' file says
   start     optional: the first frame to use, so that a long video can stand in several rows
   pose_fps  optional: how many poses there are a second, from the first frame on
-  weight    optional: 0.5 is to train on it half as often as on others, 2 twice as often"""
+  weight    optional: 0.5 is to train on it half as often as on others, 2 twice as often. An epoch is as long as ever"""
 UNUSABLE = {  # why a clip can never be used: what it means
     "unlisted": "no row of the table names it",
     "video": "missing, damaged, too short, or of too few frames a second",
     "caption": "empty, or more than the text encoder reads",
     "poses": "missing, unreadable, not rigid, or not as many as frames",
     "intrinsics": "missing, or out of range",
-    "weight": "not a number above 0",
+    "weight": "not a number from 0.001 to 1000",
 }
 DOUBTFUL = {  # why a clip is dropped unless --keep names the reason
     "small": "smaller than --size: it would be enlarged",
@@ -2246,11 +2250,11 @@ def with_caption(clip: Clip, folder: Path) -> Clip:
 
 
 def checked_weight(clip: Clip) -> float:
-    """How often it is to be trained on, 1 if nothing is said."""
-    if clip.weight in (None, ""):
+    """How often it is to be trained on, beside others; 1 if nothing is said."""
+    if clip.weight is None or str(clip.weight).strip() == "":
         return 1.0
-    if not 0 < float(clip.weight) < math.inf:
-        raise ValueError(f"{clip.weight}: expected a number above 0")
+    if not 1e-3 <= float(clip.weight) <= 1e3:
+        raise ValueError(f"{clip.weight}: expected 0.001 to 1000")
     return float(clip.weight)
 
 
@@ -2912,7 +2916,7 @@ def camera_motion(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([*step[:3, 3], R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]])
 
 
-UNCERTAIN = 30  # were motions Gaussian, five in a million would be larger; of toy clips, some in a hundred are
+UNCERTAIN = 30  # were motions Gaussian, five in a million would be larger; of toy clips, four to ten in a hundred are
 LEAST_PAIRS = 200  # of pictures, from which to learn what is usual
 
 
@@ -3024,7 +3028,6 @@ def judge(clips: list[Clip], surveys: list[dict], bad_captions: dict[str, str],
         if far > max(UNCERTAIN, anyway):
             report[n]["reasons"]["uncertain"] = (f"how its pictures move is {far:.0f} from what is usual for its "
                                                  f"cameras and {anyway:.0f} from what is for any; 3 are usual")
-            report[n]["weight"] *= UNCERTAIN / far  # where it is kept
     sound = [n for n, row in enumerate(report) if is_sound(row, *args.keep)]
     for i, j in find_duplicates([surveys[n]["hash"] for n in sound]).items():
         earlier = clips[sound[j]]
@@ -3412,9 +3415,10 @@ def make_from_videos(args: argparse.Namespace) -> None:
     # 3. encode
     about = {"meta": json.dumps(describe_folder(scale, run.clips[kept[0]].caption, [cameras[n] for n in kept]))}
     about |= {"dropped": json.dumps(dropped)} if dropped else {}
-    weights = {clip_key(row["file"], row["start"]): row["weight"] for row in map(report.__getitem__, kept)
-               if row["weight"] != 1}
-    about |= {"weights": json.dumps(weights)} if weights else {}
+    weights = {clip_key(row["file"], row["start"], run.clips[n].caption): row["weight"]
+               for n, row in enumerate(report[: len(run.clips)]) if row["kept"]}
+    if unequal := {key: weight for key, weight in weights.items() if weight != 1}:
+        about |= {"weights": json.dumps(unequal)}
     failed = encode(run, plans, number_captions(shards, plans, run.negative), meta, about)
     if run.rank == 0:
         for row in report:

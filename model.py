@@ -2911,7 +2911,9 @@ class Meter(TorchFunctionMode):
     def after_net(self, net: nn.Module, args: tuple, output: Tensor | KVCache) -> None:
         """FSDP: weights are gathered in bf16 for forward and again for backward, which adds up gradients in fp32."""
         count = sum(p.numel() for p in net.parameters())
-        backward = isinstance(output, Tensor) and output.requires_grad
+        # of a cache, the newest piece tells: older ones may have gradient where this pass has none
+        newest = output if isinstance(output, Tensor) else next((z[-1][0] for z in output.layers if z), None)
+        backward = newest is not None and newest.requires_grad
         if not self.whole.get(net):
             self.sent["weights"] += 2 * count
         if net in self.whole:

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What a step of every stage takes, and a stream: rows of the README's table. No files or checkpoints are needed.
+# What a step of every stage takes, and a stream: rows of the README's table. `plan` and `run` need no files.
 #
 #   examples/bench.sh plan wan-14b 64 --sp 8        on so many GPUs, counted without any, in two minutes
 #   examples/bench.sh run wan-1.3b 8                the same, and measured on the GPUs of this machine
 #   examples/bench.sh walk --window 8 --sink 1      the shipped students along 1, 10 and 50 times the trained length
 #   examples/bench.sh prices --scenes 32            them with fewer steps, windows, compiled: frames/s, and what it costs
-#   examples/bench.sh videos wan-1.3b               own videos of 480x832: frames/s looked at, and encoded
+#   examples/bench.sh videos wan-1.3b               own videos of 480x832: frames/s looked at and judged, and encoded
 #
 # Flags after the number go to every stage. A row: preset, stage, GPUs, flags, card, GB on each, TFLOP and seconds a step
 # (for a plan, at the card's limit), and the share of the rate of a large matmul that was reached.
@@ -42,7 +42,8 @@ print("|", " | ".join([*sys.argv[1:], *("{:.3g}".format(z[name]) for name in nam
     exit
 fi
 
-if [ "$1" = videos ]; then  # a row: preset, frames/s looked at by a process, TFLOP a frame to encode, and frames/s here
+# A row: preset, frames/s that one process looks at and judges, TFLOP to encode a frame, frames/s here and on an H100 at best
+if [ "$1" = videos ]; then
     python - "$2" << 'END'
 import contextlib, io, json, subprocess, sys, tempfile, time
 from pathlib import Path

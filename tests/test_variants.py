@@ -5,6 +5,7 @@ import sys
 from importlib import import_module
 from typing import NamedTuple
 
+import imageio.v3 as imageio
 import pytest
 import torch
 
@@ -13,13 +14,13 @@ import model
 import train_ar
 import train_dmd
 from conftest import MINIATURE, ROOT, call, refusal
-from data import Batch
-from helpers import GENERATED, fitted_vae, hy_inputs, make_batch, make_net, meta_of, random_hy_dit
+from data import Batch, parse_trajectory
+from helpers import GENERATED, fitted_vae, hy_inputs, made_from, make_batch, make_net, meta_of, random_hy_dit
 from model import invert_se3, load_checkpoint, noise_levels, rollout, rope_speed, save_checkpoint, tree_map
 
 sys.path.insert(0, str(ROOT / "examples/variants"))
 sgf, long_dmd, leaky_dmd, reuse_dmd = (import_module(name) for name in ("sgf", "long_dmd", "leaky_dmd", "reuse_dmd"))
-riflex = import_module("riflex")
+riflex, selfcheck = import_module("riflex"), import_module("selfcheck")
 diffusion_forcing, ode_bidirectional = import_module("diffusion_forcing"), import_module("ode_bidirectional")
 
 BACKBONES = ("wan", "hy")
@@ -101,14 +102,16 @@ def test_the_loss_of_a_chunk_reaches_what_the_chunks_before_wrote(backbone):
     assert (found - cut).norm() > 0.05 * cut.norm()
 
 
-def test_a_student_whose_window_is_shorter_than_its_videos_is_refused(chain, tmp_path):
+@pytest.mark.parametrize("name", ("sgf", "leaky_dmd"))
+def test_a_student_whose_window_is_shorter_than_its_videos_is_refused(chain, tmp_path, name):
+    script = f"examples/variants/{name}.py"
     weights, meta = load_checkpoint(chain / "ckpt/ode.pt")
-    for window, name in ((3, "short"), (meta["frames"], "long")):
-        save_checkpoint(tmp_path / f"{name}.pt", weights, meta | {"window": window, "sink": 0})
+    for window, length in ((3, "short"), (meta["frames"], "long")):
+        save_checkpoint(tmp_path / f"{length}.pt", weights, meta | {"window": window, "sink": 0})
     flags = "--out", tmp_path / "dmd.pt", *SHORT
-    message = refusal("examples/variants/sgf.py", "--init", tmp_path / "short.pt", *flags, cwd=chain)
+    message = refusal(script, "--init", tmp_path / "short.pt", *flags, cwd=chain)
     assert str(tmp_path / "short.pt") in message and "window of 3" in message
-    call("examples/variants/sgf.py", "--init", tmp_path / "long.pt", *flags, cwd=chain)
+    call(script, "--init", tmp_path / "long.pt", *flags, cwd=chain)
 
 
 # ----------------------------------------------------------------------------------------------------- A leaking cache
@@ -189,11 +192,14 @@ def test_fake_score_is_first_fitted_to_what_moved_the_generator(chain, tmp_path,
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_diffusion_forcing_after_a_clean_past_is_teacher_forcing(backbone):
+    """Loss and gradient, that of the past with it. After a noised past both are others."""
     net, meta = make(backbone), META | {"chunk": 2}
     for generated, same in (torch.tensor([[0.0, 0, 0, 0, 1]] * 2), True), (torch.ones(2, 5), False):
         losses = [loss(net, batch_of(backbone, generated), meta, 0.0)
                   for loss in (diffusion_forcing.diffusion_forcing_loss, train_ar.teacher_forcing_loss)]
+        found, plain = (gradient(net, loss, torch.ones(())) for loss in losses)
         assert torch.allclose(*losses, rtol=1e-4) == same
+        assert ((found - plain).norm() < 1e-3 * plain.norm()) == same
 
 
 @torch.no_grad()
@@ -214,6 +220,33 @@ def test_a_bidirectional_teachers_chunks_end_where_later_noise_has_them(backbone
             assert all(torch.equal(state, batch.x0[1, 0]) for state in states[1, :, 0])
             ends.append(states[:, -1])
         assert ((ends[0] - ends[1])[0, :4].abs().max() > 1e-3) == depends
+
+
+@torch.no_grad()
+def test_the_past_of_bidirectional_pairs_is_the_teachers():
+    net, batch = make("wan"), batch_of("wan", torch.ones(2, 5))
+    states = torch.randn(2, 3, *batch.x0.shape[1:], generator=torch.Generator().manual_seed(0))
+    losses = []
+    for x0, end in ((batch.x0, 0.0), (batch.x0 + 1, 0.0), (batch.x0, 1.0)):
+        changed = states.clone()
+        changed[:, -1, :2] += end  # of the first chunk: what later ones see, and its own aim
+        again = batch_of("wan", torch.tensor([[0.0, 0, 1, 1, 1]] * 2))  # whose own aim does not count
+        losses.append(ode_bidirectional.ode_loss(net, again._replace(x0=x0, states=changed), [1.0, 0.5], META))
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_another_teacher_makes_other_pairs(chain, tmp_path):
+    flags = "--pairs", tmp_path / "pairs", "--teacher-steps", "4"
+    script = "examples/variants/ode_bidirectional.py"
+    call(script, "--generate", "--pairs-count", "2", "--batch-size", "2", *flags, cwd=chain)
+    weights, meta = load_checkpoint(chain / "ckpt/camera.pt")
+    for name, change in ("other", {}), ("shifted", {"shift": 7.0}):
+        save_checkpoint(tmp_path / f"{name}.pt", {key: w + 0.1 for key, w in weights.items()}, meta | change)
+    run = (*MINIATURE, "--steps", "1", "--out", tmp_path / "ode.pt", *flags, "--teacher")
+    assert "expected pairs with" in refusal(script, *run, tmp_path / "other.pt", cwd=chain)
+    assert "differ in noise schedule" in refusal(script, *run, tmp_path / "shifted.pt", cwd=chain)
+    call(script, *run, chain / "ckpt/camera.pt", cwd=chain)
+    assert meta_of(tmp_path / "ode.pt")["from"].endswith(f"pairs of {made_from(chain / 'ckpt/camera.pt')}")
 
 
 # -------------------------------------------------------------------------------------------------------- Long rollouts
@@ -316,6 +349,59 @@ def test_longer_walks_are_measured(chain, capsys, stage):
     assert ("window" in names) == (stage == "dmd")
     assert "nan" not in "".join(table) and table[-1].count("±") == 4
     assert table[-1].split("|")[5].strip() == "0.0 ± 0.0"  # the truth repeats itself as often as the truth
+
+
+# ------------------------------------------------------------------------------------------------------- Did it obey?
+
+
+def test_what_could_have_been_commanded():
+    viewmats = torch.stack([parse_trajectory(path) for path in ("w*4", "w+l*4", "j*4", "d*2,a*2")])
+    found = selfcheck.alternatives(viewmats, 2, 4)
+    c2w = invert_se3(viewmats)
+    assert found.shape == (8, 4, 2, 4, 4) and torch.allclose(found[0], viewmats[:, 2:4])
+    moved = lambda k, n: invert_se3(found[k])[n, :, :3, 3] - c2w[n, 1, :3, 3]
+    step = c2w[0, 2:4, :3, 3] - c2w[0, 1, :3, 3]
+    torch.testing.assert_close(moved(1, 0), step / 2)
+    torch.testing.assert_close(found[2], viewmats[:, 1:3])
+    without = lambda k: found[k].isnan().flatten(1).any(1).tolist()
+    assert without(3) == [True, False, False, True]  # w and d do not turn
+    assert without(4) == [False, False, True, False]  # j does not move
+    torch.testing.assert_close(found[3, 1, :, :3, :3], viewmats[1, 1:2, :3, :3].expand(2, 3, 3))
+    torch.testing.assert_close(moved(4, 1), torch.zeros(2, 3), atol=1e-6, rtol=0)
+    relative = viewmats[0, 2:4] @ c2w[0, 1]  # the first room's motion, after the second room's frame
+    torch.testing.assert_close(found[5, 1], relative @ viewmats[1, 1])
+
+
+def test_a_fitted_temperature_is_the_one_that_answers_came_from():
+    rng = torch.Generator().manual_seed(0)
+    likelihoods = -torch.rand(4000, 8, generator=rng)
+    right = selfcheck.belief(likelihoods, 9.0)
+    obeyed = (torch.rand(4000, generator=rng) < right).float()
+    fitted = selfcheck.fit_sharpness(likelihoods, obeyed, 500.0)
+    assert fitted == pytest.approx(9.0, rel=0.15)
+    sure, calm = selfcheck.belief(likelihoods, 500.0), selfcheck.belief(likelihoods, fitted)
+    assert selfcheck.ece(calm, obeyed) < 0.03 < 0.08 < selfcheck.ece(sure, obeyed)
+    assert selfcheck.nll(calm, obeyed) < selfcheck.nll(sure, obeyed)
+    risks = [selfcheck.error_at(calm, obeyed, coverage) for coverage in (1, 0.8, 0.5)]
+    assert risks == sorted(risks, reverse=True) and risks[0] > risks[-1]
+    assert selfcheck.error_at(obeyed, obeyed, 1) == 0 and selfcheck.error_at(1 - obeyed, obeyed, 1) == 1
+
+
+def test_bins_hold_every_answer():
+    found = selfcheck.bins(torch.tensor([0.0, 0.05, 0.55, 1.0]), torch.tensor([0.0, 1, 1, 1]))
+    assert [n for n, *_ in found] == [2, 0, 0, 0, 0, 1, 0, 0, 0, 1] and found[0][2] == 0.5
+    assert selfcheck.ece(torch.tensor([0.3, 0.3]), torch.tensor([1.0, 0.0])) == pytest.approx(0.2)
+
+
+def test_a_judge_is_asked(chain, tmp_path, capsys):
+    """And says the same again; of another judge, something else."""
+    said = []
+    for judge in ([], [], ["--judge", "ckpt/ar.pt"]):
+        flags = "--player", "ckpt/dmd.pt", "--scenes", "8", "--draws", "1", "--out", tmp_path / "selfcheck.png", *judge
+        call("examples/variants/selfcheck.py", *flags, cwd=chain)
+        said.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("|")])
+    assert said[0] == said[1] != said[2] and len(said[0]) == 4 and "nan" not in "".join(said[0])
+    assert imageio.imread(tmp_path / "selfcheck.png").shape == (216, 432, 3)
 
 
 # ----------------------------------------------------------------------------------------------------------------- Both

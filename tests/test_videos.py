@@ -487,9 +487,7 @@ def test_clips_whose_motion_is_unusual_are_dropped(toy, tmp_path, monkeypatch):
         found = [json.loads(line) for line in (tmp_path / f"{keep}/report.jsonl").read_text().splitlines()]
         assert [row["uncertainty"] for row in found[:4]] == [3, 3, 99, 3] and "uncertain" in found[2]["reasons"]
         assert [row["kept"] for row in found[:4]] == [True, True, keep, True]
-        data = open_latents(tmp_path / str(keep))
-        rarely = pytest.approx(module.UNCERTAIN / 99)  # it is kept, and seen less
-        assert list(data.weights) == ([1, 1, rarely, *[1] * (COUNT - 3)] if keep else [])
+        assert open_latents(tmp_path / str(keep)).weights == ()  # who is kept is trained on like others
 
 
 def test_a_clip_is_trained_on_as_often_as_its_row_says(toy, tmp_path):
@@ -497,15 +495,24 @@ def test_a_clip_is_trained_on_as_often_as_its_row_says(toy, tmp_path):
     rows = [json.loads(line) for line in (toy / "clips/table.jsonl").read_text().splitlines()]
     again(toy, tmp_path / "out", rows)
     assert open_latents(tmp_path / "out").weights == ()
-    rows[1]["weight"], rows[2]["weight"], rows[4]["weight"] = 0.5, "3", ""
+    rows[1]["weight"], rows[2]["weight"], rows[4]["weight"] = 0.5, "3", " "
     made, data = grow(toy, tmp_path / "out", rows)
     assert made == set() and data.weights == (1, 0.5, 3, *[1] * (COUNT - 3))
-    for n, bad in enumerate((0, -1, "often", float("inf"), [1])):
+    for n, bad in enumerate((0, -1, "often", 1e308, [1])):
         rows[n + 5]["weight"] = bad
     _, data = grow(toy, tmp_path / "out", rows)
     assert data.weights == (1, 0.5, 3, *[1] * (COUNT - 8)) and len(data.rows) == COUNT - 5
     found = [json.loads(line) for line in (tmp_path / "out/report.jsonl").read_text().splitlines()]
     assert [[*row["reasons"]] for row in found[5:10]] == [["weight"]] * 5
+
+
+def test_a_clip_with_two_captions_has_two_weights(toy, tmp_path):
+    rows = [json.loads(line) for line in (toy / "clips/table.jsonl").read_text().splitlines()]
+    rows.append(rows[0] | {"caption": "a room, seen from inside", "weight": 0.25})
+    _, data = grow(toy, tmp_path / "out", rows, "--keep", *DOUBTFUL)
+    captions = [caption_of(data, row) for row in data.rows]
+    assert [captions[n] for n, weight in enumerate(data.weights) if weight == 0.25] == ["a room, seen from inside"]
+    assert sorted(data.weights) == [0.25, *[1] * COUNT]
 
 
 def grow(toy, out, rows, *flags):

@@ -10,8 +10,7 @@ never has, since what it keeps is finished. What changes:
 Sampling is train_ar.py's. A chunk takes two passes here, one for its velocity and one for its keys and values, where an
 attention of all chunks at once would take one.
 
-$ PYTHONPATH=. python examples/variants/diffusion_forcing.py
-$ PYTHONPATH=. torchrun --nproc_per_node 2 examples/variants/diffusion_forcing.py --batch-size 4
+$ PYTHONPATH=. python examples/variants/diffusion_forcing.py --out ckpt/diffusion-forcing.pt
 """
 import argparse
 import gc
@@ -49,7 +48,8 @@ def diffusion_forcing_loss(net: nn.Module, batch: Batch, meta: Meta, null_prob: 
         seen = x_t[:, frames], sigma[:, frames], prompt, batch.camera.frames(frames)
         if frames.stop > 0:
             vs.append(net(*seen, kv_cache=kv_cache))
-        kv_cache = net(*seen, kv_cache=kv_cache, update_cache=True)
+        if frames.stop < f:  # nothing comes after the last chunk to see it
+            kv_cache = net(*seen, kv_cache=kv_cache, update_cache=True)
     v = torch.cat(vs, dim=1)
     return masked_mse(v, noise - batch.x0, batch.generated)
 

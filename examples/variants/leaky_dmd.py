@@ -7,11 +7,12 @@ chunks that it saw, the keys and values that they wrote, and through their pictu
 recurrent network that is trained through all of its steps. What changes:
   1. self_rollout makes each chunk's last pass, and its place in the cache, with gradient: nothing is made again
   2. the generator's loss goes backward through all of it; the rollouts of fake_score have none
+  3. a student whose window is shorter than its videos is refused: nothing slides here
 
-Memory: the last passes of a whole video, and their caches, where train_dmd.py holds one chunk's.
+Memory: the last passes of a whole video, and their caches, where train_dmd.py holds one chunk's. --gather is of the
+rollout alone.
 
-$ PYTHONPATH=. python examples/variants/leaky_dmd.py
-$ PYTHONPATH=. torchrun --nproc_per_node 2 examples/variants/leaky_dmd.py --batch-size 4
+$ PYTHONPATH=. python examples/variants/leaky_dmd.py --out ckpt/leaky-dmd.pt
 """
 import argparse
 import gc
@@ -179,6 +180,9 @@ def load_nets(args: argparse.Namespace, data: Latents, device: torch.device) -> 
     if score_meta["shift"] != source["shift"]:
         raise ValueError(f"{args.init} and {args.scores} differ in noise schedule: shift {source['shift']} and "
                          f"{score_meta['shift']}")
+    if 0 < source.get("window", 0) < source["frames"]:
+        raise ValueError(f"{args.init}: a window of {source['window']} frames, but nothing slides here, and videos are "
+                         f"{source['frames']}")
     with torch.device("meta"):
         nets = {name: build(args.preset) for name in ("generator", "ema")}
         nets |= {name: build(score_meta["preset"]) for name in ("real_score", "fake_score")}

@@ -11,7 +11,7 @@ of later ones, too. A student that regresses it can only learn the mean over wha
   3. the past in training is the teacher's own end point, which is what its chunks go with
 
 $ PYTHONPATH=. python examples/variants/ode_bidirectional.py --generate
-$ PYTHONPATH=. python examples/variants/ode_bidirectional.py
+$ PYTHONPATH=. python examples/variants/ode_bidirectional.py --out ckpt/ode-bidirectional.pt
 """
 import argparse
 import gc
@@ -177,11 +177,17 @@ def main(args: argparse.Namespace) -> None:
     weights, source = load_checkpoint(args.init, "ar", preset=args.preset)
     source = check_data(data, source, args.init)
     teacher_weights, teacher_meta = load_checkpoint(args.teacher, "camera", preset=args.preset)
+    check_data(data, teacher_meta, args.teacher)
+    if teacher_meta["shift"] != source["shift"]:
+        raise ValueError(f"{args.init} and {args.teacher} differ in noise schedule: shift {source['shift']} and "
+                         f"{teacher_meta['shift']}")
     if args.generate:
         with torch.device("meta"):
             teacher = build(args.preset)
+        teacher.timed_text = teacher_meta.get("timed_text", False)  # some released HY camera models tell the text, too
         teacher = shard(teacher, teacher_weights, device, compiled=args.compile)
         return generate(args, teacher, data, teacher_meta, device)
+    del teacher_weights
     data, terms = open_latents(args.pairs, args.preset), pair_terms(args, teacher_meta)  # the data are pairs from here
     if "generated" not in data.shards[0].keys():
         raise ValueError(f"{args.pairs}: pairs of an older version of this code; remove them, --generate makes others")
@@ -194,8 +200,9 @@ def main(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=args.betas, weight_decay=0.01, fused=True)
     nets, optimizers = {"net": net, "ema": ema}, {"net": optimizer}
     meta: Meta = source | {"stage": "ode", "sampler": "few_step", "sampling_steps": args.sampling_steps,
-                           "guidance": 1.0, "from": origin(args.init, source)}
-    run = describe_run(args, init=source)
+                           "guidance": 1.0,
+                           "from": f"{origin(args.init, source)}; pairs of {origin(args.teacher, teacher_meta)}"}
+    run = describe_run(args, init=source, teacher=teacher_meta)
 
     # -- start (same in every stage) ---------------------------------------------------------------------------------
     step = load_state(folder, nets, optimizers, run) if args.resume else 0

@@ -1,13 +1,13 @@
 """
-Stage 3, a variant: the generator's rollout is used twice, as FastVideo reports. Read as a diff, train_dmd.py against
-this.
+Stage 3, a variant: the generator's rollout is used twice (FastVideo, commit 6c5bc858). Read as a diff, train_dmd.py
+against this.
 
 In each step of train_dmd.py fake_score catches up on new videos alone. Here its first update takes the very video that
-the generator was just moved by, from before that: a rollout less of six. What changes:
-  1. the generator's batches and rollouts are kept for the first update of fake_score
+the generator was just moved by, from before that: with five updates, a rollout less of six. What changes:
+  1. the generator's batches and rollouts are kept for the first update of fake_score. The videos whose turn it would be
+     are passed over, so that all others have the noise that they have in train_dmd.py
 
-$ PYTHONPATH=. python examples/variants/reuse_dmd.py
-$ PYTHONPATH=. torchrun --nproc_per_node 2 examples/variants/reuse_dmd.py --batch-size 4
+$ PYTHONPATH=. python examples/variants/reuse_dmd.py --out ckpt/reuse-dmd.pt
 """
 import argparse
 import gc
