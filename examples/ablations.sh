@@ -20,7 +20,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=.
 case ${1-} in
     steps | batch | poses | forcing | teacher | init | longer | cut | scores | filter) ;;
-    *) sed -n '2,/^# Flags/p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,/^# Flags/p' examples/ablations.sh >&2; exit 2 ;;
 esac
 name=$1 flags=("${@:2}") out=data/ablations/$1 ckpt=${CKPT:-ckpt/tiny}
 mkdir -p "$out"

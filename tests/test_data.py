@@ -332,7 +332,7 @@ def test_a_room_shows_the_colours_of_its_prompt_around_pictures_in_its_inks():
 
 
 def test_every_surface_has_pictures_of_its_own():
-    """Seen from the middle in all directions: two on a wall, four on floor and ceiling, none of them on two surfaces."""
+    """Seen from the middle in all directions: two on a wall, four on floor and ceiling, none of them on two."""
     paths = "still", "j*30", "j*60", "l*30", "i*20", "k*20", "j*60,i*20", "j*60,k*20"
     turns = [parse_trajectory(path)[-1] for path in paths]
     hits = cast(torch.tensor([[[0.8, -0.7], [-0.8, -0.7]]]), torch.stack(turns)[None], intrinsics(K_SQUARE), 64)
