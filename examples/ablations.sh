@@ -14,7 +14,7 @@
 #   examples/ablations.sh filter     a tenth of the clips have the poses of others: are they found, what do they cost?
 #
 # Flags after the name go to every training command: --seed 1, --steps 500. What is made stays in data/ablations. ± is the
-# standard error over 64 rooms, of one training seed.
+# standard error over 64 rooms (or SCENES=32), of one training seed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=.
@@ -35,7 +35,8 @@ header() {  # the names of the first columns
 }
 
 row() {  # the first cells, a checkpoint, flags of stream.py
-    python stream.py --score --ckpt "$2" --vae "$ckpt/vae.pt" --out "${2%.pt}.mp4" "${@:3}" | tail -n 1 | python -c '
+    python stream.py --score --scenes "${SCENES:-64}" --ckpt "$2" --vae "$ckpt/vae.pt" --out "${2%.pt}.mp4" "${@:3}" |
+        tail -n 1 | python -c '
 import json, sys
 z = json.loads(sys.stdin.read())
 names = ("texture", "clutter", "psnr", "counterfactual_accuracy", "rot_err_deg", "trans_err")
