@@ -65,7 +65,8 @@ END
         fi
         mkdir -p "$folder"
         cp -n "$out"/*/survey-*.jsonl "$folder" 2> /dev/null || true  # what was seen of the clips is the same for all
-        python data.py --videos "$out/clips" --table "$table" --out "$folder" --vae ckpt/tiny/vae.pt "${which[@]}" >&2
+        torchrun --standalone --nproc_per_node 2 data.py --videos "$out/clips" --table "$table" --out "$folder" \
+            --vae ckpt/tiny/vae.pt "${which[@]}" >&2
         left=$(python - "$out/right.jsonl" "$table" "$folder/report.jsonl" << 'END'
 import json, sys
 from pathlib import Path

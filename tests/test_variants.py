@@ -313,7 +313,7 @@ def test_a_rollout_shorter_than_a_video_is_refused(chain, tmp_path):
     assert message.startswith("error: --rollout 3")
 
 
-# ------------------------------------------------------------------------------------ A likelihood ratio, discriminating
+# --------------------------------------------------------------------------------- A likelihood ratio as discriminator
 
 
 @pytest.mark.parametrize("alpha", (0.0, 0.5, 2.0))
