@@ -14,16 +14,17 @@ import model
 import train_ar
 import train_dmd
 from conftest import MINIATURE, ROOT, call, refusal
-from data import Batch, parse_trajectory
+from data import Batch, load_encoder, parse_trajectory, read_prompt
 from helpers import GENERATED, hy_inputs, made_from, make_batch, make_net, meta_of, random_hy_dit
 from model import (
-    add_noise, build_vae, invert_se3, load_checkpoint, noise_levels, rollout, rope_speed, save_checkpoint, shift_sigma,
-    tree_map,
+    add_noise, build_vae, invert_se3, load_checkpoint, load_net, load_vae, noise_levels, rollout, rope_speed,
+    save_checkpoint, shift_sigma, tree_map,
 )
+from stream import TOY_PROMPT, Player
 
 sys.path.insert(0, str(ROOT / "examples/variants"))
 sgf, long_dmd, leaky_dmd, reuse_dmd = (import_module(name) for name in ("sgf", "long_dmd", "leaky_dmd", "reuse_dmd"))
-riflex, selfcheck, ddo = import_module("riflex"), import_module("selfcheck"), import_module("ddo")
+riflex, selfcheck, ddo, rerecord = (import_module(name) for name in ("riflex", "selfcheck", "ddo", "rerecord"))
 diffusion_forcing, ode_bidirectional = import_module("diffusion_forcing"), import_module("ode_bidirectional")
 
 BACKBONES = ("wan", "hy")
@@ -443,6 +444,38 @@ def test_a_judge_is_asked(chain, tmp_path, capsys):
         said.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("|")])
     assert said[0] == said[1] != said[2] and len(said[0]) == 4 and "nan" not in "".join(said[0])
     assert imageio.imread(tmp_path / "selfcheck.png").shape == (216, 432, 3)
+
+
+# --------------------------------------------------------------------------------------------------------- A new prompt
+
+
+def test_a_repainted_room_has_two_other_colours():
+    old, new = (read_prompt(prompt)[0] for prompt in (TOY_PROMPT, rerecord.repaint(TOY_PROMPT)))
+    assert (old != new).nonzero().flatten().tolist() == [2, 3] and ((new - old)[2:4] % 8 == 3).all()
+
+
+def test_what_of_the_past_is_read_again(chain):
+    """Where new words are the old: reading again changes nothing, nor do they; an empty cache does. With new ones all
+    four ways differ, behind the change alone."""
+    net, meta = load_net(chain / "ckpt/dmd.pt", torch.device("cpu"))
+    vae = load_vae(chain / "ckpt/vae.pt", torch.device("cpu"), meta["vae_fingerprint"])
+    player = Player(net, vae, load_encoder("tiny", None, torch.device("cpu")), meta)
+    viewmats, other = parse_trajectory("w*3,j*4")[None], rerecord.repaint(TOY_PROMPT)
+    same, new = ([rerecord.walk(player, way, [TOY_PROMPT], [prompt], viewmats, [3]) for way in rerecord.WAYS]
+                 for prompt in (TOY_PROMPT, other))
+    for video in same[1:3]:
+        torch.testing.assert_close(video, same[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(new[0], same[0])
+    assert not torch.allclose(same[3], same[0], atol=1e-3)
+    for i, video in enumerate(new):
+        torch.testing.assert_close(video[:, :, :13], same[0][:, :, :13], atol=1e-5, rtol=0)
+        assert all(not torch.allclose(video, z, atol=1e-4) for z in new[:i])
+
+
+def test_a_new_prompt_is_measured(chain, capsys):
+    call("examples/variants/rerecord.py", "--ckpt", "ckpt/dmd.pt", "--scenes", "2", cwd=chain)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [*rerecord.WAYS] and "nan" not in "".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------- Both
