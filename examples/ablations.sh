@@ -5,7 +5,8 @@
 #                                    a camera that is trained on them?
 #
 # Flags after the name go to the training script: --steps 1000. What is made stays in data/ablations; clips and latents
-# are found there by a second run, training begins anew. ± is the standard error over 64 rooms, of one training seed.
+# are found there by a second run, training begins anew. ± is the standard error over 64 rooms (or SCENES=32), of one
+# training seed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case ${1-} in
@@ -21,7 +22,8 @@ header() {  # the first columns
 }
 
 row() {  # the first cells, a checkpoint
-    python stream.py --score --ckpt "$2" --vae ckpt/tiny/vae.pt --out "${2%.pt}.mp4" | tail -n 1 | python -c '
+    python stream.py --score --scenes "${SCENES:-64}" --ckpt "$2" --vae ckpt/tiny/vae.pt --out "${2%.pt}.mp4" |
+        tail -n 1 | python -c '
 import json, sys
 z = json.loads(sys.stdin.read())
 names = ("psnr", "counterfactual_accuracy", "rot_err_deg", "trans_err")
