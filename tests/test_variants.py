@@ -14,13 +14,17 @@ import model
 import train_ar
 import train_dmd
 from conftest import MINIATURE, ROOT, call, refusal
-from data import Batch, parse_trajectory
+from data import Batch, load_encoder, parse_trajectory, read_prompt
 from helpers import GENERATED, fitted_vae, hy_inputs, made_from, make_batch, make_net, meta_of, random_hy_dit
-from model import invert_se3, load_checkpoint, noise_levels, rollout, rope_speed, save_checkpoint, tree_map
+from model import (
+    add_noise, invert_se3, load_checkpoint, load_net, load_vae, noise_levels, rollout, rope_speed, save_checkpoint,
+    shift_sigma, tree_map,
+)
+from stream import TOY_PROMPT, Player
 
 sys.path.insert(0, str(ROOT / "examples/variants"))
 sgf, long_dmd, leaky_dmd, reuse_dmd = (import_module(name) for name in ("sgf", "long_dmd", "leaky_dmd", "reuse_dmd"))
-riflex, selfcheck = import_module("riflex"), import_module("selfcheck")
+riflex, selfcheck, ddo, rerecord = (import_module(name) for name in ("riflex", "selfcheck", "ddo", "rerecord"))
 diffusion_forcing, ode_bidirectional = import_module("diffusion_forcing"), import_module("ode_bidirectional")
 
 BACKBONES = ("wan", "hy")
@@ -310,6 +314,44 @@ def test_a_rollout_shorter_than_a_video_is_refused(chain, tmp_path):
     assert message.startswith("error: --rollout 3")
 
 
+# --------------------------------------------------------------------------------- A likelihood ratio as discriminator
+
+
+@pytest.mark.parametrize("alpha", (0.0, 0.5, 2.0))
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_ddo_starts_downhill_on_data_and_uphill_on_samples(backbone, alpha):
+    """Where model and reference are one: log 2 of each, and (beta / 2) (grad e_data - alpha grad e_samples)."""
+    net, reference = make(backbone), make(backbone).requires_grad_(False)
+    reference.load_state_dict(net.state_dict())
+    batch = batch_of(backbone)  # of the second video, the first chunk is given and half of the second
+    states = torch.randn(2, 2, *batch.x0.shape[1:], generator=torch.Generator().manual_seed(0))
+    states[:, -1][GENERATED == 0] = batch.x0[GENERATED == 0]
+    beta, start = 0.05, batch._replace(states=states)
+    loss = ddo.ddo_loss(net, reference, start, META, 0.0, alpha, beta)
+    assert loss.item() == pytest.approx(0.693147 * (1 + alpha) / max(alpha, 1), rel=1e-4)
+    found = gradient(net, loss, torch.ones(()))
+
+    def error(x):  # a sum over chunks, over their number
+        again = batch_of(backbone)
+        sigma = shift_sigma(again.rand_per_chunk(2), META["shift"]) * GENERATED
+        noise = again.noise()
+        v = net(add_noise(x, noise, sigma), sigma, again.prompt, again.camera, clean=again.x0, chunk=2)
+        return ((v - (noise - x)).square().sum((2, 3, 4)) * GENERATED).sum() / 5  # three chunks, and two
+
+    data, samples = (gradient(net, error(x), torch.ones(())) for x in (batch.x0, states[:, -1]))
+    expected = beta / 2 * (data - alpha * samples) / max(alpha, 1)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-4 * expected.abs().max().item())
+
+
+def test_samples_of_another_reference_are_refused(chain, tmp_path):
+    pairs = "--pairs", tmp_path / "pairs", "--teacher-steps", "4"
+    call("examples/variants/ddo.py", "--generate", "--pairs-count", "2", "--batch-size", "2", *pairs, cwd=chain)
+    weights, meta = load_checkpoint(chain / "ckpt/ar.pt")
+    save_checkpoint(tmp_path / "other.pt", {name: w + 0.1 for name, w in weights.items()}, meta)
+    run = (*MINIATURE, "--steps", "1", "--out", tmp_path / "ddo.pt", *pairs, "--init")
+    assert "expected samples of" in refusal("examples/variants/ddo.py", *run, tmp_path / "other.pt", cwd=chain)
+
+
 # ------------------------------------------------------------------------------------------------- Longer than trained
 
 
@@ -404,6 +446,38 @@ def test_a_judge_is_asked(chain, tmp_path, capsys):
     assert imageio.imread(tmp_path / "selfcheck.png").shape == (216, 432, 3)
 
 
+# --------------------------------------------------------------------------------------------------------- A new prompt
+
+
+def test_a_repainted_room_has_two_other_colours():
+    old, new = (read_prompt(prompt)[0] for prompt in (TOY_PROMPT, rerecord.repaint(TOY_PROMPT)))
+    assert (old != new).nonzero().flatten().tolist() == [2, 3] and ((new - old)[2:4] % 8 == 3).all()
+
+
+def test_what_of_the_past_is_read_again(chain):
+    """Where new words are the old: reading again changes nothing, nor do they; an empty cache does. With new ones all
+    four ways differ, behind the change alone."""
+    net, meta = load_net(chain / "ckpt/dmd.pt", torch.device("cpu"))
+    vae = load_vae(chain / "ckpt/vae.pt", torch.device("cpu"), meta["vae_fingerprint"])
+    player = Player(net, vae, load_encoder("tiny", None, torch.device("cpu")), meta)
+    viewmats, other = parse_trajectory("w*3,j*4")[None], rerecord.repaint(TOY_PROMPT)
+    same, new = ([rerecord.walk(player, way, [TOY_PROMPT], [prompt], viewmats, [3]) for way in rerecord.WAYS]
+                 for prompt in (TOY_PROMPT, other))
+    for video in same[1:3]:
+        torch.testing.assert_close(video, same[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(new[0], same[0])
+    assert not torch.allclose(same[3], same[0], atol=1e-3)
+    for i, video in enumerate(new):
+        torch.testing.assert_close(video[:, :, :13], same[0][:, :, :13], atol=1e-5, rtol=0)
+        assert all(not torch.allclose(video, z, atol=1e-4) for z in new[:i])
+
+
+def test_a_new_prompt_is_measured(chain, capsys):
+    call("examples/variants/rerecord.py", "--ckpt", "ckpt/dmd.pt", "--scenes", "2", cwd=chain)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [*rerecord.WAYS] and "nan" not in "".join(lines)
+
+
 # ----------------------------------------------------------------------------------------------------------------- Both
 
 
@@ -412,6 +486,7 @@ RUNS = {  # variant: its stage, what it starts from, and what makes it short
     "long_dmd": ("dmd", "ode", *SHORT, "--rollout", "8", "--window", "4", "--sink", "1"),
     "diffusion_forcing": ("ar", "camera", *MINIATURE, "--warmup", "0", "--chunk", "2", "--steps", "1"),
     "ode_bidirectional": ("ode", "ar", *MINIATURE, "--warmup", "0", "--steps", "1"),
+    "ddo": ("ar", "ar", *MINIATURE, "--warmup", "0", "--steps", "1"),
 }
 
 
@@ -420,9 +495,9 @@ def test_a_variant_is_a_stage(chain, tmp_path, name):
     """It trains, and what it writes streams."""
     stage, before, *flags = RUNS[name]
     script, weights = f"examples/variants/{name}.py", []
-    if stage == "ode":
-        flags += ["--pairs", tmp_path / "pairs"]
-        call(script, "--generate", "--pairs", tmp_path / "pairs", "--pairs-count", "4", "--batch-size", "2", cwd=chain)
+    if name in ("ode_bidirectional", "ddo"):
+        flags += ["--pairs", tmp_path / "pairs", "--teacher-steps", "4"]
+        call(script, "--generate", "--pairs-count", "4", "--batch-size", "2", *flags[-4:], cwd=chain)
     for size, accum in ((2, 1), (1, 2)):
         out = tmp_path / f"{size}.pt"
         call(script, *flags, "--batch-size", size, "--accum", accum, "--seed", 3, "--out", out, cwd=chain)

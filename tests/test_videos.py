@@ -273,6 +273,8 @@ def broken(toy):
     add("no poses", base, "poses", "nowhere.json")
     add("pixels", base, "intrinsics", K=[485, 485, 480, 270])
     add("no K", base, "intrinsics", K=None)
+    add("weightless", base, "weight")
+    rows[-1]["weight"] = 0
     add("swapped", base, "skewed", K=[0.505, 0.9, 0.5, 0.5])
     add("jump", base, "jump", {"c2w": jump.tolist()})
     add("scale", base, "scale", {"c2w": scaled.tolist()})
@@ -304,7 +306,8 @@ def test_each_broken_clip_is_in_the_report_with_its_reason(toy, broken):
     ("count", "12 poses, but 13 frames: expected 13, or 4"), ("mirrored", "it mirrors"),
     ("nan", "pose 5 is not a rigid transform (SE(3)): it holds NaN"), ("string", "cannot read 'q'"),
     ("no poses", "nowhere.json: no such file"),
-    ("pixels", "not pixels"), ("no K", "--K"), ("swapped", "factor of 0.56"), ("jump", "at frame 6 "),
+    ("pixels", "not pixels"), ("no K", "--K"), ("weightless", "0: expected 0.001 to 1000"),
+    ("swapped", "factor of 0.56"), ("jump", "at frame 6 "),
     ("scale", "1.6 units"), ("small", "16x16"), ("copy", "good.mp4"), ("left out", "table.jsonl"),
 ])
 def test_the_report_says_what_was_found(toy, broken, file, says):
