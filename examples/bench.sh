@@ -42,7 +42,7 @@ print("|", " | ".join([*sys.argv[1:], *("{:.3g}".format(z[name]) for name in nam
     exit
 fi
 
-# A row: preset, frames/s that one process looks at and judges, TFLOP to encode a frame, frames/s here and on an H100 at best
+# A row: preset, frames/s that one process looks at and judges, TFLOP to encode a frame, frames/s here and at best (H100)
 if [ "$1" = videos ]; then
     python - "$2" << 'END'
 import contextlib, io, json, subprocess, sys, tempfile, time
