@@ -1,6 +1,7 @@
 """
 Changes of the recipe (examples/variants): what each says it changes, and that it still is a stage.
 """
+import json
 import sys
 from importlib import import_module
 from typing import NamedTuple
@@ -517,3 +518,13 @@ def test_a_variant_is_a_stage(chain, tmp_path, name):
 def test_the_bill_of_a_variant(capsys, chain, name):
     call(f"examples/variants/{name}.py", "--plan", "1", cwd=chain)
     assert f'"stage": "{RUNS[name][0]}"' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_bill_sees_gradients_through_a_cache(capsys, tmp_path):
+    """Of diffusion forcing's eight passes, four into the cache: all but that of the prompt alone go backward, too."""
+    sent = []
+    for script in "train_ar.py", "examples/variants/diffusion_forcing.py":
+        call(script, "--plan", "8", "--chunk", "2", cwd=tmp_path)
+        sent.append(json.loads(capsys.readouterr().out.splitlines()[-1])["bytes_between_gpus"])
+    assert sent[1] > 6.5 * sent[0]  # five times, were only velocities to go backward
