@@ -326,7 +326,7 @@ def test_the_printed_table_counts_and_names_what_was_dropped(toy, broken, tmp_pa
     call("data.py", "--videos", "broken", "--out", tmp_path / "out", *FLAGS, cwd=toy)
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines()]
-    assert ["all", "26", "1", "1"] in lines and ["unusable", "14", "0", "0"] in lines
+    assert ["all", "27", "1", "1"] in lines and ["unusable", "15", "0", "0"] in lines
     assert "dropped 5: poses, " in out and "dropped 2: static, " in out and "jump.mp4 from 0: jump: at frame 6" in out
 
 
