@@ -715,7 +715,7 @@ def test_without_a_vae_a_run_goes_on_without_sheets(chain, tmp_path, capsys):
 
 def test_shards_of_another_folder_are_refused(chain, tmp_path):
     for name, seed in ("other", 1), ("same", 0):
-        flags = ("--count", "16", "--frames", "4", "--seed", seed, "--vae", chain / "ckpt/vae.pt")
+        flags = ("--count", "16", "--frames", "4", "--size", "32", "--seed", seed, "--vae", chain / "ckpt/vae.pt")
         call("data.py", *flags, "--out", tmp_path / name, cwd=tmp_path)
         merged = shutil.copytree(chain / "data/toy", tmp_path / f"with {name}")
         shutil.copy(tmp_path / name / "latents-000000.safetensors", merged / "latents-000512.safetensors")

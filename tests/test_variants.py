@@ -16,10 +16,10 @@ import train_ar
 import train_dmd
 from conftest import MINIATURE, ROOT, call, refusal
 from data import Batch, load_encoder, parse_trajectory, read_prompt
-from helpers import GENERATED, hy_inputs, made_from, make_batch, make_net, meta_of, random_hy_dit
+from helpers import GENERATED, fitted_vae, hy_inputs, made_from, make_batch, make_net, meta_of, random_hy_dit
 from model import (
-    add_noise, build_vae, invert_se3, load_checkpoint, load_net, load_vae, noise_levels, rollout, rope_speed,
-    save_checkpoint, shift_sigma, tree_map,
+    add_noise, invert_se3, load_checkpoint, load_net, load_vae, noise_levels, rollout, rope_speed, save_checkpoint,
+    shift_sigma, tree_map,
 )
 from stream import TOY_PROMPT, Player
 
@@ -285,7 +285,7 @@ def test_a_long_path_goes_back_and_on_again():
 @torch.no_grad()
 def test_a_clip_is_a_video_of_its_own():
     torch.manual_seed(0)
-    vae, batch = build_vae("tiny").eval(), batch_of("wan")
+    vae, batch = fitted_vae(), batch_of("wan")
     truth = 0.3 * torch.randn(2, 3, 1 + 4 * 11, 32, 32)
     x = vae.encode(truth)[0]
     longer = long_dmd.lengthen(batch, 12)
