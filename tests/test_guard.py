@@ -273,7 +273,7 @@ SETTINGS = [  # stage, a setting of the checkpoint it starts from, and what must
 ELSEWHERE = {  # flags of which other tests see more: below, of the optimizer and of ranks, or in other files
     *"out preset resume steps log_every save_every state_every keep vae sp shard_over compile gather".split(),
     *"plan bench no_camera generate pairs".split(),
-    *"batch_size accum lr betas warmup max_grad_norm ema_decay".split()}
+    *"batch_size accum lr betas warmup cooldown max_grad_norm ema_decay".split()}
 
 
 @pytest.fixture(scope="module")
