@@ -523,7 +523,7 @@ def measure(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor, chunk: int
     first = video[:, :, :1].expand_as(video)  # the first frame held: what standing still would score
     shown = torch.arange(4, video.shape[2], 8)  # the last pixel frame of every second latent
     rot, trans = read_pose(video[:, :, shown], own, viewmats[:, shown // 4], K)
-    per_frame = 10 * torch.log10(4 / (video - best).square().mean((1, 3, 4)))  # [b t]
+    error, parts = (video - best).square().mean((1, 3, 4)), tenths(video.shape[2])  # [b t]
     return {
         "psnr": psnr(video, best), "psnr_copy_first": psnr(first, explain(first, scene, viewmats, K)[0]),
         "psnr_shuffled_camera": torch.where(dB[:, 1].isinf(), torch.nan, dB[:, 1]),
@@ -531,9 +531,9 @@ def measure(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor, chunk: int
         "texture": texture(found), "clutter": clutter(found), "rot_err_deg": rot.mean(1), "trans_err": trans.mean(1),
         "prompt_accuracy": named_colours(video, own, viewmats, K).nanmean(1),
         "boundary_jump": edge_ratio(video, chunk) / edge_ratio(best, chunk),
-        "psnr_first_chunk": per_frame[:, : 1 + 4 * (chunk - 1)].mean(1),
-        "psnr_last_chunk": per_frame[:, -4 * chunk :].mean(1),
-        "texture_tenths": torch.stack([texture(found[:, :, tenth]) for tenth in tenths(video.shape[2])], dim=1),
+        "psnr_first_chunk": decibels(error[:, : 1 + 4 * (chunk - 1)]),
+        "lost": decibels(error[:, parts[0]]) - decibels(error[:, parts[-1]]),
+        "texture_tenths": torch.stack([texture(found[:, :, part]) for part in parts], dim=1),
         "looks": own.looks, "seen": panels_seen(hits, 24),
     }
 
