@@ -793,7 +793,7 @@ def check_window(meta: "Meta") -> None:
     if window and not chunk:
         raise ValueError(f"--window {window}: a bidirectional network makes all frames at once, and keeps none")
     if window and window < sink + chunk:
-        raise ValueError(f"--window {window}: too short for --sink {sink} and a chunk of {chunk} frames")
+        raise ValueError(f"--window {window}: too short for --sink {sink} and chunks of {chunk}")
 
 
 def start_stream(net: nn.Module, meta: "Meta", rng: list[torch.Generator], shape: tuple[int, ...],

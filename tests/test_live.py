@@ -165,15 +165,15 @@ def test_a_walk_with_the_keys_is_the_walk_of_a_file(open_one):
     player = open_one()
     walk, shown = Live(player, TOY_PROMPT, 3, None, toy=False), []
     _, viewer = walk.join()
-    for keys in ("w", "w", "l", "dl", "", "a", "s"):  # more than the window
+    for keys in ("w", "w", "w", "l", "l", "dl", "dl", "", "a", "a", "s", "s"):  # more than the window
         walk.chunk(set(keys), 0)
         for message in viewer.messages:
             head, body = struct.unpack("<II", message[:8])
             if body:
                 shown.append(np.frombuffer(message[8 + head :], np.uint8).reshape(-1, 64, 64, 4))
         viewer.messages.clear()
-    viewmats = parse_trajectory("w*3,l*2,d+l*2,a*2,s*2")
-    viewmats = viewmats[[*range(8), 7, 7, *range(8, 12)]]  # for a chunk it stands
+    viewmats = parse_trajectory("w*2,l*2,d+l*2,a*2,s*2")  # the first frame is where the walk begins
+    viewmats = viewmats[[*range(7), 6, *range(7, 11)]]  # for a chunk it stands
     camera = Camera(viewmats[None], intrinsics(player.meta["K"]).expand(1, len(viewmats), 3, 3))
     film = torch.cat(list(stream(player, [TOY_PROMPT], camera, [3])), dim=2)
     shown = from_bytes(torch.from_numpy(np.concatenate(shown)))
@@ -378,7 +378,8 @@ def test_a_port_in_use(server, tmp_path):
 
 @pytest.mark.parametrize("flags, reason", (
     (("--port", "70000"), "--port 70000: expected 0 to 65535"), (("--score",), "--live: expected none of"),
-    (("--ckpt", ROOT / "ckpt/tiny/camera.pt"), "chunk by chunk"), (("--window", "1"), "--window 1: too short"),
+    (("--ckpt", ROOT / "ckpt/tiny/camera.pt"), "chunk by chunk"),
+    (("--window", "1", "--sink", "1"), "--window 1: too short"),
 ))
 def test_what_cannot_be_played(tmp_path, flags, reason):
     assert reason in refusal("stream.py", "--live", "--port", "0", *flags, cwd=tmp_path)
@@ -492,7 +493,7 @@ def test_the_picture_in_a_browser_obeys_the_keys(tmp_path, browser):
             press(browser, key, False)
             browser.find_element("id", "pause").click()
             until(lambda: text(browser, "pause") == "go on")
-            until(lambda: shown(browser, "index % 8 == 4"))  # the last of a chunk, whose pose is its own
+            until(lambda: shown(browser, "index % 4 == 0"))  # the last of a chunk, whose pose is its own
             time.sleep(0.5)
             x, y, z, yaw, pitch = shown(browser, "pose")
             pictures.append(read_canvas(browser))

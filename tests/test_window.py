@@ -358,7 +358,7 @@ def test_a_window_read_again_for_another_prompt_is_as_if_made_for_it(backbone):
 @pytest.mark.parametrize("flags, found", [
     (("--window", "-1"), "--window -1"), (("--sink", "-1"), "--sink -1"),
     (("--sink", "1"), "--sink: of use with --window"), (("--absolute-positions",), "of use with --window"),
-    (("--window", "3", "--sink", "2"), "--window 3: too short for --sink 2 and a chunk of 2 frames"),
+    (("--window", "2", "--sink", "2"), "--window 2: too short for --sink 2 and chunks of 1"),
     (("--window", "4", "--ckpt", ROOT / "ckpt/tiny/camera.pt"), "bidirectional"),
 ])
 def test_a_window_without_room_is_refused(tmp_path, flags, found):
