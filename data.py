@@ -5,13 +5,13 @@ Everything frozen, and everything that becomes a batch.
     2. Toy world    rooms ray-cast in torch: the data set, the base model and the ground truth of a laptop
     3. Prompts      what an encoder makes of them; a deterministic stand-in for umT5
     4. Batches      the folder of latents that a run reads, and get_batch, a pure function of (seed, step, part)
-    5. Making       the toy world: render it, train its VAE, write its latents
+    5. Making       the toy world: render it, fit its VAE, write its latents
     ---- the course ends here ----
     6. Pose files   COLMAP, nerfstudio, TUM and a dozen others; poses of some frames; lenses
     7. Encoders     umT5, Qwen2.5-VL, byT5, SigLIP, and HY's stand-ins
     8. Videos       real ones with captions and cameras: look, judge, encode, report; pictures of what came out
     9. Noise        in the place of all data, to plan and to time training
-    10. main        $ python data.py                        render the toy world, train its VAE, write its latents
+    10. main        $ python data.py                        render the toy world, fit its VAE, write its latents
                     $ python data.py --videos clips         the latents of your own videos instead
                     $ python data.py --inspect data/videos  draw frames and camera paths of a latents folder
 
@@ -938,7 +938,7 @@ def make_vae(args: argparse.Namespace, video: Tensor) -> None:
 
 
 def make_toy(args: argparse.Namespace) -> None:
-    """Render the toy world, train its VAE if there is none, and write its latents folder."""
+    """Render the toy world, fit its VAE if there is none, and write its latents folder."""
     if args.vae.exists():
         _, about_vae = load_checkpoint(args.vae, "vae")
         if about_vae["preset"] != args.preset:

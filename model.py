@@ -6,7 +6,7 @@ The networks, what their output means, and how their weights travel.
     3. Wan DiT          the diffusion transformer, bidirectional and causal with the same weights; its KV cache
     4. Sampling         Euler and few-step samplers, and the rollout chunk by chunk
     5. Weights          what a checkpoint says of itself; shard, average, save, load, resume
-    6. Wan VAE          causal 3-D convolutions; encode and decode whole or as a stream
+    6. VAEs             Wan's causal 3-D convolutions, whole or as a stream; linear patches for the toy world
     7. Presets          tiny (trained on a laptop), wan-1.3b, wan-14b
     ---- the course ends here ----
     8. HY DiT           HunyuanVideo-1.5: video and text as two streams, an image to go on from, actions
@@ -1467,7 +1467,7 @@ def load_state(folder: Path, nets: Nets, optimizers: Optimizers, run: dict) -> i
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Wan VAE. Pixels [b 3 t H W] in [-1, 1] <-> latents [b f c h w], t = 1 + 4 (f - 1): the first frame stands alone,
+# 6. VAEs. Pixels [b 3 t H W] in [-1, 1] <-> latents [b f c h w], t = 1 + 4 (f - 1): the first frame stands alone,
 # then every four frames share a latent. All convolutions look backwards in time only, so a video can be encoded and
 # decoded in pieces. What a layer must remember between pieces is passed in and handed back as `feat_cache`, a dict from
 # layer to its last input frames; an empty dict is the start of a video. Whole = one piece: same code, same numbers.
