@@ -186,7 +186,7 @@ SURFACES = ("left wall", "right wall", "far wall", "floor", "ceiling", "pillar",
 NAMED = len(SURFACES) - 1  # nobody names the wall behind the first camera; it is grey
 # The inks are equally bright and equally far from grey, and grey is their mean: what a model shows that cannot decide.
 # Their complements, as far from grey on the other side, are in no room: who finds inks in noise finds as many decoys.
-INKS = {"teal": (0.32, 0.59, 0.59), "violet": (0.59, 0.32, 0.59), "olive": (0.59, 0.59, 0.32)}
+INKS = {"teal": (0.24, 0.63, 0.63), "violet": (0.63, 0.24, 0.63), "olive": (0.63, 0.63, 0.24)}
 DECOYS = tuple(tuple(1 - c for c in ink) for ink in INKS.values())
 GREY = (0.5, 0.5, 0.5)
 LOOKS = (*INKS.values(), *DECOYS, GREY)  # what a picture is compared with; a room has one of the first three
@@ -943,13 +943,15 @@ def make_toy(args: argparse.Namespace) -> None:
         _, about_vae = load_checkpoint(args.vae, "vae")
         if about_vae["preset"] != args.preset:
             raise ValueError(f"{args.vae}: a VAE of preset {about_vae['preset']}, but --preset is {args.preset}")
+    elif args.frames == 1:
+        raise ValueError(f"{args.vae}: no such file; a VAE is fitted to videos, `python data.py` makes it")
     for old in args.out.glob("latents-*.safetensors"):
         with suppress(SafetensorError), safe_open(old, "pt") as shard:
             if "clips" in (shard.metadata() or {}):
                 raise ValueError(f"{args.out}: holds videos of your own, expected another --out for the toy world")
     size = args.size[0]
-    prompts, paths, scene = sample_toy(args.count, args.seed, args.frames - 1, held=False)
-    viewmats, K = torch.stack([parse_trajectory(path) for path in paths]), intrinsics(K_SQUARE)
+    prompts, paths, scene = sample_toy(args.count, args.seed, max(1, args.frames - 1), held=False)
+    viewmats, K = torch.stack([parse_trajectory(path)[: args.frames] for path in paths]), intrinsics(K_SQUARE)
     video = torch.empty(args.count, 3, 1 + 4 * (args.frames - 1), size, size, dtype=torch.uint8)
     for i in tqdm(range(args.count), "render"):
         room = Scene(*(z[i : i + 1] for z in scene))
@@ -3619,8 +3621,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.keep is None:
         args.keep = []
     size = f"--size {args.size[0]}x{args.size[1]}"
-    if any(side % 8 for side in args.size) or args.frames < 2:
-        p.error(f"{size} --frames {args.frames}: expected multiples of 8 pixels, and at least 2 frames")
+    if any(side % 8 for side in args.size) or args.frames < (2 if args.videos else 1):
+        p.error(f"{size} --frames {args.frames}: expected multiples of 8 pixels, and of a video at least 2 frames")
     if not args.videos and args.size[0] % 16:
         p.error(f"{size}: expected a multiple of 16 pixels, the toy world's tokens")
     if not args.videos and args.size[0] != args.size[1]:
