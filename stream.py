@@ -558,6 +558,8 @@ def standard_error(rows: list[dict[str, Tensor]], name: str) -> float:
 def score(player: Player, args: argparse.Namespace) -> tuple[dict[str, float | list[float]], list[Tensor]]:
     """Held-out rooms along held-out paths -> averages, and 16 videos below the renders that explain them best."""
     vae, meta, group = player.vae, player.meta, 8
+    if meta["frames"] < 2:
+        raise ValueError("--score measures videos, and this checkpoint makes images")
     if args.scenes < group or args.scenes % group:
         raise ValueError(f"--scenes {args.scenes}: expected a multiple of {group}, the number of candidate paths")
     most = 0

@@ -10,7 +10,7 @@ In some videos the first frame or two are given, as an image to go on from: they
 
     x_t = (1 - sigma) x0 + sigma noise          loss = || v(x_t, sigma, prompt, camera) - (noise - x0) ||^2
 
-$ python train_camera.py --no-camera            the toy world has no base model to download: make one, without camera
+$ python train_camera.py --no-camera --data data/images      the toy world has no base model to download: text to image
 $ python train_camera.py
 $ torchrun --nproc_per_node 2 train_camera.py --batch-size 4
 """

@@ -16,7 +16,7 @@ from einops import repeat
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from conftest import call
+from conftest import MINIATURE, STEADY, call, refusal
 from data import (
     FIRST_PANEL, FRAMED, INKS, K_SQUARE, K_WIDE, KEYS, LOOKS, N_PANELS, PALETTE, PILLAR, PILLAR_X, PILLAR_Z, ROOM, STEP,
     SURFACES, TEXT_DIM, TEXT_LEN, TURN, best_inks, cast, collate_prompts, encode_places, encode_words, get_batch,
@@ -25,6 +25,7 @@ from data import (
     save_prompts, save_shard, write_sheet,
 )
 from helpers import ORACLE
+from model import load_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -433,6 +434,24 @@ def test_prompts_that_would_be_cut_are_refused():
     assert encode_words(" ".join(words))[-1].any()
     with pytest.raises(ValueError, match="33 words, expected at most 32"):
         encode_words(" ".join([*words, "more"]))
+
+
+def test_images_are_videos_of_one_frame(chain, tmp_path):
+    """What a base model learns from; scores are of videos."""
+    flags = ("--frames", "1", "--count", "4", "--size", "32", "--out", tmp_path / "images")
+    assert "`python data.py` makes it" in refusal("data.py", *flags, cwd=tmp_path)
+    call("data.py", *flags, cwd=chain)
+    data = open_latents(tmp_path / "images", "tiny")
+    batch = get_batch(data, 0, 0, (0, 1), 4, CPU)
+    assert batch.x0.shape == (4, 1, 16, 4, 4) and data.meta["frames"] == 1
+    assert torch.equal(batch.camera.viewmats, torch.eye(4).expand(4, 1, 4, 4))
+    base = tmp_path / "base.pt"
+    flags = ("--no-camera", "--data", tmp_path / "images", *MINIATURE, *STEADY, "--steps", "1", "--out", base)
+    call("train_camera.py", *flags, cwd=chain)
+    short = (*MINIATURE, *STEADY, "--shift", "3", "--sampling-steps", "2", "--steps", "1")
+    call("train_camera.py", "--init", base, *short, "--out", tmp_path / "camera.pt", cwd=chain)
+    assert load_checkpoint(tmp_path / "camera.pt")[1]["frames"] == 4
+    assert "makes images" in refusal("stream.py", "--score", "--ckpt", base, "--scenes", "8", cwd=chain)
 
 
 def test_hy_prompts_bring_their_image(tmp_path):
