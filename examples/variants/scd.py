@@ -194,8 +194,9 @@ def scd_loss(net: nn.Module, batch: Batch, meta: Meta, null_prob: float) -> Tens
     sigma = (1 - 0.2 * batch.rand_per_chunk(chunk)) * batch.generated  # [b f]
     x_t = add_noise(batch.x0, batch.noise(), sigma)
     context = net(x_t, sigma, prompt, batch.camera, clean=batch.x0, chunk=chunk)
-    noise = torch.stack([torch.randn(context.tokens.shape[1:], generator=g) for g in batch.rng])
-    context = context._replace(tokens=context.tokens + 0.05 * noise.to(context.tokens))  # as the paper has it
+    (f, _, h, w), d = batch.x0.shape[1:], context.tokens.shape[-1]
+    noise = torch.stack([torch.randn((f, h * w // 4, d), generator=g) for g in batch.rng])  # of all ranks' tokens
+    context = context._replace(tokens=context.tokens + 0.05 * my_part(noise, dim=2).to(context.tokens))  # the paper's
 
     losses = []
     for _ in range(2):  # the decoder is cheap
