@@ -438,8 +438,11 @@ def test_bins_hold_every_answer():
 
 def test_a_judge_is_asked(chain, tmp_path, capsys):
     """And says the same again; of another judge, something else."""
+    weights, meta = load_checkpoint(chain / "ckpt/ar.pt")
+    torch.manual_seed(0)  # after two steps of training, ar.pt itself may agree with the player on every printed digit
+    save_checkpoint(tmp_path / "judge.pt", {name: w + 0.5 * torch.randn_like(w) for name, w in weights.items()}, meta)
     said = []
-    for judge in ([], [], ["--judge", "ckpt/ar.pt"]):
+    for judge in ([], [], ["--judge", tmp_path / "judge.pt"]):
         flags = "--player", "ckpt/dmd.pt", "--scenes", "8", "--draws", "1", "--out", tmp_path / "selfcheck.png", *judge
         call("examples/variants/selfcheck.py", *flags, cwd=chain)
         said.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("|")])
