@@ -5,13 +5,13 @@ Everything frozen, and everything that becomes a batch.
     2. Toy world    rooms ray-cast in torch: the data set, the base model and the ground truth of a laptop
     3. Prompts      what an encoder makes of them; a deterministic stand-in for umT5
     4. Batches      the folder of latents that a run reads, and get_batch, a pure function of (seed, step, part)
-    5. Making       the toy world: render it, train its VAE, write its latents
+    5. Making       the toy world: render it, fit its VAE, write its latents
     ---- the course ends here ----
     6. Pose files   COLMAP, nerfstudio, TUM and a dozen others; poses of some frames; lenses
     7. Encoders     umT5, Qwen2.5-VL, byT5, SigLIP, and HY's stand-ins
     8. Videos       real ones with captions and cameras: look, judge, encode, report; pictures of what came out
     9. Noise        in the place of all data, to plan and to time training
-    10. main        $ python data.py                        render the toy world, train its VAE, write its latents
+    10. main        $ python data.py                        render the toy world, fit its VAE, write its latents
                     $ python data.py --videos clips         the latents of your own videos instead
                     $ python data.py --inspect data/videos  draw frames and camera paths of a latents folder
 
@@ -49,7 +49,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -173,9 +173,10 @@ def pressed(viewmats: Tensor) -> list[set[str]]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. Toy world. A room seen from inside, with two pillars. The prompt names every colour and where the pillars stand;
-# each panel of the walls, 1 unit long, carries one of four patterns that the prompt does *not* name. So a generated
-# video can be checked against the one room that explains it best, and a model still has something to invent.
+# 2. Toy world. A room seen from inside, with two pillars. The prompt names every colour and where the pillars stand; on
+# each of the 16 panels of walls, floor and ceiling hangs a picture in one of three inks, and which one the prompt does
+# *not* say. So a generated video can be checked against the one room that explains it best, and a model still has
+# something to invent.
 
 PALETTE = {
     "red": (0.86, 0.16, 0.16), "orange": (0.95, 0.55, 0.12), "yellow": (0.93, 0.88, 0.20), "green": (0.16, 0.66, 0.24),
@@ -183,33 +184,34 @@ PALETTE = {
 }
 SURFACES = ("left wall", "right wall", "far wall", "floor", "ceiling", "pillar", "pillar", "back wall")
 NAMED = len(SURFACES) - 1  # nobody names the wall behind the first camera; it is grey
-LOOKS = ("level stripes", "upright stripes", "checks", "slanted stripes")
+# The inks are equally bright and equally far from grey, and grey is their mean: what a model shows that cannot decide.
+# Their complements, as far from grey on the other side, are in no room: who finds inks in noise finds as many decoys.
+INKS = {"teal": (0.24, 0.63, 0.63), "violet": (0.63, 0.24, 0.63), "olive": (0.63, 0.63, 0.24)}
+DECOYS = tuple(tuple(1 - c for c in ink) for ink in INKS.values())
+GREY = (0.5, 0.5, 0.5)
+LOOKS = (*INKS.values(), *DECOYS, GREY)  # what a picture is compared with; a room has one of the first three
 ROOM = ((-1.0, 1.0), (-0.7, 0.7), (-0.9, 1.6))  # x, y, z around the first camera
 PILLAR = 0.13  # half width
 PILLAR_X, PILLAR_Z = {"left": -0.5, "middle": 0.0, "right": 0.5}, {"near": 0.85, "far": 1.25}
 CLEAR = (0.7, 0.4, 0.6)  # how far a path may lead from the first camera, so that it stays clear of walls and pillars
-PERIOD = 0.66  # of every pattern, in world units
 FPS = 16
-# Panels are counted surface by surface, (first panel, panels across); along z each surface has three, from z = -1.4.
-PANELS = {"left wall": (0, 1), "right wall": (3, 1), "far wall": (6, 2), "floor": (8, 1), "ceiling": (11, 1),
-          "pillar": (16, 1), "back wall": (14, 2)}
-N_PANELS = 16  # with a pattern; the pillars, plain, count as one more
-SURFACE_OF_PANEL = [0] * 3 + [1] * 3 + [2] * 2 + [3] * 3 + [4] * 3 + [7] * 2  # index into SURFACES
+# Panels are counted surface by surface from the first given here: two side by side; on floor and ceiling two such rows.
+FIRST_PANEL = {"left wall": 0, "right wall": 2, "far wall": 4, "floor": 6, "ceiling": 10, "back wall": 14}
+N_PANELS = 16  # whatever has no picture, pillars and the wall around a picture, counts as one more
+FRAMED = 0.78  # of a panel's sides is picture, the rest bare wall
 
 
 class Scene(NamedTuple):
     """A batch of rooms."""
     colours: Tensor  # [b 8] index into PALETTE, per surface (the back wall's is ignored)
     pillars: Tensor  # [b 2 2] x and z of the two centres
-    looks: Tensor  # [b 16] index into LOOKS, per panel: the part that is chance
+    looks: Tensor  # [b 16] index into INKS, per panel: the part that is chance
 
 
 class Hits(NamedTuple):
     """What each ray meets, at twice the image size (2x2 rays a pixel), each [b t 2h 2w]."""
-    surface: Tensor
-    panel: Tensor
-    u: Tensor
-    v: Tensor
+    surface: Tensor  # index into SURFACES
+    panel: Tensor  # whose picture; N_PANELS: none
     shade: Tensor
 
 
@@ -282,7 +284,7 @@ def sample_toy(count: int, seed: int, steps: int, held: bool) -> tuple[list[str]
     rooms = [read_prompt(prompt) for prompt in prompts]
     colours = torch.stack([colours for colours, _ in rooms])
     pillars = torch.stack([pillars for _, pillars in rooms])
-    looks = torch.randint(len(LOOKS), (count, N_PANELS), generator=rng)
+    looks = torch.randint(len(INKS), (count, N_PANELS), generator=rng)
     return prompts, paths, Scene(colours, pillars, looks)
 
 
@@ -301,7 +303,7 @@ def cast(pillars: Tensor, viewmats: Tensor, K: Tensor, size: int) -> Hits:
     lo, hi = (torch.tensor(bound).view(3, 1, 1, 1, 1) for bound in zip(*ROOM, strict=True))
     distance, axis = ((torch.where(d > 0, hi, lo) - o) / d).min(dim=0)
     positive = d.gather(0, axis[None])[0] > 0
-    wall = torch.where(positive, torch.tensor([1, 3, 2])[axis], torch.tensor([0, 4, 7])[axis])  # +y is the floor
+    wall = torch.tensor([[0, 4, 7], [1, 3, 2]])[positive.long(), axis]  # +y is the floor
     for n in range(2):  # a pillar, from outside: the ray is in it once it is between both pairs of faces
         centre = rearrange(pillars[:, n], "b i -> i b 1 1 1")
         a, b = ((centre + side * PILLAR - o[[0, 2]]) / d[[0, 2]] for side in (-1, 1))
@@ -312,32 +314,28 @@ def cast(pillars: Tensor, viewmats: Tensor, K: Tensor, size: int) -> Hits:
         wall = torch.where(hit, 5 + n, wall)
         axis = torch.where(hit, 2 * face, axis)
 
-    # where on the surface: its panel, and u, v along it
-    x, y, z = o + distance * d
+    # where on its surface, along the two axes that lie in it, counted in panels
     side = axis == 0
     flat = (wall == 3) | (wall == 4)  # floor and ceiling
     pillar = (wall == 5) | (wall == 6)
-    first = torch.tensor([PANELS[name][0] for name in SURFACES])[wall]
-    across = torch.tensor([PANELS[name][1] for name in SURFACES])[wall]
-    row = torch.where((side | flat) & ~pillar, (z + 1.4).floor().clamp(0, 2).long(), 0)
-    panel = first + row + torch.where(across == 2, (x > 0).long(), 0)
+    x, y, z = ((p - start) / (end - start) for p, (start, end) in zip(o + distance * d, ROOM, strict=True))
+    u, v = 2 * torch.where(side, z, x), torch.where(flat, 2 * z, y)
+    column, row = (p.floor().clamp(0, 1).long() for p in (u, v))
+    framed = ((u - column - 0.5).abs() < FRAMED / 2) & ((v - row - 0.5).abs() < FRAMED / 2)
+    first = torch.tensor([FIRST_PANEL.get(name, 0) for name in SURFACES])[wall]
+    panel = torch.where(framed & ~pillar, first + column + 2 * row, N_PANELS)
     facing = torch.tensor([0.80, 0.88, 0.95, 1.0, 0.90, 0.95, 0.95, 0.85])[wall] - 0.15 * (pillar & side).float()
-    shade = facing / (1 + 0.12 * distance)
-    return Hits(wall, panel, u=torch.where(side, z, x), v=torch.where(flat, z, y), shade=shade)
+    return Hits(wall, panel, shade=facing / (1 + 0.12 * distance))
 
 
 def paint(hits: Hits, colours: Tensor, looks: Tensor) -> Tensor:
     """Colours [b 8] and looks [b 16] on what the rays met -> video [b 3 t h w] in [-1, 1]."""
-    rgb = torch.tensor([*PALETTE.values(), (0.5, 0.5, 0.5)])
+    rgb = torch.tensor([*PALETTE.values(), GREY, *LOOKS])
     batch = torch.arange(len(colours)).view(-1, 1, 1, 1)
-    colour = torch.where(hits.surface == NAMED, len(PALETTE), colours[batch, hits.surface])
-    look = F.pad(looks, (0, 1), value=-1)[batch, hits.panel]  # -1: the pillars, which are plain
-    turn = 2 * math.pi / PERIOD
-    su, sv = torch.sin(turn * hits.u), torch.sin(turn * hits.v)
-    slanted = torch.sin(turn * 0.75 * (hits.u + hits.v))
-    wave = torch.where(look == 0, sv, torch.where(look == 1, su, torch.where(look == 2, 1.4 * su * sv, slanted)))
-    tone = hits.shade * torch.where(look < 0, 0.9, 0.74 + 0.26 * torch.tanh(2.5 * wave))
-    return reduce(2 * tone[..., None] * rgb[colour] - 1, "b t (h p) (w q) c -> b c t h w", "mean", p=2, q=2)
+    bare = torch.where(hits.surface == NAMED, len(PALETTE), colours[batch, hits.surface])
+    picture = len(PALETTE) + 1 + F.pad(looks, (0, 1))[batch, hits.panel]
+    rays = rgb.mT[:, torch.where(hits.panel == N_PANELS, bare, picture)] * hits.shade  # [3 b t 2h 2w]
+    return 2 * rearrange(F.avg_pool2d(rays.flatten(0, 1), 2), "(c b) t h w -> b c t h w", c=3) - 1
 
 
 def render(scene: Scene, viewmats: Tensor, K: Tensor, size: int) -> Tensor:
@@ -346,17 +344,29 @@ def render(scene: Scene, viewmats: Tensor, K: Tensor, size: int) -> Tensor:
 
 
 def look_errors(video: Tensor, hits: Hits, colours: Tensor) -> Tensor:
-    """Squared error of every panel under every look [b 17 4], summed over the rays that meet it; last, the pillars."""
-    errors = []
-    for look in range(len(LOOKS)):
-        image = paint(hits, colours, torch.full((len(colours), N_PANELS), look))
-        error = repeat((image - video).square().sum(1), "b t h w -> b (t h p w q)", p=2, q=2)
-        errors.append(torch.zeros(len(colours), N_PANELS + 1).scatter_add_(1, hits.panel.flatten(1), error))
-    return torch.stack(errors, dim=-1)
+    """Squared error of every frame's every panel under each of LOOKS [b t 17 7], summed over the pixels that show some
+    of its picture; the last is of all other pixels, which are the same under all looks."""
+    panel = reduce(hits.panel, "b t (h p) (w q) -> b t (h w)", "min", p=2, q=2)
+
+    def per_panel(z: Tensor) -> Tensor:  # [b t h w] -> [b t 17]
+        return torch.zeros(*z.shape[:2], N_PANELS + 1).scatter_add_(2, panel, z.flatten(2))
+
+    # a look m from grey adds 2 share m to a pixel, of which `share` is picture, and so to what it is off
+    off = paint(hits, colours, torch.full((len(colours), N_PANELS), LOOKS.index(GREY))) - video
+    share = reduce(hits.shade * (hits.panel < N_PANELS), "b t (h p) (w q) -> b t h w", "mean", p=2, q=2)
+    m = torch.tensor(LOOKS) - torch.tensor(GREY)
+    squared, energy = per_panel(off.square().sum(1)), per_panel((2 * share).square())
+    along = torch.stack([per_panel(2 * share * channel) for channel in off.unbind(1)], dim=-1)
+    return squared[..., None] + 2 * along @ m.mT + energy[..., None] * m.square().sum(-1)
+
+
+def best_inks(errors: Tensor) -> Tensor:
+    """look_errors [b t 17 7] -> the ink in which each picture explains all frames best [b 16]."""
+    return errors.sum(1)[:, :N_PANELS, : len(INKS)].argmin(-1)
 
 
 def panels_seen(hits: Hits, least: float) -> Tensor:
-    """Which panels cover at least `least` pixels in some frame [b 16]."""
+    """Which pictures cover at least `least` pixels in some frame [b 16]."""
     panel = hits.panel.flatten(2)
     rays = torch.zeros(*panel.shape[:2], N_PANELS + 1).scatter_add_(2, panel, torch.ones(panel.shape))
     return (rays / 4).amax(1)[:, :N_PANELS] >= least
@@ -368,14 +378,14 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 
 def explain(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The best-explaining render [b 3 t h w], its looks [b 16], and which panels are large enough to tell [b 16]."""
+    """The best-explaining render [b 3 t h w], its looks [b 16], and which pictures are large enough to tell [b 16]."""
     return explain_frames(video, scene, pixel_cameras(viewmats), K)
 
 
 def explain_frames(video: Tensor, scene: Scene, poses: Tensor, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `explain`, of any frames: poses [b t 4 4] has one for each."""
     hits = cast(scene.pillars, poses, K, video.shape[-1])
-    looks = look_errors(video, hits, scene.colours)[:, :N_PANELS].argmin(-1)
+    looks = best_inks(look_errors(video, hits, scene.colours))
     return paint(hits, scene.colours, looks), looks, panels_seen(hits, 24)
 
 
@@ -916,46 +926,11 @@ def read_scores(path: Path) -> dict[int, float]:
 # 5. Making the toy world.
 
 
-def train_vae(vae: nn.Module, video: Tensor, steps: int, lr: float, seed: int) -> None:
-    """Reconstruct random clips of video [n 3 t h w]; a little KL keeps the latents smooth. In place.
-
-    Many small steps learn faster here than few large ones. Every fourth step sees one long clip, at times forth and
-    back again: a VAE that has only seen short ones drifts off in colour later in a video.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    t = video.shape[2]
-    for step in (bar := tqdm(range(steps), "vae")):
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 50, 2 * (1 - step / steps) + 0.02)
-        if step % 4:
-            rooms, length = 3, 5
-        else:
-            rooms, length = 1, t if step % 16 else 2 * t - 1
-        rows = torch.randint(len(video), (rooms,), generator=rng)
-        start = torch.randint(2 * t - length, (), generator=rng)
-        forth_and_back = torch.cat([video[rows], video[rows].flip(2)[:, :, 1:]], dim=2)
-        clip = from_bytes(forth_and_back[:, :, start : start + length])
-
-        mu, logvar = vae.moments(clip, {})
-        logvar = logvar.clamp(-20, 10)
-        z = mu + (0.5 * logvar).exp() * torch.randn(mu.shape, generator=rng)
-        error = F.mse_loss(vae.reconstruct(z, {}), clip)
-        kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean()
-        optimizer.zero_grad()
-        (error + 3e-5 * kl).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        bar.set_postfix(psnr=f"{10 * math.log10(4 / error.item()):.2f}", kl=f"{kl.item():.2f}", refresh=False)
-
-
 def make_vae(args: argparse.Namespace, video: Tensor) -> None:
-    """Train a VAE on video [n 3 t h w] uint8 and save it with the mean and std of its latents."""
-    torch.manual_seed(args.seed)
-    vae = build_vae(args.preset)
-    vae.init_weights()
-    train_vae(vae, video, args.vae_steps, args.vae_lr, args.seed)
-    with torch.no_grad():
-        z = torch.cat([vae.encode(from_bytes(v[None]))[0] for v in video[:256]])
+    """Fit a VAE to video [n 3 t h w] uint8 and save it with the mean and std of its latents."""
+    vae, some = build_vae(args.preset), from_bytes(video[:128])
+    vae.fit(some)
+    z = vae.encode(some)[0]
     mean, std = z.mean((0, 1, 3, 4)).tolist(), z.std((0, 1, 3, 4)).tolist()
     weights = vae.state_dict()
     meta = {"stage": "vae", "preset": args.preset, "mean": mean, "std": std, "fingerprint": fingerprint(weights)}
@@ -963,22 +938,24 @@ def make_vae(args: argparse.Namespace, video: Tensor) -> None:
 
 
 def make_toy(args: argparse.Namespace) -> None:
-    """Render the toy world, train its VAE if there is none, and write its latents folder."""
+    """Render the toy world, fit its VAE if there is none, and write its latents folder."""
     if args.vae.exists():
         _, about_vae = load_checkpoint(args.vae, "vae")
         if about_vae["preset"] != args.preset:
             raise ValueError(f"{args.vae}: a VAE of preset {about_vae['preset']}, but --preset is {args.preset}")
+    elif args.frames == 1:
+        raise ValueError(f"{args.vae}: no such file; a VAE is fitted to videos, `python data.py` makes it")
     for old in args.out.glob("latents-*.safetensors"):
         with suppress(SafetensorError), safe_open(old, "pt") as shard:
             if "clips" in (shard.metadata() or {}):
                 raise ValueError(f"{args.out}: holds videos of your own, expected another --out for the toy world")
     size = args.size[0]
-    prompts, paths, scene = sample_toy(args.count, args.seed, args.frames - 1, held=False)
-    viewmats, K = torch.stack([parse_trajectory(path) for path in paths]), intrinsics(K_SQUARE)
+    prompts, paths, scene = sample_toy(args.count, args.seed, max(1, args.frames - 1), held=False)
+    viewmats, K = torch.stack([parse_trajectory(path)[: args.frames] for path in paths]), intrinsics(K_SQUARE)
     video = torch.empty(args.count, 3, 1 + 4 * (args.frames - 1), size, size, dtype=torch.uint8)
-    for i in tqdm(range(0, args.count, 16), "render"):
-        rooms = Scene(*(z[i : i + 16] for z in scene))
-        video[i : i + 16] = to_bytes(render(rooms, viewmats[i : i + 16], K, size))
+    for i in tqdm(range(args.count), "render"):
+        room = Scene(*(z[i : i + 1] for z in scene))
+        video[i] = to_bytes(render(room, viewmats[i : i + 1], K, size))[0]
 
     if not args.vae.exists():
         make_vae(args, video)
@@ -3585,16 +3562,10 @@ def translation_scale(text: str) -> str | float:
     return number
 
 
-VAE_LR = {"tiny": 4e-3, "tiny-hy": 1e-3}
-
-
 def add_toy_flags(p: argparse.ArgumentParser) -> None:
     toy = p.add_argument_group("the toy world")
-    toy.add_argument("--preset", default="tiny", choices=list(VAE_LR), help="network that it is made for")
-    toy.add_argument("--count", type=positive, default=4096, help="videos to render")
-    toy.add_argument("--vae-steps", type=positive, default=3000, help="optimizer steps of a VAE that is missing")
-    toy.add_argument("--vae-lr", type=float, help="AdamW's peak learning rate for the VAE; default "
-                     + ", ".join(f"{lr:g} for {preset}" for preset, lr in VAE_LR.items()))
+    toy.add_argument("--preset", default="tiny", choices=("tiny", "tiny-hy"), help="network that it is made for")
+    toy.add_argument("--count", type=positive, default=6144, help="videos to render")
 
 
 def add_video_flags(p: argparse.ArgumentParser) -> None:
@@ -3630,12 +3601,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         epilog=f"--table: {TABLE}\n\nreport.jsonl has a line for every clip; why one may be dropped:\n{reasons}")
     p.add_argument("--out", type=Path, help="latents folder to write; default data/toy, or data/videos with --videos")
     p.add_argument("--vae", type=Path, help="checkpoint of the VAE, default ckpt/vae.pt, or with --inspect what made "
-                   "the latents; the toy world's is trained if there is none")
+                   "the latents; the toy world's is fitted if there is none")
     p.add_argument("--frames", type=positive, default=8,
                    help="latent frames per video, which are 1 + 4 (frames - 1) pixel frames")
-    p.add_argument("--size", type=pixels, default="32",
+    p.add_argument("--size", type=pixels, default="64",
                    help="pixels: the side of a square, or height x width, as in 480x832")
-    p.add_argument("--seed", type=int, default=0, help="of the toy world's rooms and paths, and of its VAE")
+    p.add_argument("--seed", type=int, default=0, help="of the toy world's rooms and paths")
     p.add_argument("--image-share", type=float, help="HY: share of the videos that come with their first frame as an "
                    "image to go on from, 0 to 1; default 0.25, of your own videos 1")
     add_toy_flags(p)
@@ -3645,15 +3616,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.out = Path("data/videos" if args.videos else "data/toy")
     if args.vae is None and not args.inspect:
         args.vae = Path("ckpt/vae.pt")
-    if args.vae_lr is None:
-        args.vae_lr = VAE_LR[args.preset]
     if args.image_share is None:
         args.image_share = 1.0 if args.videos else 0.25
     if args.keep is None:
         args.keep = []
     size = f"--size {args.size[0]}x{args.size[1]}"
-    if any(side % 8 for side in args.size) or args.frames < 2:
-        p.error(f"{size} --frames {args.frames}: expected multiples of 8 pixels, and at least 2 frames")
+    if any(side % 8 for side in args.size) or args.frames < (2 if args.videos else 1):
+        p.error(f"{size} --frames {args.frames}: expected multiples of 8 pixels, and of a video at least 2 frames")
+    if not args.videos and args.size[0] % 16:
+        p.error(f"{size}: expected a multiple of 16 pixels, the toy world's tokens")
     if not args.videos and args.size[0] != args.size[1]:
         p.error(f"{size}: the toy world is square")
     if not 0 < args.fps < math.inf:

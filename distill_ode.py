@@ -24,6 +24,7 @@ import math
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -153,11 +154,13 @@ def generate(args: argparse.Namespace, teacher: nn.Module, data: Latents, meta: 
     """Write --pairs-count videos' states as a latents folder of its own. Shards that exist are not made again."""
     rank, (part, parts) = dist.get_rank(), batch_part(0, 1)
     args.pairs.mkdir(parents=True, exist_ok=True)
-    about = json.dumps(data.meta | pair_terms(args, meta) | {"seed": args.seed, "batch": [args.batch_size, parts]})
+    drawn = zlib.crc32(json.dumps([data.rows, data.weights]).encode())  # these videos, each so often
+    about = json.dumps(data.meta | pair_terms(args, meta) |
+                       {"seed": args.seed, "batch": [args.batch_size, parts], "drawn": drawn})
     for path in sorted(args.pairs.glob("latents-*.safetensors")):
         with safe_open(path, "pt") as file:
             if file.metadata()["meta"] != about:
-                raise ValueError(f"{path}: made by another teacher or other settings; remove {args.pairs} first")
+                raise ValueError(f"{path}: of another teacher, other videos or settings; remove {args.pairs} first")
     sigmas = noise_levels(args.teacher_steps, meta["shift"])
     for i in tqdm(range(math.ceil(args.pairs_count / (args.batch_size * parts))), "pairs", disable=rank > 0):
         path = args.pairs / f"latents-{i:06d}-{part:03d}.safetensors"

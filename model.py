@@ -6,7 +6,7 @@ The networks, what their output means, and how their weights travel.
     3. Wan DiT          the diffusion transformer, bidirectional and causal with the same weights; its KV cache
     4. Sampling         Euler and few-step samplers, and the rollout chunk by chunk
     5. Weights          what a checkpoint says of itself; shard, average, save, load, resume
-    6. Wan VAE          causal 3-D convolutions; encode and decode whole or as a stream
+    6. VAEs             Wan's causal 3-D convolutions, whole or as a stream; linear patches for the toy world
     7. Presets          tiny (trained on a laptop), wan-1.3b, wan-14b
     ---- the course ends here ----
     8. HY DiT           HunyuanVideo-1.5: video and text as two streams, an image to go on from, actions
@@ -793,7 +793,7 @@ def check_window(meta: "Meta") -> None:
     if window and not chunk:
         raise ValueError(f"--window {window}: a bidirectional network makes all frames at once, and keeps none")
     if window and window < sink + chunk:
-        raise ValueError(f"--window {window}: too short for --sink {sink} and a chunk of {chunk} frames")
+        raise ValueError(f"--window {window}: too short for --sink {sink} and chunks of {chunk}")
 
 
 def start_stream(net: nn.Module, meta: "Meta", rng: list[torch.Generator], shape: tuple[int, ...],
@@ -1467,7 +1467,7 @@ def load_state(folder: Path, nets: Nets, optimizers: Optimizers, run: dict) -> i
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Wan VAE. Pixels [b 3 t H W] in [-1, 1] <-> latents [b f c h w], t = 1 + 4 (f - 1): the first frame stands alone,
+# 6. VAEs. Pixels [b 3 t H W] in [-1, 1] <-> latents [b f c h w], t = 1 + 4 (f - 1): the first frame stands alone,
 # then every four frames share a latent. All convolutions look backwards in time only, so a video can be encoded and
 # decoded in pieces. What a layer must remember between pieces is passed in and handed back as `feat_cache`, a dict from
 # layer to its last input frames; an empty dict is the start of a video. Whole = one piece: same code, same numbers.
@@ -1652,7 +1652,7 @@ class VAEConfig:
     dim_mult: tuple[int, ...]
     res_blocks: int
     time_down: tuple[bool, ...]  # per downsampling stage of the encoder, also in time?
-    mean: tuple[float, ...]  # of the latents, per channel: diffusion sees (mu - mean) / std
+    mean: tuple[float, ...]  # of the latents, per channel: diffusion sees (z - mean) / std
     std: tuple[float, ...]
 
     @property
@@ -1676,25 +1676,12 @@ class WanVAE(nn.Module):
         up = [Upsample(width, time) for width, time in zip(widths[1:], reversed(cfg.time_down))]
         self.decoder = Decoder3d(cfg.z_dim, widths, up, cfg.res_blocks + 1)
 
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Training from scratch: every convolution keeps the scale of its input, residual blocks start as the identity
-        and the posterior narrow, so that latents carry the video through from the first step."""
-        for name, layer in self.named_modules():
-            if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
-                nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
-                nn.init.zeros_(layer.bias)
-                if name.endswith(("residual.6", "proj")):
-                    nn.init.zeros_(layer.weight)
-        nn.init.zeros_(self.conv1.weight[self.cfg.z_dim :])
-        nn.init.constant_(self.conv1.bias[self.cfg.z_dim :], -5.0)  # log-variance
-
-    def moments(self, video: Tensor, feat_cache: FeatCache) -> tuple[Tensor, Tensor]:
-        """video [b 3 t H W] -> mean and log-variance of the raw latents, each [b c f h w]. Only training needs both."""
-        return self.conv1(self.encoder(video, feat_cache), feat_cache).chunk(2, dim=1)
+    def compress(self, video: Tensor, feat_cache: FeatCache) -> Tensor:
+        """video [b 3 t H W] -> raw latents [b c f h w]: their mean, without the log-variance that comes with it."""
+        return self.conv1(self.encoder(video, feat_cache), feat_cache).chunk(2, dim=1)[0]
 
     def reconstruct(self, z: Tensor, feat_cache: FeatCache) -> Tensor:
-        """Raw latents [b c f h w] -> video [b 3 t H W]: what `moments` started from."""
+        """Raw latents [b c f h w] -> video [b 3 t H W]: what `compress` started from."""
         return self.decoder(self.conv2(z, feat_cache), feat_cache)
 
     def encode(self, video: Tensor, feat_cache: FeatCache | None = None) -> tuple[Tensor, FeatCache]:
@@ -1706,9 +1693,9 @@ class WanVAE(nn.Module):
         feat_cache, t = dict(feat_cache or {}), video.shape[2]
         if t % 4 != (0 if feat_cache else 1):
             raise ValueError(f"a piece of {t} frames: expected {'4k' if feat_cache else '4k + 1'} frames")
-        mu, _ = self.moments(video, feat_cache)
-        mean, std = (mu.new_tensor(s).view(-1, 1, 1, 1) for s in (self.cfg.mean, self.cfg.std))
-        return rearrange((mu - mean) / std, "b c f h w -> b f c h w"), feat_cache
+        z = self.compress(video, feat_cache)
+        mean, std = (z.new_tensor(s).view(-1, 1, 1, 1) for s in (self.cfg.mean, self.cfg.std))
+        return rearrange((z - mean) / std, "b c f h w -> b f c h w"), feat_cache
 
     def decode(self, latents: Tensor, feat_cache: FeatCache | None = None) -> tuple[Tensor, FeatCache]:
         """latents [b f c h w] -> video [b 3 t H W], feat_cache for the next piece. Not clamped."""
@@ -1718,6 +1705,84 @@ class WanVAE(nn.Module):
         # four at a time: the same video, in the memory of a chunk
         pieces = [self.reconstruct(piece, feat_cache) for piece in z.split(4, dim=2)]
         return torch.cat(pieces, dim=2), feat_cache
+
+
+# The toy world's VAE is the best linear map of patches, by principal components: found in a second, and as good there
+# as small convolutions are after minutes of training.
+
+
+class LinearPatches(nn.Module):
+    """A square of pixels of one frame, or of four <-> z_dim numbers, linearly."""
+
+    def __init__(self, z_dim: int, stride: int, frames: int):
+        super().__init__()
+        self.sides = {"t": frames, "p": stride, "q": stride}
+        pixels = 3 * frames * stride**2
+        shapes = (pixels,), (pixels, z_dim), (z_dim, pixels)
+        self.centre, self.down, self.up = (nn.Parameter(torch.zeros(z), requires_grad=False) for z in shapes)
+
+    def patches(self, video: Tensor) -> Tensor:
+        """[b 3 t H W] -> [b f h w pixels]"""
+        return rearrange(video, "b c (f t) (h p) (w q) -> b f h w (c t p q)", **self.sides)
+
+    @torch.no_grad()
+    def fit(self, video: Tensor) -> None:
+        """Find the map from videos like [b 3 t H W]; the numbers have variance 1."""
+        x = self.patches(video).flatten(0, 3)
+        variance, direction = (z[..., -self.down.shape[1] :] for z in torch.linalg.eigh(torch.cov(x.mT)))  # ascending
+        scale = variance.clamp_min(1e-4).sqrt()  # below a byte's step there is nothing to be scaled up
+        for part, found in (self.centre, x.mean(0)), (self.down, direction / scale), (self.up, (direction * scale).mT):
+            part.copy_(found)
+
+    def encode(self, video: Tensor) -> Tensor:
+        """[b 3 t H W] -> [b c f h w]"""
+        return rearrange((self.patches(video) - self.centre) @ self.down, "b f h w c -> b c f h w")
+
+    def decode(self, z: Tensor) -> Tensor:
+        """[b c f h w] -> [b 3 t H W]"""
+        x = rearrange(z, "b c f h w -> b f h w c") @ self.up + self.centre
+        return rearrange(x, "b f h w (c t p q) -> b c (f t) (h p) (w q)", **self.sides)
+
+
+@dataclass(frozen=True)
+class ToyVAEConfig:
+    z_dim: int
+    stride: int  # pixels per latent, along height and width
+    mean: tuple[float, ...]  # of the latents, per channel: as VAEConfig's
+    std: tuple[float, ...]
+
+
+class ToyVAE(nn.Module):
+    """Linear patches in the place of WanVAE: same pixels, same pieces."""
+
+    def __init__(self, cfg: ToyVAEConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.first, self.later = (LinearPatches(cfg.z_dim, cfg.stride, frames) for frames in (1, 4))
+
+    def fit(self, video: Tensor) -> None:
+        """Find both maps from videos like [b 3 t H W]."""
+        self.first.fit(video)
+        self.later.fit(video[:, :, 1:])
+
+    def begin(self, feat_cache: FeatCache) -> int:
+        """Mark that the video has begun -> how many frames of this piece, each with a latent of its own, stand alone:
+        the video's first."""
+        begun = self in feat_cache
+        feat_cache[self] = self.first.centre.new_empty(0)  # nothing: no map looks back
+        return 0 if begun else 1
+
+    def compress(self, video: Tensor, feat_cache: FeatCache) -> Tensor:
+        """video [b 3 t H W] -> raw latents [b c f h w]."""
+        n = self.begin(feat_cache)
+        return torch.cat([self.first.encode(video[:, :, :n]), self.later.encode(video[:, :, n:])], dim=2)
+
+    def reconstruct(self, z: Tensor, feat_cache: FeatCache) -> Tensor:
+        """Raw latents [b c f h w] -> video [b 3 t H W]: what `compress` started from."""
+        n = self.begin(feat_cache)
+        return torch.cat([self.first.decode(z[:, :, :n]), self.later.decode(z[:, :, n:])], dim=2)
+
+    encode, decode = WanVAE.encode, WanVAE.decode
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1730,18 +1795,20 @@ WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 WAN_VAE = VAEConfig(96, 16, (1, 2, 4, 4), 2, (False, True, True), WAN_MEAN, WAN_STD)
 
 
+TOY_VAE = ToyVAEConfig(16, 8, (0.0,) * 16, (1.0,) * 16)
+
+
 class Preset(NamedTuple):
     """A backbone at one size: its network and its VAE, each a class and what the class is built from."""
     net: type[nn.Module]
     dit: Any  # DiTConfig for WanDiT, HYConfig for HYDiT
     vae_net: type[nn.Module]
-    vae: Any  # VAEConfig for WanVAE, HYVAEConfig for HYVAE
+    vae: Any  # VAEConfig for WanVAE, HYVAEConfig for HYVAE, ToyVAEConfig for ToyVAE
 
 
 PRESETS = {
-    # the toy world's videos are latents [8 8 8 8]: 8 frames of 8 channels, 8 x 8, so 16 tokens a frame
-    "tiny": Preset(WanDiT, DiTConfig(192, 768, 4, 4, channels=8, text_dim=96, freq_dim=128),
-                   WanVAE, VAEConfig(16, 8, (1, 2, 2), 1, (True, True), (0.0,) * 8, (1.0,) * 8)),
+    # the toy world's videos are latents [8 16 8 8]: 8 frames of 16 channels, 8 x 8, so 16 tokens a frame
+    "tiny": Preset(WanDiT, DiTConfig(192, 768, 4, 4, channels=16, text_dim=96, freq_dim=128), ToyVAE, TOY_VAE),
     "wan-1.3b": Preset(WanDiT, DiTConfig(1536, 8960, 12, 30, channels=16, text_dim=4096, recompute=True),
                        WanVAE, WAN_VAE),
     "wan-14b": Preset(WanDiT, DiTConfig(5120, 13824, 40, 40, channels=16, text_dim=4096, recompute=True),
@@ -2298,7 +2365,7 @@ class HYVAEConfig:
     widths: tuple[int, ...]  # of the encoder, per grid; the last two halvings are also in time
     z_dim: int  # the last width is a multiple of its double
     res_blocks: int
-    mean: tuple[float, ...]  # of the latents, per channel: diffusion sees (mu - mean) / std
+    mean: tuple[float, ...]  # of the latents, per channel: diffusion sees (z - mean) / std
     std: tuple[float, ...]
     recall: bool = True  # see PastAttention
 
@@ -2380,25 +2447,12 @@ class HYVAE(nn.Module):
         self.encoder = HYEncoder3d(cfg.widths, 2 * cfg.z_dim, cfg.res_blocks, cfg.recall)
         self.decoder = HYDecoder3d(cfg.z_dim, cfg.widths[::-1], cfg.res_blocks + 1, cfg.recall)
 
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Training from scratch: as WanVAE's."""
-        for name, layer in self.named_modules():
-            if isinstance(layer, nn.Conv3d):
-                nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
-                nn.init.zeros_(layer.bias)
-                if name.endswith(("conv2.conv", "proj_out")):
-                    nn.init.zeros_(layer.weight)
-        out = self.encoder.conv_out.conv
-        nn.init.zeros_(out.weight[self.cfg.z_dim :])
-        nn.init.constant_(out.bias[self.cfg.z_dim :], -5.0)  # log-variance
-
-    def moments(self, video: Tensor, feat_cache: FeatCache) -> tuple[Tensor, Tensor]:
-        """video [b 3 t H W] -> mean and log-variance of the raw latents, each [b c f h w]. Only training needs both."""
-        return self.encoder(video, feat_cache).chunk(2, dim=1)
+    def compress(self, video: Tensor, feat_cache: FeatCache) -> Tensor:
+        """video [b 3 t H W] -> raw latents [b c f h w]."""
+        return self.encoder(video, feat_cache).chunk(2, dim=1)[0]
 
     def reconstruct(self, z: Tensor, feat_cache: FeatCache) -> Tensor:
-        """Raw latents [b c f h w] -> video [b 3 t H W]: what `moments` started from."""
+        """Raw latents [b c f h w] -> video [b 3 t H W]: what `compress` started from."""
         return self.decoder(z, feat_cache)
 
     encode, decode = WanVAE.encode, WanVAE.decode  # the same scale, the same pieces, the same refusals
@@ -2406,9 +2460,9 @@ class HYVAE(nn.Module):
 
 HY_VAE = HYVAEConfig((128, 256, 512, 1024, 1024), 32, 2, (0.0,) * 32, (1 / 1.03682,) * 32)
 PRESETS["tiny-hy"] = Preset(
-    HYDiT, HYConfig(56, 112, 2, 3, channels=8, text_dim=96, vision_dim=16, byt5=(8, 8, 8), rope_bands=(8, 10, 10),
+    HYDiT, HYConfig(144, 288, 3, 3, channels=16, text_dim=96, vision_dim=16, byt5=(8, 8, 8), rope_bands=(16, 16, 16),
                     action=False, refiner_layers=1, patch=2),
-    HYVAE, HYVAEConfig((16, 16, 32), 8, 1, (0.0,) * 8, (1.0,) * 8))
+    ToyVAE, TOY_VAE)
 PRESETS["hy-8b"] = Preset(
     HYDiT, HYConfig(2048, 8192, 16, 54, channels=32, text_dim=3584, vision_dim=1152, byt5=(1472, 2048, 2048),
                     rope_bands=(16, 56, 56), action=True, recompute=True),
@@ -2897,7 +2951,7 @@ class Meter(TorchFunctionMode):
 
 def usual_meta(preset: str, stage: str) -> Meta:
     """What a checkpoint of the stage says of itself: minWM's settings, or the toy world's."""
-    toy = {"size": [32, 32], "frames": 8, "chunk": 2, "shift": 3.0} if preset.startswith("tiny") else {}
+    toy = {"size": [64, 64], "frames": 8, "chunk": 1, "shift": 5.0} if preset.startswith("tiny") else {}
     return (RELEASED_HY if PRESETS[preset].net is HYDiT else RELEASED)[stage] | toy
 
 

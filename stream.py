@@ -41,17 +41,18 @@ import imageio.v3 as imageio
 import numpy as np
 import torch
 import torch.distributed as dist
-from einops import rearrange
+import torch.nn.functional as F
+from einops import rearrange, repeat
 from imageio_ffmpeg import count_frames_and_secs, get_ffmpeg_exe
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    CLEAR, GRAMMAR, KEYS, LOOKS, N_PANELS, NAMED, PALETTE, PILLAR, ROOM, SURFACE_OF_PANEL, TURN, VIDEOS, CameraPath,
-    Encoder, HelpFormatter, Scene, cast, collate_prompts, explain, explain_frames, first_line, from_bytes, held_out,
-    intrinsics, load_encoder, look_errors, mix, names_a_file, paint, parse_trajectory, pixel_cameras, positive, pressed,
-    psnr, random_batch, random_encoder, read_camera, read_picture, read_prompt, render, replacing, resize_and_crop,
-    rotation, sample_path, sample_toy, to_bytes, write_sheet,
+    CLEAR, GRAMMAR, INKS, KEYS, N_PANELS, NAMED, PALETTE, PILLAR, ROOM, TURN, VIDEOS, CameraPath, Encoder,
+    HelpFormatter, Scene, best_inks, cast, collate_prompts, explain, explain_frames, first_line, from_bytes, held_out,
+    intrinsics, load_encoder, look_errors, mix, names_a_file, paint, panels_seen, parse_trajectory, pixel_cameras,
+    positive, pressed, psnr, random_batch, random_encoder, read_camera, read_picture, read_prompt, render, replacing,
+    resize_and_crop, rotation, sample_path, sample_toy, to_bytes, write_sheet,
 )
 from model import (
     CARDS, PRESETS, Camera, HYPrompt, Meta, Meter, Prompt, StreamState, build, build_vae, card_name, check_window,
@@ -381,33 +382,67 @@ def encode_mp4(path: Path, pieces: Iterator[np.ndarray], fps: float) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. Measuring. Geometry, colours and path are known; the looks of the panels are read off the video, and the room they
+# 3. Measuring. Geometry, colours and path are known; the inks of the pictures are read off the video, and the room they
 # make is rendered along the path: the one that explains the video best. Everything is a comparison with that render.
 
 
 def named_colours(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> Tensor:
-    """For every surface the prompt names: does its colour explain the video best? [b 7], NaN where unseen.
+    """For every surface the prompt names: does its colour explain its bare part best? [b 7], NaN where unseen.
 
-    Of every fourth frame, those whose poses viewmats [b f 4 4] holds.
+    scene: with the video's own looks. Of every fourth frame, those whose poses viewmats [b f 4 4] holds.
     """
     video = video[:, :, ::4]
     hits = cast(scene.pillars, viewmats, K, video.shape[-1])
-    b = len(video)
+    b, bare = len(video), (hits.panel == N_PANELS).flatten(1).float()
     surface = hits.surface.flatten(1)
-    rays = torch.zeros(b, NAMED + 1).scatter_add_(1, surface, torch.ones(surface.shape))  # that meet each surface
+    rays = torch.zeros(b, NAMED + 1).scatter_add_(1, surface, bare)  # that meet each surface where it is bare
     errors = []
-    for colour in range(len(PALETTE)):  # of each surface, were it of this colour; a panel may have the look it likes
-        colours = torch.full((b, NAMED + 1), colour)
-        by_panel = look_errors(video, hits, colours)[:, :N_PANELS].min(-1).values
-        by_surface = torch.zeros(b, NAMED + 1).index_add_(1, torch.tensor(SURFACE_OF_PANEL), by_panel)
-        picture = paint(hits, colours, torch.zeros(b, N_PANELS, dtype=torch.long))  # pillars are plain: any will do
-        error = (picture - video).square().sum(1).repeat_interleave(2, 2).repeat_interleave(2, 3)
-        for pillar in (5, 6):
-            by_surface[:, pillar] = (error * (hits.surface == pillar)).sum((1, 2, 3))
-        errors.append(by_surface)
+    for colour in range(len(PALETTE)):  # of each surface, were it of this colour
+        image = paint(hits, torch.full((b, NAMED + 1), colour), scene.looks)
+        error = repeat((image - video).square().sum(1), "b t h w -> b (t h p w q)", p=2, q=2)
+        errors.append(torch.zeros(b, NAMED + 1).scatter_add_(1, surface, bare * error))
     best = torch.stack(errors, dim=-1).argmin(-1)
     right = (best == scene.colours)[:, :NAMED].float()
-    return torch.where(rays[:, :NAMED] / 4 >= 8, right, torch.nan)  # four rays a pixel; under eight pixels is unseen
+    return torch.where(rays[:, :NAMED] / 4 >= 32, right, torch.nan)  # four rays a pixel; under 32 pixels is unseen
+
+
+def towards_inks(errors: Tensor) -> Tensor:
+    """look_errors [b t 17 7] -> what `texture` and `clutter` are made of, of each frame's each picture [4 b t 16].
+
+    For a picture x, g the grey between all inks and l the ink that explains all frames best: <x - g, l - g>; the same
+    for the best decoy; |l - g|^2; |x - g|^2.
+    """
+    n, errors = len(INKS), errors[:, :, :N_PANELS]
+    inks, decoys, off = errors[..., :n], errors[..., n : 2 * n], errors[..., 2 * n]
+    energy = inks.mean(-1) - off  # g is the mean of the inks, and all are as far from it
+
+    def towards(bank: Tensor) -> Tensor:
+        best = bank.sum(1, keepdim=True).argmin(-1, keepdim=True).expand(*bank.shape[:3], 1)
+        return (off + energy - bank.gather(3, best)[..., 0]) / 2  # law of cosines
+
+    return torch.stack([towards(inks), towards(decoys), energy, off])
+
+
+def texture(found: Tensor) -> Tensor:
+    """towards_inks of some frames [4 b t 16] -> how far pictures went from grey to an ink, less how far to a decoy [b].
+
+    0.5 in the true room, as an ink lies between two decoys; 0 for grey and noise, whose best decoy is as near, and for
+    inks twice as strong. Part of a walk may have less than 0, down to -1: its inks are those of the whole.
+    """
+    ink, decoy, energy, _ = found.sum(2)
+    return (ink.minimum(energy) - decoy.minimum(energy)).sum(1) / energy.sum(1)
+
+
+def clutter(found: Tensor) -> Tensor:
+    """As `texture`: how far, squared, pictures are from all that lies between grey and their ink, over grey to ink."""
+    ink, _, energy, off = found.sum(2)
+    k = (ink / energy.clamp_min(1e-9)).clamp(0, 1)
+    return (off - 2 * k * ink + k.square() * energy).sum(1) / energy.sum(1)
+
+
+def tenths(t: int) -> list[slice]:
+    """The frames of each tenth of t, of few frames one at least."""
+    return [slice(t * n // 10, max(t * n // 10 + 1, t * (n + 1) // 10)) for n in range(10)]
 
 
 def read_pose(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
@@ -452,11 +487,6 @@ def read_pose(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple
     return torch.rad2deg(angle), distance
 
 
-def sharpness(video: Tensor) -> Tensor:
-    """Energy of the image gradient [b]."""
-    return video.diff(dim=-1).square().mean((1, 2, 3, 4)) + video.diff(dim=-2).square().mean((1, 2, 3, 4))
-
-
 def edge_ratio(video: Tensor, chunk: int) -> Tensor:
     """Frame differences across chunk edges over those inside chunks [b]."""
     change = video.diff(dim=2).abs().mean((1, 3, 4))  # [b t-1]; entry t is the step from frame t to t + 1
@@ -466,48 +496,57 @@ def edge_ratio(video: Tensor, chunk: int) -> Tensor:
 
 
 def coverage(looks: Tensor, seen: Tensor) -> float:
-    """Entropy of each panel's looks over the videos, against the bank's: 1 follows the prior, 0 is one look for all."""
+    """Entropy of each picture's inks over the videos, against the prior's: 1 follows it, 0 is one ink for all."""
     entropies = []
     for panel in range(N_PANELS):
-        counts = torch.bincount(looks[seen[:, panel], panel], minlength=len(LOOKS)).double()
+        counts = torch.bincount(looks[seen[:, panel], panel], minlength=len(INKS)).double()
         if counts.sum() >= 8:  # seen in enough videos to speak of a distribution
             p = counts / counts.sum()
             bias = ((counts > 0).sum() - 1) / (2 * counts.sum())  # Miller-Madow: few samples look uneven
             entropies.append(-(p * p.clamp_min(1e-12).log()).sum() + bias)
-    return (torch.stack(entropies).mean() / math.log(len(LOOKS))).item() if entropies else float("nan")
+    return (torch.stack(entropies).mean() / math.log(len(INKS))).item() if entropies else float("nan")
 
 
 def measure(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor, chunk: int) -> dict[str, Tensor]:
     """Every per-video number for a group of videos [b 3 t h w]. Each other's paths are the counterfactuals."""
-    best, looks, seen = explain(video, scene, viewmats, K)
-    candidates = [psnr(video, best)]  # along its own path, then along each other's
+    hits = cast(scene.pillars, pixel_cameras(viewmats), K, video.shape[-1])
+    errors = look_errors(video, hits, scene.colours)
+    found, own = towards_inks(errors), scene._replace(looks=best_inks(errors))  # the room of the video
+    best = paint(hits, own.colours, own.looks)
+    few = video[:, :, ::4]  # one frame of each latent, which its pose belongs to
+    candidates = [psnr(few, explain_frames(few, scene, viewmats, K)[0])]  # along its own path, then along each other's
     for shift in range(1, len(video)):
         other = viewmats.roll(shift, 0)
         same = (other - viewmats).abs().amax((1, 2, 3)) < 1e-4  # two videos with one path are no counterfactual
-        candidates.append(torch.where(same, -torch.inf, psnr(video, explain(video, scene, other, K)[0])))
+        candidates.append(torch.where(same, -torch.inf, psnr(few, explain_frames(few, scene, other, K)[0])))
     dB = torch.stack(candidates, dim=1)  # [b candidates], the commanded path first
     first = video[:, :, :1].expand_as(video)  # the first frame held: what standing still would score
     shown = torch.arange(4, video.shape[2], 8)  # the last pixel frame of every second latent
-    rot, trans = read_pose(video[:, :, shown], scene._replace(looks=looks), viewmats[:, shown // 4], K)
-    per_frame = 10 * torch.log10(4 / (video - best).square().mean((1, 3, 4)))  # [b t]
+    rot, trans = read_pose(video[:, :, shown], own, viewmats[:, shown // 4], K)
+    error, parts = (video - best).square().mean((1, 3, 4)), tenths(video.shape[2])  # [b t]
     return {
-        "psnr": dB[:, 0], "psnr_copy_first": psnr(first, explain(first, scene, viewmats, K)[0]),
+        "psnr": psnr(video, best), "psnr_copy_first": psnr(first, explain(first, scene, viewmats, K)[0]),
         "psnr_shuffled_camera": torch.where(dB[:, 1].isinf(), torch.nan, dB[:, 1]),
         "counterfactual_accuracy": (dB.argmax(1) == 0).float(),
-        "sharpness": sharpness(video) / sharpness(best), "rot_err_deg": rot.mean(1), "trans_err": trans.mean(1),
-        "prompt_accuracy": named_colours(video, scene, viewmats, K).nanmean(1),
+        "texture": texture(found), "clutter": clutter(found), "rot_err_deg": rot.mean(1), "trans_err": trans.mean(1),
+        "prompt_accuracy": named_colours(video, own, viewmats, K).nanmean(1),
         "boundary_jump": edge_ratio(video, chunk) / edge_ratio(best, chunk),
-        "psnr_first_chunk": per_frame[:, : 1 + 4 * (chunk - 1)].mean(1),
-        "psnr_last_chunk": per_frame[:, -4 * chunk :].mean(1),
-        "looks": looks, "seen": seen,
+        "psnr_first_chunk": decibels(error[:, : 1 + 4 * (chunk - 1)]),
+        "lost": decibels(error[:, parts[0]]) - decibels(error[:, parts[-1]]),
+        "texture_tenths": torch.stack([texture(found[:, :, part]) for part in parts], dim=1),
+        "looks": own.looks, "seen": panels_seen(hits, 24),
     }
 
 
-def average(rows: list[dict[str, Tensor]]) -> dict[str, float]:
+def average(rows: list[dict[str, Tensor]]) -> dict[str, float | list[float]]:
     """Of what `measure` says of group after group."""
     joined = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     spread = coverage(joined.pop("looks"), joined.pop("seen"))
-    return {name: round(z.nanmean().item(), 4) for name, z in joined.items()} | {"coverage": round(spread, 4)}
+    return {name: rounded(z.nanmean(0)) for name, z in joined.items()} | {"coverage": round(spread, 4)}
+
+
+def rounded(z: Tensor) -> float | list[float]:
+    return [round(x, 4) for x in z.tolist()] if z.ndim else round(z.item(), 4)
 
 
 def standard_error(rows: list[dict[str, Tensor]], name: str) -> float:
@@ -516,9 +555,11 @@ def standard_error(rows: list[dict[str, Tensor]], name: str) -> float:
     return round((z.std() / len(z) ** 0.5).item(), 4)
 
 
-def score(player: Player, args: argparse.Namespace) -> tuple[dict[str, float], list[Tensor]]:
+def score(player: Player, args: argparse.Namespace) -> tuple[dict[str, float | list[float]], list[Tensor]]:
     """Held-out rooms along held-out paths -> averages, and 16 videos below the renders that explain them best."""
     vae, meta, group = player.vae, player.meta, 8
+    if meta["frames"] < 2:
+        raise ValueError("--score measures videos, and this checkpoint makes images")
     if args.scenes < group or args.scenes % group:
         raise ValueError(f"--scenes {args.scenes}: expected a multiple of {group}, the number of candidate paths")
     most = 0
@@ -528,7 +569,7 @@ def score(player: Player, args: argparse.Namespace) -> tuple[dict[str, float], l
         most = 1
     if not 0 <= args.given <= most:
         raise ValueError(f"--given {args.given}: this checkpoint goes on from at most {most} given frames")
-    chunk = meta["chunk"] or 2
+    chunk = meta["chunk"] or 1
     prompts, paths, scene = sample_toy(args.scenes, mix(args.score_seed, 4), meta["frames"] - 1, held=True)
     viewmats = torch.stack([parse_trajectory(path) for path in paths])
     K = intrinsics(meta["K"])
@@ -550,7 +591,8 @@ def score(player: Player, args: argparse.Namespace) -> tuple[dict[str, float], l
 
     floors = ("psnr_copy_first", "psnr_shuffled_camera")
     ceiling = {f"{name}_ceiling": value for name, value in average(ceilings).items() if name not in floors}
-    errors = {f"{name}_standard_error": standard_error(rows, name) for name in rows[0] if name not in ("looks", "seen")}
+    errors = {f"{name}_standard_error": standard_error(rows, name) for name in rows[0]
+              if name not in ("looks", "seen", "texture_tenths")}
     sheet = [torch.cat(best)[:16], torch.cat(videos)[:16]]
     return average(rows) | {"chance": 1 / group} | errors | ceiling, sheet
 
@@ -600,21 +642,20 @@ def film_truth(player: Player, scene: Scene, viewmats: Tensor) -> Tensor:
 
 
 def frame_errors(video: Tensor, scene: Scene, poses: Tensor, K: Tensor) -> Tensor:
-    """`look_errors` of every frame by itself [b t 17 4], of video [b 3 t h w] in bytes seen from poses [b t 4 4]."""
+    """`look_errors` [b t 17 7] of video [b 3 t h w] in bytes seen from poses [b t 4 4], some frames at a time."""
     found = []
     for frames in torch.arange(video.shape[2]).split(16):
-        each = Scene(*(z.repeat_interleave(len(frames), 0) for z in scene))
-        hits = cast(each.pillars, poses[:, frames].flatten(0, 1)[:, None], K, video.shape[-1])
-        images = rearrange(from_bytes(video[:, :, frames]), "b c t h w -> (b t) c 1 h w")
-        found.append(look_errors(images, hits, each.colours).unflatten(0, (len(video), -1)))
+        hits = cast(scene.pillars, poses[:, frames], K, video.shape[-1])
+        found.append(look_errors(from_bytes(video[:, :, frames]), hits, scene.colours))
     return torch.cat(found, dim=1)
 
 
 def best_room(errors: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """frame_errors [b t 17 4] -> the looks [b 16] that explain all frames best, and each frame's error [b t]."""
-    looks = errors.sum(1).argmin(-1)  # the last, of the pillars, says nothing
-    chosen = errors.gather(3, looks[:, None, :, None].expand(-1, errors.shape[1], -1, 1)).sum((2, 3))
-    return looks[:, :N_PANELS], chosen / (4 * 3 * size**2)  # four rays a pixel
+    """frame_errors [b t 17 7] -> the looks [b 16] that explain all frames best, and each frame's error [b t]."""
+    looks = best_inks(errors)
+    look = F.pad(looks, (0, 1))[:, None, :, None]  # what has no picture is the same whatever the look
+    chosen = errors.gather(3, look.expand(-1, errors.shape[1], -1, 1)).sum((2, 3))
+    return looks, chosen / (3 * size**2)
 
 
 def decibels(error: Tensor) -> Tensor:
@@ -623,14 +664,15 @@ def decibels(error: Tensor) -> Tensor:
 
 
 def measure_walk(video: Tensor, errors: Tensor, scene: Scene, poses: Tensor, K: Tensor) -> dict[str, Tensor]:
-    """Of each tenth of a walk [b 10]: PSNR to the walk's one room, and how far off the last frame's pose is."""
-    t = video.shape[2]
+    """Of each tenth of a walk [b 10]: PSNR to its one room, texture, and how far off the last frame's pose is."""
+    parts = tenths(video.shape[2])
     looks, error = best_room(errors, video.shape[-1])
-    ends = [t * n // 10 for n in range(11)]
-    last = torch.tensor(ends[1:]) - 1
+    found = towards_inks(errors)
+    last = torch.tensor([part.stop - 1 for part in parts])
     rot, trans = read_pose(from_bytes(video[:, :, last]), scene._replace(looks=looks), poses[:, last], K)
-    tenths = [decibels(error[:, start:end]) for start, end in pairwise(ends)]
-    return {"psnr": torch.stack(tenths, dim=1), "rot_err_deg": rot, "trans_err": trans}
+    return {"psnr": torch.stack([decibels(error[:, part]) for part in parts], dim=1),
+            "texture": torch.stack([texture(found[:, :, part]) for part in parts], dim=1),
+            "rot_err_deg": rot, "trans_err": trans}
 
 
 def measure_return(video: Tensor, back: Tensor) -> dict[str, Tensor]:
@@ -726,8 +768,7 @@ def score_lengths(player: Player, args: argparse.Namespace) -> tuple[list[dict],
         for kind in ("", "_floor", "_ceiling"):
             parts = [found[length][kind] for found in groups]
             found = summarise({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-            row |= {f"{name}{kind}": [round(x, 4) for x in z.tolist()] if z.ndim else round(z.item(), 4)
-                    for name, z in found.items()}
+            row |= {f"{name}{kind}": rounded(z) for name, z in found.items()}
         table.append(row)
     return table, sheet
 
@@ -855,8 +896,8 @@ def plan(preset: str, meta: Meta) -> dict:
         seconds.append(max(cost["flop"] / rate, reading / bandwidth) + 2 * decode["flop"] / rate)
     return {"preset": preset, "stage": "stream", "gpus": 1, "gb": gb | {"total": sum(gb.values())},
             "cache_gb_per_frame": chunks[-1]["cache"] / 1e9 / cached if cached else 0.0,
-            "tflop": [round(cost["flop"] / 1e12, 4) for cost in chunks],
-            "tflop_decode": [round(cost["flop"] / 1e12, 4) for cost in decoding],
+            "tflop": [float(f"{cost['flop'] / 1e12:.4g}") for cost in chunks],
+            "tflop_decode": [float(f"{cost['flop'] / 1e12:.4g}") for cost in decoding],
             "first_frame_s": seconds[0], "fps": 4 * meta["chunk"] / seconds[-1]}
 
 

@@ -12,7 +12,7 @@ Teacher forcing. Three changes from train_camera.py, marked in the code:
     loss = || v(x_t^i, x0^{<i}, sigma^i, prompt, camera) - (noise^i - x0^i) ||^2, all chunks i in one pass
 
 $ python train_ar.py
-$ torchrun --nproc_per_node 2 train_ar.py --batch-size 8
+$ torchrun --nproc_per_node 2 train_ar.py --batch-size 4
 """
 import argparse
 import gc
@@ -50,14 +50,14 @@ def teacher_forcing_loss(net: nn.Module, batch: Batch, meta: Meta, null_prob: fl
 
 # minWM's Muon for HY: see train_camera.py.
 RECIPES = {
-    "tiny": dict(steps=1000, batch_size=16, accum=1, lr=1e-3, warmup=50, betas=(0.9, 0.99), max_grad_norm=1.0,
-                 ema_decay=0.995, chunk=2, null_prob=0.1, guidance=1.25, sampling_steps=48),
+    "tiny": dict(steps=4500, batch_size=8, accum=1, lr=1e-3, warmup=50, cooldown=0.5, betas=(0.9, 0.99),
+                 max_grad_norm=1.0, ema_decay=0.995, chunk=1, null_prob=0.1, guidance=1.25, sampling_steps=48),
     # minWM: 4 k steps, 32 videos, lr 2e-6, clip 10, chunks of 4 latent frames, guidance 3.
-    "wan-1.3b": dict(steps=4000, batch_size=1, accum=4, lr=2e-6, warmup=0, betas=(0.0, 0.999), max_grad_norm=10.0,
-                     ema_decay=0.99, chunk=4, null_prob=0.0, guidance=3.0, sampling_steps=48),
+    "wan-1.3b": dict(steps=4000, batch_size=1, accum=4, lr=2e-6, warmup=0, cooldown=0.0, betas=(0.0, 0.999),
+                     max_grad_norm=10.0, ema_decay=0.99, chunk=4, null_prob=0.0, guidance=3.0, sampling_steps=48),
 }
 RECIPES["wan-14b"] = RECIPES["wan-1.3b"]
-RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=4000, lr=2e-3, ema_decay=0.998)
+RECIPES["tiny-hy"] = RECIPES["tiny"]
 # minWM: 4 k steps, guidance 6, weight decay 1e-4, one noise level for all chunks, logit-normal with shift 3.
 RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(betas=(0.9, 0.999), max_grad_norm=1.0, null_prob=0.1, guidance=6.0)
 
@@ -79,6 +79,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # -- end ---------------------------------------------------------------------------------------------------------
     p.add_argument("--betas", type=float, nargs=2, help="of AdamW: decay of the gradient's mean and square")
     p.add_argument("--warmup", type=int, help="steps until lr is reached")
+    p.add_argument("--cooldown", type=float, help="share of --steps, 0 to 1, over which lr falls to zero at the end")
     p.add_argument("--chunk", type=positive, help="latent frames denoised together")
     p.add_argument("--null-prob", type=float, help="share of videos whose prompt is dropped, for guidance's sake")
     p.add_argument("--guidance", type=float, help="for sampling: w in null + w (cond - null); 1 is off")
@@ -126,7 +127,8 @@ def main(args: argparse.Namespace) -> None:
     # -- end ---------------------------------------------------------------------------------------------------------
     while step < args.steps and not stopping():
         t0, loss_sum, ids = time.time(), 0.0, []
-        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+        rise, fall = (step + 1) / max(1, args.warmup), (args.steps - step) / max(1, args.cooldown * args.steps)
+        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, rise, fall)
         for micro in range(args.accum):
             part = batch_part(micro, args.accum)
             batch = get_batch(data, args.seed, step, part, args.batch_size, device, meta["given_prob"])

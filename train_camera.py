@@ -10,9 +10,9 @@ In some videos the first frame or two are given, as an image to go on from: they
 
     x_t = (1 - sigma) x0 + sigma noise          loss = || v(x_t, sigma, prompt, camera) - (noise - x0) ||^2
 
-$ python train_camera.py --no-camera            the toy world has no base model to download: make one, without camera
+$ python train_camera.py --no-camera --data data/images      the toy world has no base model to download: text to image
 $ python train_camera.py
-$ torchrun --nproc_per_node 2 train_camera.py --batch-size 8
+$ torchrun --nproc_per_node 2 train_camera.py --batch-size 4
 """
 import argparse
 import gc
@@ -50,16 +50,18 @@ def flow_matching_loss(net: nn.Module, batch: Batch, meta: Meta, null_prob: floa
 
 # minWM trains HY with Muon at lr 1e-5, whose updates are as large as AdamW's at 2e-6, in every stage.
 RECIPES = {
-    "tiny": dict(steps=3000, batch_size=16, accum=1, lr=2e-3, warmup=50, betas=(0.9, 0.99), max_grad_norm=1.0,
-                 ema_decay=0.995, shift=3.0, null_prob=0.1, given_prob=0.25, guidance=1.25, sampling_steps=48),
+    "tiny": dict(steps=9000, batch_size=8, accum=1, lr=2e-3, warmup=50, cooldown=0.5, betas=(0.9, 0.99),
+                 max_grad_norm=1.0, ema_decay=0.995, shift=5.0, null_prob=0.1, given_prob=0.25, guidance=1.25,
+                 sampling_steps=48),
     # minWM: 5 k steps, 32 videos, lr 2e-6, clip 10, shift 5, guidance 8. Ours: EMA from the first step, no loss weight
     # (theirs falls to zero at pure noise, where every sample starts).
-    "wan-1.3b": dict(steps=5000, batch_size=1, accum=4, lr=2e-6, warmup=0, betas=(0.0, 0.999), max_grad_norm=10.0,
-                     ema_decay=0.99, shift=5.0, null_prob=0.0, given_prob=0.0, guidance=8.0, sampling_steps=50),
+    "wan-1.3b": dict(steps=5000, batch_size=1, accum=4, lr=2e-6, warmup=0, cooldown=0.0, betas=(0.0, 0.999),
+                     max_grad_norm=10.0, ema_decay=0.99, shift=5.0, null_prob=0.0, given_prob=0.0, guidance=8.0,
+                     sampling_steps=50),
 }
 RECIPES["wan-14b"] = RECIPES["wan-1.3b"]
 # HY's images come with its prompts (data.py --image-share), and need no given frames.
-RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=10000, lr=4e-3, ema_decay=0.998, given_prob=0.0)
+RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(given_prob=0.0)
 # minWM: 8 k steps, 32 videos, guidance 6, weight decay 1e-4, noise levels logit-normal with shift 3. And one change at
 # step 0: the text is no longer told the noise level (model.py, HYDiT), or it could not be cached later.
 RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(steps=8000, betas=(0.9, 0.999), max_grad_norm=1.0, null_prob=0.1,
@@ -84,6 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--no-camera", action="store_true", help="train the toy world's base model from scratch instead")
     p.add_argument("--betas", type=float, nargs=2, help="of AdamW: decay of the gradient's mean and square")
     p.add_argument("--warmup", type=int, help="steps until lr is reached")
+    p.add_argument("--cooldown", type=float, help="share of --steps, 0 to 1, over which lr falls to zero at the end")
     p.add_argument("--shift", type=float, help="of the noise levels, towards pure noise; 1 is uniform")
     p.add_argument("--null-prob", type=float, help="share of videos whose prompt is dropped, for guidance's sake")
     p.add_argument("--given-prob", "--prefix-prob", type=float, help="share of videos whose first latent frame or two "
@@ -144,7 +147,8 @@ def main(args: argparse.Namespace) -> None:
     # -- end ---------------------------------------------------------------------------------------------------------
     while step < args.steps and not stopping():
         t0, loss_sum, ids = time.time(), 0.0, []
-        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+        rise, fall = (step + 1) / max(1, args.warmup), (args.steps - step) / max(1, args.cooldown * args.steps)
+        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, rise, fall)
         for micro in range(args.accum):
             part = batch_part(micro, args.accum)
             batch = get_batch(data, args.seed, step, part, args.batch_size, device, meta["given_prob"])

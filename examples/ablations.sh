@@ -1,35 +1,193 @@
 #!/usr/bin/env bash
-# Claims of the field on the toy world, each as one command with its table. Under an hour each on two cores.
+# Claims of the field on the toy world, each as one command with its table. They start from the shipped checkpoints, or
+# from $CKPT, and from data/toy, which `python data.py --vae ckpt/tiny/vae.pt` makes. Under an hour each on two cores.
 #
-#   examples/ablations.sh filter     a tenth of the clips have the poses of others: are they found, and what do they cost
-#                                    a camera that is trained on them?
+#   examples/ablations.sh steps      control against training steps of the camera stage
+#   examples/ablations.sh batch      batches of 2, 4, 8, 16, 32, as many videos seen of each
+#   examples/ablations.sh poses      poses with noise: none, half a step, a step, two
+#   examples/ablations.sh forcing    teacher forcing against diffusion forcing
+#   examples/ablations.sh teacher    ODE pairs of the autoregressive teacher against those of a bidirectional one
+#   examples/ablations.sh init       DMD from nothing, from ar, ode, cd
+#   examples/ablations.sh longer     DMD's curve, far beyond its recipe
+#   examples/ablations.sh cut        self-rollouts cut exactly, through a leaking cache, with a second pass (SGF)
+#   examples/ablations.sh scores     fake_score on the generator's own rollout, too; scores at uniform levels (FastVideo)
+#   examples/ablations.sh filter     a tenth of the clips have the poses of others: are they found, what do they cost?
 #
-# Flags after the name go to the training script: --steps 1000. What is made stays in data/ablations; clips and latents
-# are found there by a second run, training begins anew. ± is the standard error over 64 rooms (or SCENES=32), of one
-# training seed.
+# Flags after the name go to every training command: --seed 1, --steps 500. What is made stays in data/ablations. ± is the
+# standard error over 64 rooms (or SCENES=32), of one training seed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PYTHONPATH=.
 case ${1-} in
-    filter) ;;
-    *) echo "usage: examples/ablations.sh filter [flags of the training script]" >&2; exit 2 ;;
+    steps | batch | poses | forcing | teacher | init | longer | cut | scores | filter) ;;
+    *) sed -n '2,/^# Flags/p' examples/ablations.sh >&2; exit 2 ;;
 esac
-name=$1 flags=("${@:2}") out=data/ablations/$1
+name=$1 flags=("${@:2}") out=data/ablations/$1 ckpt=${CKPT:-ckpt/tiny}
 mkdir -p "$out"
 
-header() {  # the first columns
-    echo "| $1 | psnr | control | rotation, degrees | translation |"
-    echo "|$(tr -cd '|' <<< "$1" | sed 's/|/---|/g')---|---|---|---|---|"
+train() {  # a script and its flags, on two cores: a video's worth of noise is the same on any number of processes
+    torchrun --standalone --nproc_per_node 2 "$1" --vae "$ckpt/vae.pt" --batch-size 4 "${@:2}" "${flags[@]}" >&2
 }
 
-row() {  # the first cells, a checkpoint
-    python stream.py --score --scenes "${SCENES:-64}" --ckpt "$2" --vae ckpt/tiny/vae.pt --out "${2%.pt}.mp4" |
+header() {  # the names of the first columns
+    echo "| $1 | texture | clutter | psnr | control | rotation, degrees | translation |"
+    echo "|$(tr -cd '|' <<< "$1" | sed 's/|/---|/g')---|---|---|---|---|---|---|"
+}
+
+row() {  # the first cells, a checkpoint, flags of stream.py
+    python stream.py --score --scenes "${SCENES:-64}" --ckpt "$2" --vae "$ckpt/vae.pt" --out "${2%.pt}.mp4" "${@:3}" |
         tail -n 1 | python -c '
 import json, sys
 z = json.loads(sys.stdin.read())
-names = ("psnr", "counterfactual_accuracy", "rot_err_deg", "trans_err")
+names = ("texture", "clutter", "psnr", "counterfactual_accuracy", "rot_err_deg", "trans_err")
 cells = ["{:.3g} ± {:.2g}".format(z[name], z[name + "_standard_error"]) for name in names]
 print("|", " | ".join([sys.argv[1], *cells]), "|")
 ' "$1"
+}
+
+steps() {
+    train train_camera.py --init "$ckpt/base.pt" --out "$out/camera.pt" --save-every 1000 --keep 100
+    echo "| steps | control margin, dB |"
+    echo "|---|---|"
+    python -c '
+import json, sys
+for line in open(sys.argv[1]):
+    print("| {step} | {control_margin:.2f} |".format(**json.loads(line)))
+' "$out/camera/scores.jsonl"
+}
+
+batch() {
+    header "videos a step"
+    for size in 2 4 8 16 32; do  # 24,000 videos of each
+        train train_camera.py --init "$ckpt/base.pt" --out "$out/$size.pt" --batch-size $((size / 2)) \
+            --steps $((24000 / size))
+        row "$size" "$out/$size.pt"
+    done
+}
+
+poses() {
+    header "noise on every pose, in steps of 0.08 units and 3 degrees"
+    for noise in 0 0.5 1 2; do
+        python - "$out/data-$noise" "$noise" << 'END'
+import shutil, sys
+from pathlib import Path
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from data import STEP, TURN, rotation
+
+out, noise = Path(sys.argv[1]), float(sys.argv[2])
+out.mkdir(exist_ok=True)
+shutil.copy("data/toy/prompts.safetensors", out)
+rng = torch.Generator().manual_seed(0)
+for file in sorted(Path("data/toy").glob("latents-*.safetensors")):
+    with safe_open(file, "pt") as shard:
+        tensors, about = {name: shard.get_tensor(name) for name in shard.keys()}, shard.metadata()
+    n, f = tensors["viewmats"].shape[:2]
+    off = torch.eye(4).repeat(n, f, 1, 1)
+    yaw, pitch = noise * TURN * torch.randn(2, n, f, generator=rng)
+    off[..., :3, :3] = rotation(yaw, pitch)
+    off[..., :3, 3] = noise * STEP * torch.randn(n, f, 3, generator=rng) / 3**0.5
+    off[:, 0] = torch.eye(4)  # the first frame is the origin
+    save_file(tensors | {"viewmats": off @ tensors["viewmats"]}, out / file.name, about)
+END
+        train train_camera.py --init "$ckpt/base.pt" --data "$out/data-$noise" --out "$out/$noise.pt" --steps 3000
+        row "$noise" "$out/$noise.pt"
+    done
+}
+
+forcing() {
+    header "past in training, sampling steps"
+    for script in train_ar.py examples/variants/diffusion_forcing.py; do
+        made=$out/$(basename "$script" .py).pt
+        train "$script" --init "$ckpt/camera.pt" --out "$made" --steps 1500
+        row "$(basename "$script" .py), 48" "$made"
+        row "$(basename "$script" .py), 4" "$made" --sampling-steps 4
+    done
+}
+
+teacher() {
+    header "pairs of, sampling steps"
+    for script in distill_ode.py examples/variants/ode_bidirectional.py; do
+        made=$out/$(basename "$script" .py) who=()
+        if [ "$script" != distill_ode.py ]; then
+            who=(--teacher "$ckpt/camera.pt")
+        fi
+        train "$script" --init "$ckpt/ar.pt" "${who[@]}" --pairs "$made-pairs" --pairs-count 512 --generate
+        train "$script" --init "$ckpt/ar.pt" "${who[@]}" --pairs "$made-pairs" --out "$made.pt"
+        for n in 4 2 1; do
+            row "$(basename "$script" .py), $n" "$made.pt" --sampling-steps "$n"
+        done
+    done
+}
+
+init() {
+    header "DMD from, sampling steps"
+    python - "$ckpt" "$out" << 'END'
+import sys
+from pathlib import Path
+from model import fresh_weights, load_checkpoint, save_checkpoint
+
+ckpt, out = map(Path, sys.argv[1:])
+weights, meta = load_checkpoint(ckpt / "ar.pt", "ar")
+student = meta | {"stage": "ode", "sampler": "few_step", "sampling_steps": 4, "guidance": 1.0}  # in name alone
+save_checkpoint(out / "as-ar.pt", weights, student)
+save_checkpoint(out / "as-nothing.pt", fresh_weights(meta["preset"], camera=True, seed=0), student)
+END
+    for start in nothing ar ode cd; do
+        from=$ckpt/$start.pt
+        if [ -e "$out/as-$start.pt" ]; then
+            from=$out/as-$start.pt
+        fi
+        train train_dmd.py --init "$from" --scores "$ckpt/camera.pt" --out "$out/$start.pt"
+        row "$start, before" "$from"
+        row "$start" "$out/$start.pt"
+    done
+}
+
+longer() {
+    train train_dmd.py --init "$ckpt/ode.pt" --scores "$ckpt/camera.pt" --out "$out/dmd.pt" --steps 240 --save-every 40 \
+        --keep 100
+    header "updates of the generator"
+    row 0 "$ckpt/ode.pt"
+    for save in "$out"/dmd/step-*.pt; do
+        row "$((10#$(basename "$save" .pt | cut -d- -f2)))" "$save"
+    done
+}
+
+cut_exactly() {
+    header "rollouts"
+    for script in train_dmd.py examples/variants/leaky_dmd.py examples/variants/sgf.py; do
+        made=$out/$(basename "$script" .py).pt
+        train "$script" --init "$ckpt/ode.pt" --scores "$ckpt/camera.pt" --out "$made"
+        row "$(basename "$script" .py)" "$made"
+    done
+}
+
+scores() {
+    cat > "$out/uniform_dmd.py" << 'END'
+# train_dmd.py, but for the levels at which the scores are asked
+import gc
+import sys
+import torch.distributed as dist
+import train_dmd
+from model import add_noise
+
+def noised(x, batch, meta):
+    sigma, noise = (0.02 + 0.96 * batch.rand(1)) * batch.generated, batch.noise()
+    return add_noise(x, noise, sigma), noise, sigma
+
+train_dmd.noised = noised
+train_dmd.main(train_dmd.parse_args())
+gc.collect()
+dist.destroy_process_group()
+END
+    header "scores"
+    for script in train_dmd.py examples/variants/reuse_dmd.py "$out/uniform_dmd.py"; do
+        made=$out/$(basename "$script" .py)-made.pt
+        train "$script" --init "$ckpt/ode.pt" --scores "$ckpt/camera.pt" --out "$made"
+        row "$(basename "$script" .py)" "$made"
+    done
 }
 
 filter() {
@@ -68,7 +226,7 @@ END
         mkdir -p "$folder"
         cp -n "$out"/*/survey-*.jsonl "$folder" 2> /dev/null || true  # what was seen of the clips is the same for all
         torchrun --standalone --nproc_per_node 2 data.py --videos "$out/clips" --table "$table" --out "$folder" \
-            --vae ckpt/tiny/vae.pt "${which[@]}" >&2
+            --vae "$ckpt/vae.pt" "${which[@]}" >&2
         left=$(python - "$out/right.jsonl" "$table" "$folder/report.jsonl" << 'END'
 import json, sys
 from pathlib import Path
@@ -79,10 +237,12 @@ gone = [[not row["kept"] for row, is_wrong in zip(report, wrong, strict=True) if
 print(" | ".join(f"{sum(z)} of {len(z)}" for z in gone))
 END
         )
-        torchrun --standalone --nproc_per_node 2 train_camera.py --data "$folder" --init ckpt/tiny/base.pt \
-            --vae ckpt/tiny/vae.pt --batch-size 8 --out "$folder/camera.pt" "${flags[@]}" >&2
+        train train_camera.py --data "$folder" --init "$ckpt/base.pt" --out "$folder/camera.pt" --steps 3000
         row "$arm | $left" "$folder/camera.pt"
     done
 }
 
+if [ "$name" = cut ]; then
+    name=cut_exactly
+fi
 "$name"

@@ -4,6 +4,7 @@
 #   examples/bench.sh plan wan-14b 64 --sp 8        on so many GPUs, counted without any, in two minutes
 #   examples/bench.sh run wan-1.3b 8                the same, and measured on the GPUs of this machine
 #   examples/bench.sh walk --window 8 --sink 1      the shipped students along 1, 10 and 50 times the trained length
+#   examples/bench.sh quality tiny                  every shipped video model of a world at 48, 4, 2 and 1 steps
 #   examples/bench.sh prices --scenes 32            them with fewer steps, windows, compiled: frames/s, and what it costs
 #   examples/bench.sh videos wan-1.3b               own videos of 480x832: frames/s looked at and judged, and encoded
 #
@@ -23,6 +24,36 @@ print("|", " | ".join([*sys.argv[1:], str(z["last_chunk_ms"]), str(z["state_mb"]
 ' "$world" "$((steps + 1))"
         done
     done
+    exit
+fi
+
+# A row: checkpoint, steps, and of each measure its mean ± standard error (of the truth through the VAE its mean)
+if [ "$1" = quality ]; then
+    python - "${@:2}" << 'END'
+import json, subprocess, sys
+
+COLUMNS = {"texture": 3, "clutter": 2, "psnr": 1, "counterfactual_accuracy": 2, "rot_err_deg": 1, "trans_err": 3,
+           "boundary_jump": 2, "lost": 1, "prompt_accuracy": 2, "coverage": 2}
+STEPS = {"camera": [48], "ar": [48, 4, 2, 1], "ode": [4, 2, 1], "cd": [4, 2, 1], "dmd": [4, 2, 1]}
+
+
+def table_row(name, z, kind=""):
+    spread = {column: f" ± {z[error]:.{n}f}" for column, n in COLUMNS.items()
+              if not kind and (error := f"{column}_standard_error") in z}
+    cells = [f"{z[column + kind]:.{n}f}{spread.get(column, '')}" for column, n in COLUMNS.items()]
+    print("|", " | ".join([name, *cells]), "|", flush=True)
+
+
+world, *flags = sys.argv[1:]
+print("| checkpoint, steps |", " | ".join(COLUMNS), "|\n|---|" + "---|" * len(COLUMNS))
+for name, counts in STEPS.items():
+    for count in counts:
+        run = [sys.executable, "stream.py", "--score", "--ckpt", f"ckpt/{world}/{name}.pt", "--sampling-steps", str(count)]
+        z = json.loads(subprocess.run(run + flags, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
+        if name == "camera":
+            table_row("*the truth through the VAE*", z, "_ceiling")
+        table_row(f"{name}, {count}", z)
+END
     exit
 fi
 

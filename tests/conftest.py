@@ -1,8 +1,8 @@
 """
 What the tests share: two ways to run a script, and one miniature run of the whole recipe.
 
-The chain has 16 videos of 4 latent frames and two steps a stage, its learning rate high and its EMA short: two steps
-must move the weights that the next stage reads, or nothing would depend on them.
+The chain has 16 small videos of 4 latent frames, chunks of two and two steps a stage, its learning rate high and its
+EMA short: two steps must move the weights that the next stage reads, or nothing would depend on them.
 """
 import contextlib
 import gc
@@ -24,10 +24,11 @@ import torch.distributed as dist
 torch.set_num_threads(1)  # as in the processes below: the networks are tiny, and the numbers depend on it
 
 MINIATURE = "--batch-size 2 --lr 5e-3 --ema-decay 0.5 --log-every 1".split()
+STEADY = ("--warmup", "0", "--cooldown", "0")  # the learning rate
 SCRIPTS = {
-    "base": ("train_camera.py", "--no-camera", "--warmup", "0", "--sampling-steps", "4"),
-    "camera": ("train_camera.py", "--warmup", "0", "--sampling-steps", "4"),
-    "ar": ("train_ar.py", "--warmup", "0", "--sampling-steps", "4"),
+    "base": ("train_camera.py", "--no-camera", *STEADY, "--shift", "3", "--sampling-steps", "4"),
+    "camera": ("train_camera.py", *STEADY, "--shift", "3", "--sampling-steps", "4"),
+    "ar": ("train_ar.py", *STEADY, "--sampling-steps", "4", "--chunk", "2"),
     "ode": ("distill_ode.py", "--warmup", "0"),
     "cd": ("distill_cd.py", "--warmup", "0"),
     "dmd": ("train_dmd.py", "--fake-score-lr", "5e-3", "--fake-score-updates", "2"),
@@ -121,7 +122,7 @@ def pytest_collection_modifyitems(items):
 def chain(tmp_path_factory):
     """A folder in which the recipe ran once, start to end. Tests read it, and write elsewhere."""
     folder = tmp_path_factory.mktemp("chain")
-    commands = [("data.py", "--count", "16", "--frames", "4", "--vae-steps", "3")]
+    commands = [("data.py", "--count", "16", "--frames", "4", "--size", "32")]
     for stage, (script, *flags) in SCRIPTS.items():
         if stage == "ode":
             commands.append((script, "--generate", "--pairs-count", "4", "--batch-size", "2"))

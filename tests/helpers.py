@@ -14,7 +14,10 @@ from einops import rearrange
 from torch import nn
 
 from data import K_SQUARE, Batch, intrinsics, parse_trajectory
-from model import HYVAE, Camera, DiTConfig, HYConfig, HYDiT, HYPrompt, HYVAEConfig, WanDiT, fingerprint, load_checkpoint
+from model import (
+    HYVAE, Camera, DiTConfig, HYConfig, HYDiT, HYPrompt, HYVAEConfig, VAEConfig, WanDiT, build_vae, fingerprint,
+    load_checkpoint,
+)
 
 CPU = torch.device("cpu")
 ORACLE = Path(os.environ.get("ORACLE_DIR", Path(__file__).parents[2] / "shared/oracle"))  # recordings of public code
@@ -65,6 +68,18 @@ def check_feat_cache_is_left_as_it_was(vae, latents, video):
         assert torch.equal(step(rest, feat_cache)[0], step(rest, feat_cache)[0])
         assert before.keys() == feat_cache.keys()
         assert all(torch.equal(z, feat_cache[layer]) for layer, z in before.items())
+
+
+# VAEs of the public forms, at toy size
+SMALL_VAE = VAEConfig(16, 16, (1, 2, 2), 1, (True, True), (0.0,) * 16, (1.0,) * 16)
+SMALL_HY_VAE = HYVAEConfig((16, 16, 32), 16, 1, (0.0,) * 16, (1.0,) * 16)
+
+
+def fitted_vae(preset="tiny"):
+    """A preset's toy VAE, fitted to noise."""
+    vae = build_vae(preset).eval()
+    vae.fit(torch.rand(4, 3, 9, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    return vae
 
 
 # ---------------------------------------------------------------------------------------- A batch, and a network for it

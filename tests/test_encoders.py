@@ -365,14 +365,15 @@ def test_networks_are_loaded_once_and_freed_with_their_encoder(toys, monkeypatch
 
 def test_videos_become_hy_latents(toys, encoders, siglip, tmp_path):
     """Two clips with one caption, the first frame of each seen, none with --image-share 0; then a batch of them."""
-    call("data.py", "--preset", "tiny-hy", "--count", "1", "--frames", "2", "--vae-steps", "1", cwd=tmp_path)
+    call("data.py", "--preset", "tiny-hy", "--count", "1", "--frames", "2", "--size", "32", cwd=tmp_path)
     (tmp_path / "clips").mkdir()
     clips = np.random.default_rng(0).integers(0, 255, (2, 5, 32, 32, 3), dtype=np.uint8)
     for n, clip in enumerate(clips):
         imageio.imwrite(tmp_path / f"clips/{n}.mp4", clip, fps=16, macro_block_size=2, output_params=["-crf", "1"])
     rows = [{"file": f"{n}.mp4", "caption": PROMPTS[0], "poses": "w", "K": K_SQUARE} for n in range(2)]
     (tmp_path / "clips/table.json").write_text(json.dumps(rows))
-    flags = ("--videos", "clips", "--frames", "2", "--text-encoder", toys["home"] / "released", "--keep", *DOUBTFUL)
+    flags = ("--videos", "clips", "--frames", "2", "--size", "32", "--keep", *DOUBTFUL, "--text-encoder",
+             toys["home"] / "released")
     for share in "1", "0":
         call("data.py", *flags, "--image-share", share, "--out", f"data/{share}", cwd=tmp_path)
         with contextlib.chdir(tmp_path):
@@ -384,7 +385,7 @@ def test_videos_become_hy_latents(toys, encoders, siglip, tmp_path):
         assert batch.prompt.text_mask.sum(1).tolist() == [n, n] and batch.null.text_mask.sum(1).tolist() == [nulls] * 2
         assert batch.prompt.byt5_mask.any() and not batch.null.byt5_mask.any()
         assert batch.prompt.vision.shape == (2, 9, 16) and batch.prompt.vision.any() == (share == "1")
-        assert torch.equal(batch.prompt.given_latents[:, 0, :8], batch.x0[:, 0] * int(share))
+        assert torch.equal(batch.prompt.given_latents[:, 0, :16], batch.x0[:, 0] * int(share))
     frame = from_bytes(torch.from_numpy(imageio.imread(tmp_path / "clips/0.mp4", index=0)).permute(2, 0, 1)[None])
     with contextlib.chdir(tmp_path):
         data = open_latents("data/1")

@@ -313,7 +313,7 @@ def test_still_is_a_key():
 # -------------------------------------------------------------------------------------------------------- The real clip
 
 
-FLAGS = ("--frames", 11, "--size", "32x56", "--vae", ROOT / "ckpt/tiny/vae.pt")
+FLAGS = ("--frames", 11, "--size", "64x112", "--vae", ROOT / "ckpt/tiny/vae.pt")
 
 
 def make_room(folder, poses, *flags, **row):

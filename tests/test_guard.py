@@ -21,14 +21,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model
-from conftest import SCRIPTS, STAGES, call
+from conftest import SCRIPTS, STAGES, STEADY, call
 from data import K_SQUARE, Batch, find_duplicates, get_batch, intrinsics, load_encoder, open_latents, parse_trajectory
 from distill_cd import consistency_loss
 from distill_ode import integrate, ode_loss
-from helpers import CPU, GENERATED, hy_inputs, make_batch, make_net, random_hy_dit
+from helpers import CPU, GENERATED, fitted_vae, hy_inputs, make_batch, make_net, random_hy_dit
 from model import (
-    PRESETS, Camera, HYDiT, KVCache, WanDiT, add_noise, build, build_vae, load_checkpoint, noise_levels, prefill,
-    rollout, save_checkpoint, update_cache,
+    PRESETS, Camera, HYDiT, KVCache, WanDiT, add_noise, build, load_checkpoint, noise_levels, prefill, rollout,
+    save_checkpoint, update_cache,
 )
 from stream import TOY_PROMPT, Player, stream
 from train_ar import teacher_forcing_loss
@@ -141,9 +141,9 @@ def random_weights(preset, seed):
 
 USUAL = "--steps 2 --log-every 1 --lr 5e-3 --ema-decay 0.5 --batch-size 2".split()
 SHORT = {
-    "base": ("train_camera.py", *USUAL, "--no-camera", "--warmup", "0", "--sampling-steps", "2"),
-    "camera": ("train_camera.py", *USUAL, "--init", "ckpt/camera.pt", "--warmup", "0", "--sampling-steps", "2"),
-    "ar": ("train_ar.py", *USUAL, "--warmup", "0", "--sampling-steps", "2"),
+    "base": ("train_camera.py", *USUAL, "--no-camera", *STEADY, "--shift", "3", "--sampling-steps", "2"),
+    "camera": ("train_camera.py", *USUAL, "--init", "ckpt/camera.pt", *STEADY, "--shift", "3", "--sampling-steps", "2"),
+    "ar": ("train_ar.py", *USUAL, *STEADY, "--chunk", "2", "--sampling-steps", "2"),
     "pairs": ("distill_ode.py", "--generate", "--teacher-steps", "8", "--pairs-count", "16", "--batch-size", "8"),
     "ode": ("distill_ode.py", *USUAL, "--warmup", "0", "--teacher-steps", "8"),
     "cd": ("distill_cd.py", *USUAL, "--warmup", "0"),
@@ -273,7 +273,7 @@ SETTINGS = [  # stage, a setting of the checkpoint it starts from, and what must
 ELSEWHERE = {  # flags of which other tests see more: below, of the optimizer and of ranks, or in other files
     *"out preset resume steps log_every save_every state_every keep vae sp shard_over compile gather".split(),
     *"plan bench no_camera generate pairs".split(),
-    *"batch_size accum lr betas warmup max_grad_norm ema_decay".split()}
+    *"batch_size accum lr betas warmup cooldown max_grad_norm ema_decay".split()}
 
 
 @pytest.fixture(scope="module")
@@ -319,11 +319,15 @@ def test_optimizers_are_what_the_flags_say(world, tmp_path, stage):
     """Warm-up, betas, weight decay, clipping, an empty gradient at every step, and the EMA of the one that is kept."""
     asked = "--steps 4 --lr 3e-3 --max-grad-norm 1e-3 --ema-decay 0.7".split()
     asked += "--fake-score-lr 2e-3".split() if stage == "dmd" else "--warmup 3 --betas 0.3 0.8".split()
+    falls = stage in ("base", "camera", "ar")
+    asked += "--cooldown 0.5".split() if falls else []
     updates, left = watch(world, tmp_path, stage, *asked)
     student, ema = updates[0][0].net, load_checkpoint(world / f"ckpt/{STARTS[stage]}.pt")[0]
     ema = torch.cat([w.flatten() for w in ema.values()])
     for n, step in enumerate(step for step, _ in updates):
         lr = (3e-3 if step.net == student else 2e-3) if stage == "dmd" else 3e-3 * min(1, (n + 1) / 3)
+        if falls:  # the last two of four
+            lr = min(lr, 3e-3 * (4 - n) / 2)
         betas = (0.0, 0.999) if stage == "dmd" else (0.3, 0.8)
         assert (step.lr, *step.betas, step.weight_decay) == pytest.approx((lr, *betas, 0.01))
         assert step.norm == pytest.approx(1e-3, rel=1e-3)
@@ -682,9 +686,8 @@ def test_a_batch_has_the_labels_of_its_paths(chain, tmp_path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_stream_has_the_labels_of_its_path(path):
-    net, vae = random_hy_dit(**vars(replace(PRESETS["tiny-hy"].dit, action=True))), build_vae("tiny-hy")
-    vae.init_weights()
-    player = Player(net, vae, load_encoder("tiny-hy", None, CPU), META | {"sampling_steps": 1})
+    net = random_hy_dit(**vars(replace(PRESETS["tiny-hy"].dit, action=True)))
+    player = Player(net, fitted_vae("tiny-hy"), load_encoder("tiny-hy", None, CPU), META | {"sampling_steps": 1})
     told = labels_told(net)
     camera = Camera(parse_trajectory(path)[None], intrinsics(K_SQUARE).expand(1, 4, 3, 3))
     assert len([*stream(player, [TOY_PROMPT], camera, [0])]) == 2
@@ -713,7 +716,7 @@ def test_the_older_state_goes_when_the_newer_is_complete(world, tmp_path, monkey
 
 def test_only_the_real_score_tells_its_text_the_time(world, tmp_path):
     """A quirk of released networks: that of the frozen score, not of the one that is trained, nor of the generator."""
-    call("data.py", "--preset", "tiny-hy", "--count", "2", "--frames", "4", "--vae-steps", "1", cwd=tmp_path)
+    call("data.py", "--preset", "tiny-hy", "--count", "2", "--frames", "4", "--size", "32", cwd=tmp_path)
     about = open_latents(tmp_path / "data/toy").meta
     for n, stage in enumerate(("ode", "camera")):
         meta = load_checkpoint(world / f"ckpt/{stage}.pt")[1] | {"preset": "tiny-hy", "timed_text": stage == "camera"}

@@ -68,7 +68,8 @@ def test_a_long_path_stays_clear_and_looks_ahead_and_begins_with_the_shorter_one
 def test_errors_of_frames_are_those_of_the_room_that_explains_them(world):
     scene, viewmats, truth = world
     found = walked(world, truth)["psnr"]
-    assert found.min() > 33  # pixels that show two panels are taken for either
+    torch.testing.assert_close(walked(world, truth)["texture"], torch.full((B, 10), 0.5), atol=0.02, rtol=0)
+    assert found.min() > 45  # bytes
     shaken = truth + 0.3 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))
     whole = psnr(to_bytes(shaken.clamp(-1, 1)) / 127.5 - 1, explain(shaken, scene, viewmats, K)[0])
     torch.testing.assert_close(walked(world, shaken)["psnr"].mean(1), whole, atol=0.1, rtol=0)
@@ -93,6 +94,7 @@ def test_a_room_that_fades_drifts(world):
     fade = torch.linspace(0, 1, truth.shape[2]).view(-1, 1, 1)
     found = summarise(walked(world, (1 - fade) * truth + fade * noise(truth)))
     assert found["lost"] > 15 and found["psnr"].diff().max() < 0
+    assert found["texture"][0] > 0.45 and found["texture"][-1] < 0.2
 
 
 def test_a_way_back_is_told_from_a_frozen_one_and_from_another_room(world):
@@ -105,7 +107,7 @@ def test_a_way_back_is_told_from_a_frozen_one_and_from_another_room(world):
     assert right["revisit"] > 60 and right["revisit_elsewhere"] < 25 and other["revisit"] < 15
     assert still["revisit"] == still["revisit_elsewhere"]
     assert noisy["revisit"] == pytest.approx(noisy["revisit_elsewhere"], abs=0.2)
-    changed = render(scene._replace(looks=(scene.looks + 1) % 4), path, K, 32)
+    changed = render(scene._replace(looks=(scene.looks + 1) % 3), path, K, 32)
     half = truth.shape[2] // 2
     assert returned(torch.cat([truth[:, :, :half], changed[:, :, half:]], dim=2))["revisit"] < 25
 

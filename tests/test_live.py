@@ -27,7 +27,8 @@ from data import (
     CLEAR, KEYS, N_PANELS, Scene, explain_frames, from_bytes, intrinsics, load_encoder, parse_trajectory, psnr,
     read_prompt,
 )
-from model import Camera, load_net, load_vae
+from helpers import fitted_vae, random_hy_dit
+from model import PRESETS, Camera, load_checkpoint, load_net, load_vae
 from stream import (
     MOST_BYTES, MOST_PITCH, MOST_VIEWERS, PAGE, TOY_PROMPT, Live, Player, Pose, open_server, packed, stream,
 )
@@ -38,10 +39,17 @@ OTHER_PROMPT = ("red left wall, green right wall, yellow far wall, purple floor,
 START = Pose(torch.zeros(3, dtype=torch.float64), 0.0, 0.0)
 
 
-def open_shipped(preset="tiny"):
-    net, meta = load_net(ROOT / f"ckpt/{preset}/dmd.pt", CPU)
-    vae = load_vae(ROOT / f"ckpt/{preset}/vae.pt", CPU, meta["vae_fingerprint"])
-    return Player(net, vae, load_encoder(preset, None, CPU), meta | {"window": 8, "sink": 2})
+def open_shipped():
+    net, meta = load_net(ROOT / "ckpt/tiny/dmd.pt", CPU)
+    vae = load_vae(ROOT / "ckpt/tiny/vae.pt", CPU, meta["vae_fingerprint"])
+    return Player(net, vae, load_encoder("tiny", None, CPU), meta | {"window": 8, "sink": 2})
+
+
+def second_backbone():
+    """Of random weights."""
+    meta = load_checkpoint(ROOT / "ckpt/tiny/dmd.pt")[1] | {"preset": "tiny-hy", "window": 8, "sink": 2}
+    net = random_hy_dit(**vars(PRESETS["tiny-hy"].dit))
+    return Player(net, fitted_vae("tiny-hy"), load_encoder("tiny-hy", None, CPU), meta)
 
 
 @pytest.fixture(scope="module")
@@ -152,20 +160,20 @@ def test_the_horizon_stays_level_and_walls_stop_the_walk():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ("tiny", "tiny-hy"))
-def test_a_walk_with_the_keys_is_the_walk_of_a_file(preset):
-    player = open_shipped(preset)
+@pytest.mark.parametrize("open_one", (open_shipped, second_backbone))
+def test_a_walk_with_the_keys_is_the_walk_of_a_file(open_one):
+    player = open_one()
     walk, shown = Live(player, TOY_PROMPT, 3, None, toy=False), []
     _, viewer = walk.join()
-    for keys in ("w", "w", "l", "dl", "", "a", "s"):  # more than the window
+    for keys in ("w", "w", "w", "l", "l", "dl", "dl", "", "a", "a", "s", "s"):  # more than the window
         walk.chunk(set(keys), 0)
         for message in viewer.messages:
             head, body = struct.unpack("<II", message[:8])
             if body:
-                shown.append(np.frombuffer(message[8 + head :], np.uint8).reshape(-1, 32, 32, 4))
+                shown.append(np.frombuffer(message[8 + head :], np.uint8).reshape(-1, 64, 64, 4))
         viewer.messages.clear()
-    viewmats = parse_trajectory("w*3,l*2,d+l*2,a*2,s*2")
-    viewmats = viewmats[[*range(8), 7, 7, *range(8, 12)]]  # for a chunk it stands
+    viewmats = parse_trajectory("w*2,l*2,d+l*2,a*2,s*2")  # the first frame is where the walk begins
+    viewmats = viewmats[[*range(7), 6, *range(7, 11)]]  # for a chunk it stands
     camera = Camera(viewmats[None], intrinsics(player.meta["K"]).expand(1, len(viewmats), 3, 3))
     film = torch.cat(list(stream(player, [TOY_PROMPT], camera, [3])), dim=2)
     shown = from_bytes(torch.from_numpy(np.concatenate(shown)))
@@ -229,8 +237,8 @@ def test_the_truth_tells_who_obeys(walk):
 
 
 def test_a_new_prompt_keeps_what_a_second_backbone_was_given():
-    player = open_shipped("tiny-hy")
-    walk = Live(player, TOY_PROMPT, 0, torch.rand(1, 3, 1, 32, 32), toy=True)
+    player = second_backbone()
+    walk = Live(player, TOY_PROMPT, 0, torch.rand(1, 3, 1, 64, 64), toy=True)
     walk.chunk({"w"}, 0)
     new, old = walk.read(OTHER_PROMPT)[0], walk.state.prompts[0]
     assert torch.equal(new.vision, old.vision) and torch.equal(new.given_latents, old.given_latents)
@@ -290,7 +298,7 @@ def test_what_is_too_large_is_refused(server):
 def test_frames_come_and_the_keys_steer(server):
     with page(server) as shown:
         first = restart(server, shown, seed=1)
-        assert first.shape == (1, 32, 32, 4)
+        assert first.shape == (1, 64, 64, 4)
         following, _ = shown.until("frames")
         assert following["first"] == 1 and following["frames"] == 4
         assert post(server, viewer=shown.viewer, keys=["d", "l"], number=7) == (200, "")
@@ -370,7 +378,8 @@ def test_a_port_in_use(server, tmp_path):
 
 @pytest.mark.parametrize("flags, reason", (
     (("--port", "70000"), "--port 70000: expected 0 to 65535"), (("--score",), "--live: expected none of"),
-    (("--ckpt", ROOT / "ckpt/tiny/camera.pt"), "chunk by chunk"), (("--window", "1"), "--window 1: too short"),
+    (("--ckpt", ROOT / "ckpt/tiny/camera.pt"), "chunk by chunk"),
+    (("--window", "1", "--sink", "1"), "--window 1: too short"),
 ))
 def test_what_cannot_be_played(tmp_path, flags, reason):
     assert reason in refusal("stream.py", "--live", "--port", "0", *flags, cwd=tmp_path)
@@ -459,10 +468,10 @@ def text(browser, name):
 
 
 def read_canvas(browser):
-    """The picture [1 3 1 32 32], as it is on the page."""
+    """The picture [1 3 1 64 64], as it is on the page."""
     url = browser.execute_script("return document.getElementById('picture').toDataURL()")
     image = imageio.imread(io.BytesIO(base64.b64decode(url.split(",")[1])))
-    zoom = image.shape[0] // 32
+    zoom = image.shape[0] // 64
     return rearrange(from_bytes(torch.from_numpy(image[zoom // 2 :: zoom, zoom // 2 :: zoom, :3].copy())),
                      "h w c -> 1 c 1 h w")
 
@@ -484,7 +493,7 @@ def test_the_picture_in_a_browser_obeys_the_keys(tmp_path, browser):
             press(browser, key, False)
             browser.find_element("id", "pause").click()
             until(lambda: text(browser, "pause") == "go on")
-            until(lambda: shown(browser, "index % 8 == 4"))  # the last of a chunk, whose pose is its own
+            until(lambda: shown(browser, "index % 4 == 0"))  # the last of a chunk, whose pose is its own
             time.sleep(0.5)
             x, y, z, yaw, pitch = shown(browser, "pose")
             pictures.append(read_canvas(browser))

@@ -19,12 +19,12 @@ from data import (
     K_SQUARE, K_WIDE, NULL_PROMPT, UMT5_LEN, encode_prompts, get_batch, intrinsics, load_text_encoder, open_latents,
     parse_trajectory, render, sample_toy,
 )
-from helpers import CPU, edit_json, loads, made_from, meta_of, refused
+from helpers import CPU, SMALL_VAE, edit_json, loads, made_from, meta_of, refused
 from model import PRESETS, RELEASED, WanVAE, build, fingerprint, load_checkpoint, load_net, load_vae
 
-TINY = PRESETS["tiny"]
+TINY = PRESETS["tiny"]._replace(vae_net=WanVAE, vae=SMALL_VAE)  # of the public form
 WAN_CONFIG = {"_class_name": "WanModel", "model_type": "t2v", "dim": 192, "ffn_dim": 768, "num_heads": 4,
-              "num_layers": 4, "in_dim": 8, "out_dim": 8, "freq_dim": 128, "text_len": 512, "eps": 1e-6}
+              "num_layers": 4, "in_dim": 16, "out_dim": 16, "freq_dim": 128, "text_len": 512, "eps": 1e-6}
 SHARD = "diffusion_pytorch_model-{:05d}-of-00002.safetensors"
 
 
@@ -58,7 +58,8 @@ def diffusers_transformer():
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     return diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=48, in_channels=8, out_channels=8, text_dim=96,
+        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=48, in_channels=16, out_channels=16,
+        text_dim=96,
         freq_dim=128, ffn_dim=768, num_layers=4)
 
 
@@ -66,8 +67,8 @@ def diffusers_vae(mean):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     return diffusers.AutoencoderKLWan(
-        base_dim=16, z_dim=8, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True],
-        latents_mean=[mean] * 8, latents_std=[2.0] * 8)
+        base_dim=16, z_dim=16, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True],
+        latents_mean=[mean] * 16, latents_std=[2.0] * 16)
 
 
 # ------------------------------------------------------------------------------------------------------- What they hold
@@ -135,7 +136,13 @@ def test_released_settings_are_minwms():
     assert steps == [50, 50, 50, 4, 4, 4] and sampler == ["unipc"] * 3 + ["few_step"] * 3
 
 
-def test_released_vae(tmp_path, monkeypatch):
+@pytest.fixture
+def small_wan_vae(monkeypatch):
+    """A VAE of Wan's form in the place of the toy world's."""
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+
+
+def test_released_vae(small_wan_vae, tmp_path, monkeypatch):
     weights = {name: torch.randn_like(w) for name, w in WanVAE(TINY.vae).state_dict().items()}
     torch.save(dict(reversed(weights.items())), tmp_path / "Wan2.1_VAE.pth")  # the order of a file means nothing
     for path in tmp_path / "Wan2.1_VAE.pth", tmp_path:
@@ -146,13 +153,13 @@ def test_released_vae(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("inside", ("vae", "."))
-def test_diffusers_vae(tmp_path, inside):
+def test_diffusers_vae(small_wan_vae, tmp_path, inside):
     theirs = diffusers_vae(mean=0.25)
     theirs.save_pretrained(tmp_path / inside)
     weights = model.from_diffusers(theirs.state_dict())
     ours = {name: weights[name] for name in WanVAE(TINY.vae).state_dict()}
     vae = load_vae(tmp_path, CPU, fingerprint(ours))
-    assert vae.cfg == replace(TINY.vae, mean=(0.25,) * 8, std=(2.0,) * 8)
+    assert vae.cfg == replace(TINY.vae, mean=(0.25,) * 16, std=(2.0,) * 16)
     assert all(torch.equal(w, ours[name]) for name, w in vae.state_dict().items())
 
 
@@ -227,14 +234,14 @@ def test_a_released_file_cannot_run_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_truncated_or_foreign_vae_is_named(tmp_path):
+def test_a_truncated_or_foreign_vae_is_named(small_wan_vae, tmp_path):
     path = tmp_path / "Wan2.1_VAE.pth"
     weights = WanVAE(TINY.vae).state_dict()
     torch.save(weights, path)
     path.write_bytes(path.read_bytes()[:-99])
     assert "truncated" in refused(path, "vae")
     torch.save(weights | {"encoder.conv1.bias": torch.ones(5)}, path)
-    assert "of width 5 with 8 channels" in refused(path, "vae")
+    assert "of width 5 with 16 channels" in refused(path, "vae")
     torch.save({name: w for name, w in weights.items() if name != "conv1.bias"}, path)
     assert "1 of its tensors are not those of tiny, first conv1.bias" in refused(path, "vae")
 
@@ -309,7 +316,7 @@ def test_prompts_of_videos_are_read_by_umt5(chain, tmp_path):
     room = ((room + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
     imageio.imwrite(clips / "room.mp4", room, fps=16, macro_block_size=2, output_params=["-crf", "1"])
     (clips / "table.jsonl").write_text(json.dumps({"file": "room.mp4", "caption": "a red room", "poses": parts}))
-    flags = ("--vae", "ckpt/vae.pt", "--frames", "2", "--K", *K_SQUARE, "--text-encoder", path)
+    flags = ("--vae", "ckpt/vae.pt", "--frames", "2", "--size", "32", "--K", *K_SQUARE, "--text-encoder", path)
     call("data.py", "--videos", clips, *flags, "--out", tmp_path / "videos", cwd=chain)
     batch = get_batch(open_latents(tmp_path / "videos"), 0, 0, (0, 1), 1, CPU)
     embeds = torch.cat([batch.prompt, batch.null])
@@ -396,11 +403,10 @@ def test_minwms_files_go_through_every_stage(chain, tmp_path, toy_meta):
         assert imageio.imread(out, index=None).shape[0] == 13
 
 
-def test_a_folder_streams_with_the_vae_and_the_text_encoder_in_it(chain, tmp_path, toy_meta, capsys):
+def test_a_folder_streams_with_the_vae_and_the_text_encoder_in_it(small_wan_vae, chain, tmp_path, toy_meta, capsys):
     folder = write_wan(tmp_path / "Wan2.1-T2V", toy_weights(chain, "base"))
     (folder / "meta.json").write_text(toy_meta)
-    vae, meta = load_checkpoint(chain / "ckpt/vae.pt", "vae")
-    torch.save({name: w.clone() for name, w in vae.items()}, folder / "Wan2.1_VAE.pth")
+    torch.save(WanVAE(SMALL_VAE).state_dict(), folder / "Wan2.1_VAE.pth")
     write_umt5(folder, umt5_weights())
     edit_json(folder / "meta.json", vae_fingerprint=load_checkpoint(folder / "Wan2.1_VAE.pth")[1]["fingerprint"])
     flags = "--ckpt", folder, "--camera", "w*3", "--sampling-steps", "2"

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import model
 from conftest import MINIATURE, call, refusal
 from data import encode_places, encode_words, intrinsics, load_encoder, parse_trajectory
-from helpers import CPU, edit_json, loads, made_from, meta_of, refused
+from helpers import CPU, SMALL_HY_VAE, edit_json, loads, made_from, meta_of, refused
 from model import (
     HYVAE, PRESETS, RELEASED_HY, Camera, HYDiT, HYPrompt, Preset, build, build_vae, fingerprint, load_checkpoint,
     load_net, load_vae, rollout, use_released_cache,
@@ -24,7 +24,7 @@ from stream import Player, stream
 
 # as hy-8b, unlike tiny-hy, the network knows action labels; as the released one, the VAE has a scale and no shift
 DIT = replace(PRESETS["tiny-hy"].dit, action=True)
-VAE = replace(PRESETS["tiny-hy"].vae, mean=(0.0,) * DIT.channels, std=(1 / 1.03682,) * DIT.channels)
+VAE = replace(SMALL_HY_VAE, mean=(0.0,) * DIT.channels, std=(1 / 1.03682,) * DIT.channels)
 DIT_CONFIG = {
     "_class_name": "HunyuanVideo_1_5_DiffusionTransformer", "patch_size": [1, DIT.patch, DIT.patch],
     "in_channels": DIT.channels, "out_channels": DIT.channels, "hidden_size": DIT.dim, "heads_num": DIT.heads,
@@ -122,9 +122,7 @@ def test_diffusers_transformer(tmp_path, inside, shard_size, monkeypatch):
 @pytest.mark.parametrize("kind, inside", [("Tencent", "vae"), ("Tencent", "."), ("diffusers", "vae")])
 def test_vae(tmp_path, kind, inside, monkeypatch):
     torch.manual_seed(0)
-    ours = build_vae("tiny-hy")
-    ours.init_weights()
-    weights = ours.state_dict()
+    weights = build_vae("tiny-hy").state_dict()
     if kind == "Tencent":
         write(tmp_path / inside, weights, VAE_CONFIG)
     else:
@@ -307,10 +305,9 @@ def hy_world(released_size, tmp_path_factory):
     """New videos, encoded by the released VAE."""
     folder = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
-    vae = build_vae("tiny-hy")
-    vae.init_weights()
-    write(folder / "vae", vae.state_dict(), VAE_CONFIG)
-    call("data.py", "--preset", "tiny-hy", "--count", "4", "--frames", "4", "--vae", folder / "vae", cwd=folder)
+    write(folder / "vae", build_vae("tiny-hy").state_dict(), VAE_CONFIG)
+    size = "--count", "4", "--frames", "4", "--size", "32"
+    call("data.py", "--preset", "tiny-hy", *size, "--vae", folder / "vae", cwd=folder)
     return folder
 
 
@@ -385,7 +382,6 @@ def test_a_world_model_by_others_is_adapted(hy_world, tmp_path):
 def test_a_stream_tells_the_network_its_image_and_its_actions(monkeypatch):
     """The same numbers as a rollout by hand, and others without the image, or with the labels of another path."""
     net, vae = build("tiny-hy"), build_vae("tiny-hy").eval()
-    vae.init_weights()
     net.load_state_dict({name: w * 4 for name, w in random_weights().items()})
     meta = described("dmd", size=[32, 32])
     encoder, viewmats = load_encoder("tiny-hy", None, CPU), parse_trajectory("w*3")[None]

@@ -16,12 +16,12 @@ from einops import rearrange
 
 import model
 from conftest import ROOT
-from helpers import change_per_chunk, cut, dense_mask, meta_of, rigid
+from helpers import SMALL_VAE, change_per_chunk, cut, dense_mask, fitted_vae, meta_of, rigid
 from model import (
-    PRESETS, SAMPLERS, Camera, DiTConfig, Meta, Preset, VAEConfig, WanDiT, WanVAE, add_noise, build, fingerprint, guide,
-    load_checkpoint, load_net, load_vae, masked_mse, noise_levels, prefill, projections, rolling_cache, rollout,
-    save_checkpoint, segment_attention, shift_sigma, teacher_forcing_segments, update_cache, velocity_to_x0,
-    with_camera,
+    PRESETS, SAMPLERS, Camera, DiTConfig, Meta, Preset, VAEConfig, WanDiT, WanVAE, add_noise, build, build_vae,
+    fingerprint, guide, load_checkpoint, load_net, load_vae, masked_mse, noise_levels, prefill, projections,
+    rolling_cache, rollout, save_checkpoint, segment_attention, shift_sigma, teacher_forcing_segments, update_cache,
+    velocity_to_x0, with_camera,
 )
 
 SMALL = DiTConfig(64, 96, 4, 2, channels=4, text_dim=24, freq_dim=32)
@@ -480,7 +480,7 @@ def test_a_bad_checkpoint_is_named_in_one_line(tmp_path, damage):
 
 
 @pytest.mark.parametrize("change, found", [
-    ({"head.head.bias": None}, "head.head.bias: expected shape (32,), found none"),
+    ({"head.head.bias": None}, "head.head.bias: expected shape (64,), found none"),
     ({"extra": torch.zeros(3)}, "extra: expected shape none, found (3,)"),
     ({"blocks.0.norm3.bias": torch.zeros(7)}, "blocks.0.norm3.bias: expected shape (192,), found (7,)"),
 ])
@@ -564,7 +564,8 @@ def test_a_half_precision_copy_loads(tmp_path, capsys):
 
 
 def test_load_vae_restores_weights_and_latent_scale(tmp_path):
-    vae, video = random_vae(), torch.rand(1, 3, 5, 8, 8)
+    vae, video = fitted_vae(), torch.rand(1, 3, 5, 8, 8)
+    vae.cfg = replace(vae.cfg, mean=tuple(torch.randn(16).tolist()), std=tuple((0.5 + torch.rand(16)).tolist()))
     name = fingerprint(vae.state_dict())
     meta = {"stage": "vae", "preset": "tiny", "mean": list(vae.cfg.mean), "std": list(vae.cfg.std), "fingerprint": name}
     save_checkpoint(tmp_path / "vae.pt", vae.state_dict(), meta)
@@ -598,7 +599,7 @@ def test_what_ships_describes_itself_in_todays_words(path):
 # ----------------------------------------------------------------------------------------------------------- 6. The VAE
 
 
-def random_vae(cfg=PRESETS["tiny"].vae):
+def random_vae(cfg=SMALL_VAE):
     torch.manual_seed(0)
     mean, std = torch.randn(cfg.z_dim).tolist(), (0.5 + torch.rand(cfg.z_dim)).tolist()
     return WanVAE(replace(cfg, mean=tuple(mean), std=tuple(std))).requires_grad_(False)
@@ -615,7 +616,7 @@ def in_pieces(step, x, lengths, dim):
 
 @pytest.mark.parametrize("lengths", [[1, 2, 3], [2, 1, 3], [3, 3], [1] * 6])
 def test_streamed_decode_is_the_whole_decode(lengths):
-    vae, latents = random_vae(), torch.randn(2, 6, 8, 3, 4)
+    vae, latents = random_vae(), torch.randn(2, 6, 16, 3, 4)
     whole, pieces = vae.decode(latents)[0], in_pieces(vae.decode, latents, lengths, 1)
     assert [piece.shape[2] for piece in pieces] == [4 * n - 3 * (i == 0) for i, n in enumerate(lengths)]
     torch.testing.assert_close(torch.cat(pieces, dim=2), whole, atol=1e-5, rtol=1e-5)
@@ -637,18 +638,18 @@ def test_a_latent_depends_on_no_later_frame(f):
 
 
 def test_a_frame_depends_on_no_later_latent():
-    vae, latents = random_vae(), torch.randn(1, 5, 8, 2, 2)
+    vae, latents = random_vae(), torch.randn(1, 5, 16, 2, 2)
     torch.testing.assert_close(vae.decode(latents[:, :3])[0], vae.decode(latents)[0][:, :, :9], atol=1e-5, rtol=1e-5)
 
 
 def test_the_past_reaches_later_pieces():
-    vae, latents = random_vae(), torch.randn(1, 3, 8, 2, 2)
+    vae, latents = random_vae(), torch.randn(1, 3, 16, 2, 2)
     alone, whole = vae.decode(latents[:, 1:])[0], vae.decode(latents)[0]
     assert (alone[:, :, -4:] - whole[:, :, -4:]).abs().max() > 1e-3
 
 
 def test_a_feat_cache_can_be_used_twice():
-    vae, latents, video = random_vae(), torch.randn(1, 4, 8, 2, 2), torch.rand(1, 3, 9, 8, 8)
+    vae, latents, video = random_vae(), torch.randn(1, 4, 16, 2, 2), torch.rand(1, 3, 9, 8, 8)
     for step, start, rest in (
             (vae.decode, latents[:, :1], latents[:, 1:]), (vae.encode, video[:, :, :1], video[:, :, 1:])):
         _, feat_cache = step(start)
@@ -679,16 +680,54 @@ def test_strides_of_the_wan_layout(time_down):
 
 def test_latents_are_normalised_by_the_stored_mean_and_std():
     vae, video = random_vae(), torch.rand(1, 3, 5, 8, 8)
-    mu, _ = vae.moments(video, {})
+    z = vae.compress(video, {})
     mean, std = (torch.tensor(z).view(1, -1, 1, 1, 1) for z in (vae.cfg.mean, vae.cfg.std))
-    torch.testing.assert_close(rearrange(vae.encode(video)[0], "b f c h w -> b c f h w") * std + mean, mu)
+    torch.testing.assert_close(rearrange(vae.encode(video)[0], "b f c h w -> b c f h w") * std + mean, z)
 
 
 def test_decode_scales_latents_back_before_they_are_reconstructed():
-    vae, latents = random_vae(), torch.randn(1, 6, 8, 2, 2)
+    vae, latents = random_vae(), torch.randn(1, 6, 16, 2, 2)
     mean, std = (torch.tensor(z).view(1, -1, 1, 1, 1) for z in (vae.cfg.mean, vae.cfg.std))
     video = vae.reconstruct(rearrange(latents, "b f c h w -> b c f h w") * std + mean, {})
     torch.testing.assert_close(vae.decode(latents)[0], video, atol=1e-5, rtol=1e-5)
+
+
+# The toy world's.
+
+
+@pytest.mark.parametrize("lengths", [[1, 2, 3], [6], [1] * 6])
+def test_toy_latents_are_those_of_any_pieces(lengths):
+    vae, video = fitted_vae(), torch.rand(2, 3, 21, 16, 32) * 2 - 1
+    latents, _ = vae.encode(video)
+    whole, _ = vae.decode(latents)
+    assert latents.shape == (2, 6, 16, 2, 4) and whole.shape == video.shape
+    frames = [4 * n - 3 * (i == 0) for i, n in enumerate(lengths)]
+    torch.testing.assert_close(torch.cat(in_pieces(vae.encode, video, frames, 2), dim=1), latents)
+    torch.testing.assert_close(torch.cat(in_pieces(vae.decode, latents, lengths, 1), dim=2), whole)
+    with pytest.raises(ValueError, match="5 frames.*4k"):
+        vae.encode(video[:, :, :5], vae.encode(video[:, :, :1])[1])
+
+
+def test_toy_latents_hold_as_much_of_a_video_as_any_linear_map():
+    """Of videos that 16 numbers a patch make up, all; of others what the best 16 directions do. Each has variance 1."""
+    torch.manual_seed(0)
+    vae = build_vae("tiny")
+    for part, frames in ((vae.first, 1), (vae.later, 4)):
+        few, many = (torch.randn(2, 64, 4, 4, n) @ torch.randn(n, 3 * frames * 64) for n in (16, 40))
+        for x in few, many:
+            video = rearrange(x, "b f h w (c t p q) -> b c (f t) (h p) (w q)", t=frames, p=8, q=8)
+            part.fit(video)
+            z = part.encode(video)
+            torch.testing.assert_close(z.var((0, 2, 3, 4)), torch.ones(16), atol=2e-3, rtol=0)
+            lost = (part.decode(z) - video).square().sum() / (len(x) * 64 * 16 - 1)
+            values = torch.linalg.svdvals(x.flatten(0, 3) - x.flatten(0, 3).mean(0)).square() / (len(x) * 64 * 16 - 1)
+            assert lost.item() == pytest.approx(values[16:].sum().item(), rel=1e-2, abs=1e-2)
+
+
+def test_too_few_videos_to_fit_make_no_infinite_latents():
+    vae, video = build_vae("tiny"), torch.rand(1, 3, 5, 16, 16)
+    vae.fit(video)
+    assert all(z.isfinite().all() for z in (vae.encode(video)[0], vae.decode(torch.randn(1, 2, 16, 2, 2))[0]))
 
 
 # ------------------------------------------------------------------------------------------------------------ 10. UniPC

@@ -291,6 +291,7 @@ def test_plan_of_a_stream(preset, tmp_path, capsys):
     assert found["gb"]["total"] == pytest.approx(sum(found["gb"].values()) / 2)
     assert len(found["tflop"]) == len(found["tflop_decode"]) == 2 and min(found["tflop_decode"]) > 0
     chunks = [cost for _, cost in stream.count_chunks(preset, stream.usual_meta(preset, "dmd"), 1)]
+    chunks = chunks[preset == "tiny-hy" :]  # HY's first one reads the prompt for all
     assert all(later["flop"] > earlier["flop"] for earlier, later in zip(chunks, chunks[1:]))
 
 
@@ -327,7 +328,7 @@ def test_a_run_is_told_the_plan_of_its_own_videos(monkeypatch, capsys):
     monkeypatch.setattr(model.dist, "get_world_size", lambda: 1)
     meta = work.meta(args)
     model.print_peak(args, work, meta)
-    model.print_peak(args, work, meta | {"size": [128, 128], "frames": 16})
+    model.print_peak(args, work, meta | {"size": [256, 256], "frames": 16})
     few, many = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines())
     assert many >= 5 * few
 

@@ -4,6 +4,7 @@ run again for backward: the numbers of one process. Runs: killed, terminated, re
 flags, two at once, on a full disk. And what a run leaves beside its checkpoint.
 """
 import contextlib
+import json
 import os
 import random
 import resource
@@ -21,7 +22,8 @@ import pytest
 import scale_worker
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from scale_worker import KINDS, make_batch, make_net
 from test_stages import SOURCES, distance, rows, train
 
@@ -602,6 +604,18 @@ def test_pairs_of_another_teacher_with_the_same_step_are_refused(chain, tmp_path
     assert message.startswith("error: data/ode/latents-") and "another teacher" in message
 
 
+def test_pairs_of_other_videos_are_refused(chain, tmp_path):
+    shutil.copytree(chain / "data", tmp_path / "data")
+    prompts = tmp_path / "data/toy/prompts.safetensors"
+    with safe_open(prompts, "pt") as file:
+        tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    shard = next((tmp_path / "data/toy").glob("latents-*")).name
+    save_file(tensors, prompts, about | {"dropped": json.dumps({shard: [3]})})
+    flags = ("--init", chain / "ckpt/ar.pt", "--vae", chain / "ckpt/vae.pt", "--out", tmp_path / "ode.pt")
+    message = refusal("distill_ode.py", *flags, "--generate", "--pairs-count", "4", "--batch-size", "2", cwd=tmp_path)
+    assert message.startswith("error: data/ode/latents-") and "other videos" in message
+
+
 # ------------------------------------------------------------------------------------------------- Beside a checkpoint
 
 
@@ -715,7 +729,7 @@ def test_without_a_vae_a_run_goes_on_without_sheets(chain, tmp_path, capsys):
 
 def test_shards_of_another_folder_are_refused(chain, tmp_path):
     for name, seed in ("other", 1), ("same", 0):
-        flags = ("--count", "16", "--frames", "4", "--seed", seed, "--vae", chain / "ckpt/vae.pt")
+        flags = ("--count", "16", "--frames", "4", "--size", "32", "--seed", seed, "--vae", chain / "ckpt/vae.pt")
         call("data.py", *flags, "--out", tmp_path / name, cwd=tmp_path)
         merged = shutil.copytree(chain / "data/toy", tmp_path / f"with {name}")
         shutil.copy(tmp_path / name / "latents-000000.safetensors", merged / "latents-000512.safetensors")

@@ -264,7 +264,7 @@ def test_compiled_training_is_the_same(world, one_rank, monkeypatch):
 @needs_compiler
 def test_a_compiled_stream_is_the_same(world):
     torch.manual_seed(0)
-    x, prompt = torch.randn(1, 10, 8, 8, 8), torch.randn(1, 8, PRESETS["tiny"].dit.text_dim)
+    x, prompt = torch.randn(1, 10, 16, 8, 8), torch.randn(1, 8, PRESETS["tiny"].dit.text_dim)
     camera = Camera(parse_trajectory("w,w+l,l*7")[None], intrinsics(K_SQUARE).expand(1, 10, 3, 3))
     torch._dynamo.reset()
     counters.clear()

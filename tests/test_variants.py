@@ -9,24 +9,25 @@ from typing import NamedTuple
 import imageio.v3 as imageio
 import pytest
 import torch
+from torch import nn
 
 import distill_ode
 import model
 import train_ar
 import train_dmd
-from conftest import MINIATURE, ROOT, call, refusal
+from conftest import MINIATURE, ROOT, STEADY, call, refusal, run
 from data import Batch, load_encoder, parse_trajectory, read_prompt
-from helpers import GENERATED, hy_inputs, made_from, make_batch, make_net, meta_of, random_hy_dit
+from helpers import GENERATED, fitted_vae, hy_inputs, made_from, make_batch, make_net, meta_of, random_hy_dit
 from model import (
-    add_noise, build_vae, invert_se3, load_checkpoint, load_net, load_vae, noise_levels, rollout, rope_speed,
-    save_checkpoint, shift_sigma, tree_map,
+    add_noise, invert_se3, load_checkpoint, load_net, load_vae, noise_levels, rollout, rope_speed, save_checkpoint,
+    shift_sigma, tree_map,
 )
 from stream import TOY_PROMPT, Player
 
 sys.path.insert(0, str(ROOT / "examples/variants"))
 sgf, long_dmd, leaky_dmd, reuse_dmd = (import_module(name) for name in ("sgf", "long_dmd", "leaky_dmd", "reuse_dmd"))
 riflex, selfcheck, ddo, rerecord = (import_module(name) for name in ("riflex", "selfcheck", "ddo", "rerecord"))
-diffusion_forcing, ode_bidirectional = import_module("diffusion_forcing"), import_module("ode_bidirectional")
+diffusion_forcing, ode_bidirectional, muon = map(import_module, ("diffusion_forcing", "ode_bidirectional", "muon"))
 
 BACKBONES = ("wan", "hy")
 META = {"chunk": 2, "shift": 3.0, "sampler": "few_step", "sampling_steps": 4, "guidance": 1.0, "camera": True,
@@ -285,7 +286,7 @@ def test_a_long_path_goes_back_and_on_again():
 @torch.no_grad()
 def test_a_clip_is_a_video_of_its_own():
     torch.manual_seed(0)
-    vae, batch = build_vae("tiny").eval(), batch_of("wan")
+    vae, batch = fitted_vae(), batch_of("wan")
     truth = 0.3 * torch.randn(2, 3, 1 + 4 * 11, 32, 32)
     x = vae.encode(truth)[0]
     longer = long_dmd.lengthen(batch, 12)
@@ -482,15 +483,66 @@ def test_a_new_prompt_is_measured(chain, capsys):
     assert [line.split("|")[1].strip() for line in lines[2:]] == [*rerecord.WAYS] and "nan" not in "".join(lines)
 
 
+# ----------------------------------------------------------------------------------------------------------------- Muon
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (24, 96), (96, 24)])
+def test_an_orthogonal_matrix_keeps_its_directions(shape):
+    m = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = muon.orthogonal(m)
+    U, S, V = torch.linalg.svd(m, full_matrices=False)
+    kept = (U.T @ found @ V.T).diagonal()  # of each direction of m
+    assert ((S / m.norm() < 0.01) | ((kept > 0.6) & (kept < 1.3))).all()
+    torch.testing.assert_close(U @ kept.diag() @ V, found, atol=1e-4, rtol=0)
+
+
+def test_muon_is_adamw_but_for_whole_matrices(monkeypatch):
+    monkeypatch.setattr(muon, "distribute_tensor", lambda z, *of: z)
+    monkeypatch.setattr(torch.Tensor, "full_tensor", lambda z: z, raising=False)
+    for name in "device_mesh", "placements":
+        monkeypatch.setattr(torch.Tensor, name, None, raising=False)
+    torch.manual_seed(0)
+    matrix, vector = nn.Parameter(torch.randn(32, 64)), nn.Parameter(torch.randn(64))
+    twin = nn.Parameter(vector.detach().clone())
+    groups = [{"params": [matrix], "whole": True}, {"params": [vector], "whole": False}]
+    found, plain = muon.Muon(groups, lr=1e-2, weight_decay=0.0), torch.optim.AdamW([twin], lr=1e-2, weight_decay=0.0)
+    lengths = []
+    for _ in range(2):
+        g, old = torch.randn(32, 64), matrix.detach().clone()
+        matrix.grad, vector.grad, twin.grad = g, g[0].clone(), g[0].clone()
+        found.step(), plain.step()
+        lengths.append((matrix - old).square().mean().sqrt().item() / 1e-2)
+    assert torch.equal(vector, twin) and matrix.grad is None and found.state[matrix]["step"] == 2
+    assert lengths == pytest.approx([0.2, 0.2], rel=0.2)
+
+
+@pytest.mark.slow
+def test_muon_resumes_and_is_the_same_on_two_ranks(chain, tmp_path):
+    def train(name, nproc, *flags):
+        flags = ("--init", "ckpt/camera.pt", *MINIATURE, *STEADY, "--seed", "3", *flags)
+        out = tmp_path / f"{name}.pt"
+        done = run("examples/variants/muon.py", *flags, "--out", out, cwd=chain, nproc=nproc)
+        assert done.returncode == 0, done.stderr
+        return torch.cat([w.flatten() for w in load_checkpoint(out)[0].values()])
+
+    whole = train("whole", 1, "--steps", "2")
+    train("broken", 1, "--steps", "1")
+    assert torch.equal(train("broken", 1, "--steps", "2", "--resume"), whole)
+    start = torch.cat([w.flatten() for w in load_checkpoint(chain / "ckpt/camera.pt")[0].values()])
+    two = train("two", 2, "--steps", "2", "--batch-size", "1")
+    assert (two - whole).norm() < 0.02 * (whole - start).norm()
+
+
 # ----------------------------------------------------------------------------------------------------------------- Both
 
 
 RUNS = {  # variant: its stage, what it starts from, and what makes it short
     "sgf": ("dmd", "ode", *SHORT), "leaky_dmd": ("dmd", "ode", *SHORT), "reuse_dmd": ("dmd", "ode", *SHORT),
     "long_dmd": ("dmd", "ode", *SHORT, "--rollout", "8", "--window", "4", "--sink", "1"),
-    "diffusion_forcing": ("ar", "camera", *MINIATURE, "--warmup", "0", "--chunk", "2", "--steps", "1"),
+    "diffusion_forcing": ("ar", "camera", *MINIATURE, *STEADY, "--chunk", "2", "--steps", "1"),
     "ode_bidirectional": ("ode", "ar", *MINIATURE, "--warmup", "0", "--steps", "1"),
     "ddo": ("ar", "ar", *MINIATURE, "--warmup", "0", "--steps", "1"),
+    "muon": ("camera", "camera", "--init", "ckpt/camera.pt", *MINIATURE, *STEADY, "--steps", "1"),
 }
 
 
@@ -513,7 +565,8 @@ def test_a_variant_is_a_stage(chain, tmp_path, name):
         assert (weights[0] - weights[1]).norm() < 0.02 * moved
     meta = meta_of(tmp_path / "1.pt")
     assert (meta.get("window"), meta.get("sink")) == ((4, 1) if name == "long_dmd" else (None, None))
-    call("stream.py", "--ckpt", tmp_path / "1.pt", "--vae", "ckpt/vae.pt", "--camera", "w*9", "--out",
+    path = "w*9" if meta["chunk"] else "w*3"  # a bidirectional one makes videos of one length
+    call("stream.py", "--ckpt", tmp_path / "1.pt", "--vae", "ckpt/vae.pt", "--camera", path, "--out",
          tmp_path / "walk.mp4", cwd=chain)
 
 

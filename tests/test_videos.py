@@ -24,11 +24,11 @@ from data import (
     read_poses, read_prompts, read_row, render, resize_and_crop, resize_crop_size, sample_frame_indices, sample_toy,
     save_prompts, survey_clip, to_bytes,
 )
-from model import PRESETS, WanVAE, fingerprint, fresh_weights, save_checkpoint
+from model import fresh_weights, save_checkpoint
 from stream import TOY_PROMPT
 
 COUNT, FRAMES = 16, 4
-FLAGS = ("--frames", FRAMES, "--shard-size", 6)
+FLAGS = ("--frames", FRAMES, "--size", 32, "--shard-size", 6)
 AWAY = invert_se3(parse_trajectory("d*9,j*7,u*5,i*3"))[-1].double()  # where another world has its origin
 
 
@@ -115,15 +115,9 @@ def poses_in(form, path, folder, name):
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """A folder with a VAE, data/toy made directly, the same videos as clips/, and data/videos made of those."""
+    """A folder with a VAE and data/toy, made directly, the same videos as clips/, and data/videos made of those."""
     folder = tmp_path_factory.mktemp("videos")
-    torch.manual_seed(0)
-    vae = WanVAE(PRESETS["tiny"].vae)
-    vae.init_weights()
-    save_checkpoint(folder / "ckpt/vae.pt", vae.state_dict(), {
-        "stage": "vae", "preset": "tiny", "mean": [0.0] * 8, "std": [1.0] * 8,
-        "fingerprint": fingerprint(vae.state_dict())})
-    call("data.py", "--count", COUNT, "--frames", FRAMES, cwd=folder)
+    call("data.py", "--count", COUNT, "--frames", FRAMES, "--size", 32, cwd=folder)
     (folder / "clips").mkdir()
     prompts, paths, scene = sample_toy(COUNT, 0, FRAMES - 1, held=False)
     rows = []
@@ -864,9 +858,9 @@ def test_every_flag_says_what_it_does_and_its_default(monkeypatch):
     parsers, parse = [], argparse.ArgumentParser.parse_args
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda p, argv: parsers.append(p) or parse(p, argv))
     args = parse_args([])
-    assert args.size == [32, 32] and args.keep == [] and args.image_share == 0.25
+    assert args.size == [64, 64] and args.keep == [] and args.image_share == 0.25
     assert all(action.help for action in parsers[0]._actions)
-    assert "videos to render (default: 4096)" in parsers[0].format_help()
+    assert "videos to render (default: 6144)" in parsers[0].format_help()
 
 
 def test_a_path_is_drawn_from_above():

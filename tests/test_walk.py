@@ -14,8 +14,8 @@ import torch
 import stream as stream_module
 from conftest import FORKS
 from data import K_SQUARE, intrinsics, load_encoder, parse_trajectory
-from helpers import CPU, make_net, random_hy_dit
-from model import PRESETS, Camera, WanDiT, build_vae, commit, next_chunk, start_stream
+from helpers import CPU, fitted_vae, make_net, random_hy_dit
+from model import PRESETS, Camera, WanDiT, commit, next_chunk, start_stream
 from stream import TOY_PROMPT, Player, open_stream, settle, step, stream, walk, write_video
 
 META = {"size": [32, 32], "fps": 16, "frames": 4, "K": K_SQUARE, "camera": True, "given_prob": 0.0, "chunk": 2,
@@ -33,9 +33,7 @@ def make_player(preset, **changes):
             p.normal_(std=0.3 if p.ndim == 1 or name.endswith("modulation") else p[0].numel() ** -0.5)
     else:
         net = random_hy_dit(**vars(PRESETS["tiny-hy"].dit))
-    vae = build_vae(preset)
-    vae.init_weights()
-    return Player(net.requires_grad_(False), vae.requires_grad_(False), load_encoder(preset, None, CPU), META | changes)
+    return Player(net.requires_grad_(False), fitted_vae(preset), load_encoder(preset, None, CPU), META | changes)
 
 
 def camera_along(path):

@@ -11,10 +11,10 @@ import torch
 
 from conftest import ROOT, call, refusal
 from data import K_SQUARE, intrinsics, load_encoder, rotation
-from helpers import CPU, hy_inputs, random_hy_dit, rigid
+from helpers import CPU, fitted_vae, hy_inputs, random_hy_dit, rigid
 from model import (
-    PRESETS, Camera, DiTConfig, KVCache, WanDiT, action_labels, build_vae, commit, invert_se3, move_piece, move_window,
-    prefill, reread, rolling_cache, rollout, start_stream, update_cache,
+    PRESETS, Camera, DiTConfig, KVCache, WanDiT, action_labels, commit, invert_se3, move_piece, move_window, prefill,
+    reread, rolling_cache, rollout, start_stream, update_cache,
 )
 from stream import TOY_PROMPT, Player, held_bytes, open_stream, parse_args, step, with_flags
 
@@ -291,12 +291,13 @@ def test_no_error_grows_in_bf16_over_a_thousand_frames(backbone, path, sink):
 @pytest.mark.parametrize("preset", ("tiny", "tiny-hy"))
 def test_what_is_held_is_as_much_after_fifty_times_the_trained_length(preset, changes):
     dit = replace(PRESETS[preset].dit, layers=1)
-    net = random_hy_dit(**vars(dit)) if preset == "tiny-hy" else WanDiT(dit).requires_grad_(False)
-    vae = build_vae(preset).requires_grad_(False)
-    for part in (vae, net) if preset == "tiny" else (vae,):
-        part.init_weights()
+    if preset == "tiny-hy":
+        net = random_hy_dit(**vars(dit))
+    else:
+        net = WanDiT(dit).requires_grad_(False)
+        net.init_weights()
     meta = META | {"window": 8, "sink": 1, "sampling_steps": 1} | changes
-    player = Player(net, vae, load_encoder(preset, None, CPU), meta)
+    player = Player(net, fitted_vae(preset), load_encoder(preset, None, CPU), meta)
     state, held = open_stream(player, [TOY_PROMPT], [0]), {}
     camera = Camera(circle(400), intrinsics(K_SQUARE).expand(1, 400, 3, 3))
     for start in range(0, 400, 2):
@@ -357,7 +358,7 @@ def test_a_window_read_again_for_another_prompt_is_as_if_made_for_it(backbone):
 @pytest.mark.parametrize("flags, found", [
     (("--window", "-1"), "--window -1"), (("--sink", "-1"), "--sink -1"),
     (("--sink", "1"), "--sink: of use with --window"), (("--absolute-positions",), "of use with --window"),
-    (("--window", "3", "--sink", "2"), "--window 3: too short for --sink 2 and a chunk of 2 frames"),
+    (("--window", "2", "--sink", "2"), "--window 2: too short for --sink 2 and chunks of 1"),
     (("--window", "4", "--ckpt", ROOT / "ckpt/tiny/camera.pt"), "bidirectional"),
 ])
 def test_a_window_without_room_is_refused(tmp_path, flags, found):

@@ -181,7 +181,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def load_nets(args: argparse.Namespace, data: Latents, device: torch.device) -> tuple[Nets, Meta, Meta]:
     """generator, its ema, real_score and fake_score; what the student's and the scores' checkpoints say of themselves.
 
-    Of the student's, training reads chunk, sampling_steps, shift and given_prob (in `tiny` 2, 4, 3.0 and 0.25).
+    Of the student's, training reads chunk, sampling_steps, shift and given_prob (in `tiny` 1, 4, 5.0 and 0.25).
     Raises ValueError when student, scores and data do not belong together.
     """
     weights, source = load_checkpoint(args.init, "ode", "cd", "dmd", preset=args.preset)
