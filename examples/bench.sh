@@ -57,7 +57,7 @@ END
     exit
 fi
 
-if [ "$1" = prices ]; then  # a row: world, flags, frames/s, seconds to the first frame, PSNR, control, degrees, units, jump
+if [ "$1" = prices ]; then  # a row: world, flags, frames/s, seconds to the first frame, and of each measure the mean
     for world in tiny tiny-hy; do
         for flags in "--sampling-steps 4" "--sampling-steps 2" "--sampling-steps 1" "--window 8 --sink 2" \
                 "--window 4 --sink 1" --compile; do
@@ -65,7 +65,7 @@ if [ "$1" = prices ]; then  # a row: world, flags, frames/s, seconds to the firs
             python stream.py --score --ckpt "ckpt/$world/dmd.pt" $flags "${@:2}" | python -c '
 import json, sys
 z = json.loads(sys.stdin.read())
-names = ("fps", "first_frame_s", "psnr", "counterfactual_accuracy", "rot_err_deg", "trans_err", "boundary_jump")
+names = ("fps", "first_frame_s", "texture", "clutter", "psnr", "counterfactual_accuracy", "rot_err_deg", "trans_err")
 print("|", " | ".join([*sys.argv[1:], *("{:.3g}".format(z[name]) for name in names)]), "|")
 ' "$world" "\`$flags\`"
         done
