@@ -519,7 +519,8 @@ def open_latents(folder: str | Path, preset: str | None = None) -> Latents:
     folder = Path(folder)
     files = sorted(folder.glob("latents-*.safetensors"))
     if not files or not (folder / "prompts.safetensors").exists():
-        raise ValueError(f"{folder}: no latents here; `python data.py --out {folder}` makes the toy world's")
+        images = "--frames 1 --count 16384 " if folder.name == "images" else ""
+        raise ValueError(f"{folder}: no latents here; `python data.py {images}--out {folder}` makes the toy world's")
     try:
         shards = [safe_open(file, "pt") for file in files]
         prompts = safe_open(folder / "prompts.safetensors", "pt")
@@ -750,6 +751,14 @@ def positive(text: str) -> int:
     return number
 
 
+def fraction(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{number}: expected 0 to 1")
+    return number
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Docstrings as they are written, and behind each flag's help its default."""
 
@@ -900,8 +909,8 @@ def write_samples(out: Path, step: int, net: nn.Module, meta: Meta, data: Latent
     decoder = open_vae(path, device, data.meta["vae_fingerprint"])
     video = torch.cat([decoder.decode(z[None])[0] for z in x0])
     write_sheet(folder / f"sheet-{step:06d}.png", [decoder.decode(batch.x0[:4])[0], video[:4]])
-    if "caption" in data.meta:
-        return  # own videos, of which nobody knows the truth
+    if "caption" in data.meta or data.meta["frames"] < 2 or len(x0) < 2:
+        return  # own videos, of which nobody knows the truth; images; no other's path to compare with
     prompts = json.loads((data.prompts.metadata() or {}).get("prompts", "[]"))
     ids = [int(read_row(data, row)["prompt_ids"]) for row in batch.ids]
     try:
@@ -3504,7 +3513,7 @@ def inspect(folder: Path, vae: Path | None) -> None:
             strips.append(draw_row(vae, row, 128, device))
             _, angle = camera_steps(row["viewmats"])
             print(f"row {n}: {pose_string(row['viewmats'])} | step {median_step(row['viewmats']):.3g} units, turn "
-                  f"{math.degrees(angle.max()):.3g} degrees at most | {prompts[int(row['prompt_ids'])]}")
+                  f"{math.degrees(max(angle, default=0)):.3g} degrees at most | {prompts[int(row['prompt_ids'])]}")
         write_sheet(folder / f"inspect-{first // 8}.png", [torch.stack(strips)], every=1, most=64)
     print(f"{folder}/inspect-*.png: {len(shown)} of {total} rows")
 
@@ -3607,8 +3616,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--size", type=pixels, default="64",
                    help="pixels: the side of a square, or height x width, as in 480x832")
     p.add_argument("--seed", type=int, default=0, help="of the toy world's rooms and paths")
-    p.add_argument("--image-share", type=float, help="HY: share of the videos that come with their first frame as an "
-                   "image to go on from, 0 to 1; default 0.25, of your own videos 1")
+    p.add_argument("--image-share", type=fraction, help="HY: share of the videos that come with their first frame as "
+                   "an image to go on from; default 0.25, of your own videos 1")
     add_toy_flags(p)
     add_video_flags(p)
     args = p.parse_args(argv)
@@ -3621,16 +3630,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.keep is None:
         args.keep = []
     size = f"--size {args.size[0]}x{args.size[1]}"
-    if any(side % 8 for side in args.size) or args.frames < (2 if args.videos else 1):
-        p.error(f"{size} --frames {args.frames}: expected multiples of 8 pixels, and of a video at least 2 frames")
-    if not args.videos and args.size[0] % 16:
-        p.error(f"{size}: expected a multiple of 16 pixels, the toy world's tokens")
+    if any(side % 16 for side in args.size) or args.frames < (2 if args.videos else 1):
+        p.error(f"{size} --frames {args.frames}: expected multiples of 16 pixels, and of a video at least 2 frames")
     if not args.videos and args.size[0] != args.size[1]:
         p.error(f"{size}: the toy world is square")
     if not 0 < args.fps < math.inf:
         p.error(f"--fps {args.fps}: expected a number above 0")
-    if not 0 <= args.image_share <= 1:
-        p.error(f"--image-share {args.image_share}: expected 0 to 1")
     if not args.videos and (args.dry_run or args.table):
         p.error("--dry-run, --table: of use with --videos alone")
     try:

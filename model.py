@@ -1228,9 +1228,9 @@ def origin(path: Path, meta: Meta) -> str:
 
 
 MAKERS = {  # stage: the command that makes its checkpoint
-    "vae": "python data.py", "base": "python train_camera.py --no-camera", "camera": "python train_camera.py",
-    "ar": "python train_ar.py", "ode": "python distill_ode.py", "cd": "python distill_cd.py",
-    "dmd": "python train_dmd.py",
+    "vae": "python data.py", "base": "python train_camera.py --no-camera --data data/images",
+    "camera": "python train_camera.py", "ar": "python train_ar.py", "ode": "python distill_ode.py",
+    "cd": "python distill_cd.py", "dmd": "python train_dmd.py",
 }
 
 
@@ -1707,8 +1707,8 @@ class WanVAE(nn.Module):
         return torch.cat(pieces, dim=2), feat_cache
 
 
-# The toy world's VAE is the best linear map of patches, by principal components: found in a second, and as good there
-# as small convolutions are after minutes of training.
+# The toy world's VAE is the best linear map of patches, by principal components: found in a second. Convolutions beside
+# it add 0.05 dB in two minutes (examples/LOG.md).
 
 
 class LinearPatches(nn.Module):
@@ -1765,21 +1765,21 @@ class ToyVAE(nn.Module):
         self.first.fit(video)
         self.later.fit(video[:, :, 1:])
 
-    def begin(self, feat_cache: FeatCache) -> int:
-        """Mark that the video has begun -> how many frames of this piece, each with a latent of its own, stand alone:
-        the video's first."""
+    def alone(self, feat_cache: FeatCache) -> int:
+        """How many frames of this piece have a latent each: 1 at the start of a video, else 0. Marks that it has begun.
+        """
         begun = self in feat_cache
         feat_cache[self] = self.first.centre.new_empty(0)  # nothing: no map looks back
         return 0 if begun else 1
 
     def compress(self, video: Tensor, feat_cache: FeatCache) -> Tensor:
         """video [b 3 t H W] -> raw latents [b c f h w]."""
-        n = self.begin(feat_cache)
+        n = self.alone(feat_cache)
         return torch.cat([self.first.encode(video[:, :, :n]), self.later.encode(video[:, :, n:])], dim=2)
 
     def reconstruct(self, z: Tensor, feat_cache: FeatCache) -> Tensor:
         """Raw latents [b c f h w] -> video [b 3 t H W]: what `compress` started from."""
-        n = self.begin(feat_cache)
+        n = self.alone(feat_cache)
         return torch.cat([self.first.decode(z[:, :, :n]), self.later.decode(z[:, :, n:])], dim=2)
 
     encode, decode = WanVAE.encode, WanVAE.decode
@@ -1793,8 +1793,6 @@ WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
 WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
            3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 WAN_VAE = VAEConfig(96, 16, (1, 2, 4, 4), 2, (False, True, True), WAN_MEAN, WAN_STD)
-
-
 TOY_VAE = ToyVAEConfig(16, 8, (0.0,) * 16, (1.0,) * 16)
 
 

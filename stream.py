@@ -427,10 +427,10 @@ def texture(found: Tensor) -> Tensor:
     """towards_inks of some frames [4 b t 16] -> how far pictures went from grey to an ink, less how far to a decoy [b].
 
     0.5 in the true room, as an ink lies between two decoys; 0 for grey and noise, whose best decoy is as near, and for
-    inks twice as strong. Part of a walk may have less than 0, down to -1: its inks are those of the whole.
+    inks twice as strong; -0.5 for decoys. Part of a walk may have -2: its inks are those of the whole.
     """
     ink, decoy, energy, _ = found.sum(2)
-    return (ink.minimum(energy) - decoy.minimum(energy)).sum(1) / energy.sum(1)
+    return (ink.clamp(-energy, energy) - decoy.clamp(-energy, energy)).sum(1) / energy.sum(1)
 
 
 def clutter(found: Tensor) -> Tensor:
@@ -525,7 +525,7 @@ def measure(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor, chunk: int
     rot, trans = read_pose(video[:, :, shown], own, viewmats[:, shown // 4], K)
     error, parts = (video - best).square().mean((1, 3, 4)), tenths(video.shape[2])  # [b t]
     return {
-        "psnr": psnr(video, best), "psnr_copy_first": psnr(first, explain(first, scene, viewmats, K)[0]),
+        "psnr": decibels(error), "psnr_copy_first": psnr(first, explain(first, scene, viewmats, K)[0]),
         "psnr_shuffled_camera": torch.where(dB[:, 1].isinf(), torch.nan, dB[:, 1]),
         "counterfactual_accuracy": (dB.argmax(1) == 0).float(),
         "texture": texture(found), "clutter": clutter(found), "rot_err_deg": rot.mean(1), "trans_err": trans.mean(1),
@@ -586,14 +586,15 @@ def score(player: Player, args: argparse.Namespace) -> tuple[dict[str, float | l
         video = torch.cat(list(stream(player, prompts[i : i + group], camera, seeds, given)), dim=2).cpu()
         rows.append(measure(video, rooms, camera.viewmats, K, chunk))
         ceilings.append(measure(through_vae, rooms, camera.viewmats, K, chunk))
-        videos.append(video)
-        best.append(explain(video, rooms, camera.viewmats, K)[0])
+        if i < 16:
+            videos.append(video)
+            best.append(explain(video, rooms, camera.viewmats, K)[0])
 
     floors = ("psnr_copy_first", "psnr_shuffled_camera")
     ceiling = {f"{name}_ceiling": value for name, value in average(ceilings).items() if name not in floors}
     errors = {f"{name}_standard_error": standard_error(rows, name) for name in rows[0]
               if name not in ("looks", "seen", "texture_tenths")}
-    sheet = [torch.cat(best)[:16], torch.cat(videos)[:16]]
+    sheet = [torch.cat(best), torch.cat(videos)]
     return average(rows) | {"chance": 1 / group} | errors | ceiling, sheet
 
 

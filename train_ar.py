@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    Batch, HelpFormatter, check_data, get_batch, open_latents, open_log, positive, random_batch, set_recipe, write_log,
-    write_samples,
+    Batch, HelpFormatter, check_data, fraction, get_batch, open_latents, open_log, positive, random_batch, set_recipe,
+    write_log, write_samples,
 )
 from model import (
     Meta, Nets, Work, add_noise, batch_part, bill, build, check_finite, describe_run, load_checkpoint, load_state,
@@ -79,9 +79,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # -- end ---------------------------------------------------------------------------------------------------------
     p.add_argument("--betas", type=float, nargs=2, help="of AdamW: decay of the gradient's mean and square")
     p.add_argument("--warmup", type=int, help="steps until lr is reached")
-    p.add_argument("--cooldown", type=float, help="share of --steps, 0 to 1, over which lr falls to zero at the end")
+    p.add_argument("--cooldown", type=fraction, help="share of --steps over which lr falls to zero at the end")
     p.add_argument("--chunk", type=positive, help="latent frames denoised together")
-    p.add_argument("--null-prob", type=float, help="share of videos whose prompt is dropped, for guidance's sake")
+    p.add_argument("--null-prob", type=fraction, help="share of videos whose prompt is dropped, for guidance's sake")
     p.add_argument("--guidance", type=float, help="for sampling: w in null + w (cond - null); 1 is off")
     p.add_argument("--sampling-steps", type=positive, help="Euler steps, for sampling")
     # -- last flags (same in every stage) ----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ In some videos the first frame or two are given, as an image to go on from: they
 
     x_t = (1 - sigma) x0 + sigma noise          loss = || v(x_t, sigma, prompt, camera) - (noise - x0) ||^2
 
-$ python train_camera.py --no-camera --data data/images      the toy world has no base model to download: text to image
+$ python train_camera.py --no-camera --data data/images --batch-size 32 --steps 4000      (the toy world's base model)
 $ python train_camera.py
 $ torchrun --nproc_per_node 2 train_camera.py --batch-size 4
 """
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    Batch, HelpFormatter, get_batch, open_latents, open_log, positive, random_batch, set_recipe, write_log,
+    Batch, HelpFormatter, fraction, get_batch, open_latents, open_log, positive, random_batch, set_recipe, write_log,
     write_samples,
 )
 from model import (
@@ -86,11 +86,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--no-camera", action="store_true", help="train the toy world's base model from scratch instead")
     p.add_argument("--betas", type=float, nargs=2, help="of AdamW: decay of the gradient's mean and square")
     p.add_argument("--warmup", type=int, help="steps until lr is reached")
-    p.add_argument("--cooldown", type=float, help="share of --steps, 0 to 1, over which lr falls to zero at the end")
+    p.add_argument("--cooldown", type=fraction, help="share of --steps over which lr falls to zero at the end")
     p.add_argument("--shift", type=float, help="of the noise levels, towards pure noise; 1 is uniform")
-    p.add_argument("--null-prob", type=float, help="share of videos whose prompt is dropped, for guidance's sake")
-    p.add_argument("--given-prob", "--prefix-prob", type=float, help="share of videos whose first latent frame or two "
-                   "are given, as an image or a short video to go on from")
+    p.add_argument("--null-prob", type=fraction, help="share of videos whose prompt is dropped, for guidance's sake")
+    p.add_argument("--given-prob", "--prefix-prob", type=fraction, help="share of videos whose first latent frame or "
+                   "two are given, as an image or a short video to go on from")
     p.add_argument("--guidance", type=float, help="for sampling: w in null + w (cond - null); 1 is off")
     p.add_argument("--sampling-steps", type=positive, help="Euler steps, for sampling")
     # -- last flags (same in every stage) ----------------------------------------------------------------------------

@@ -20,13 +20,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=.
 case ${1-} in
     steps | batch | poses | forcing | teacher | init | longer | cut | scores | filter) ;;
-    *) sed -n '2,/^# Flags/p' examples/ablations.sh >&2; exit 2 ;;
+    *) sed -n '2,/^set /{/^#/p}' examples/ablations.sh >&2; exit 2 ;;
 esac
 name=$1 flags=("${@:2}") out=data/ablations/$1 ckpt=${CKPT:-ckpt/tiny}
 mkdir -p "$out"
 
-train() {  # a script and its flags, on two cores: a video's worth of noise is the same on any number of processes
-    torchrun --standalone --nproc_per_node 2 "$1" --vae "$ckpt/vae.pt" --batch-size 4 "${@:2}" "${flags[@]}" >&2
+train() {  # a script and its flags, on two cores, in batches as its recipe has them
+    local each=4
+    case $1 in *ode* | *dmd* | *sgf*) each=8 ;; esac
+    torchrun --standalone --nproc_per_node 2 "$1" --vae "$ckpt/vae.pt" --batch-size $each "${@:2}" "${flags[@]}" >&2
 }
 
 header() {  # the names of the first columns
@@ -35,7 +37,7 @@ header() {  # the names of the first columns
 }
 
 row() {  # the first cells, a checkpoint, flags of stream.py
-    python stream.py --score --scenes "${SCENES:-64}" --ckpt "$2" --vae "$ckpt/vae.pt" --out "${2%.pt}.mp4" "${@:3}" |
+    python stream.py --score --scenes "${SCENES:-64}" --ckpt "$2" --vae "$ckpt/vae.pt" --out "$out/$(basename "$2" .pt).mp4" "${@:3}" |
         tail -n 1 | python -c '
 import json, sys
 z = json.loads(sys.stdin.read())
@@ -46,14 +48,12 @@ print("|", " | ".join([sys.argv[1], *cells]), "|")
 }
 
 steps() {
+    rm -f "$out"/camera/step-*.pt  # of an earlier, longer run
     train train_camera.py --init "$ckpt/base.pt" --out "$out/camera.pt" --save-every 1000 --keep 100
-    echo "| steps | control margin, dB |"
-    echo "|---|---|"
-    python -c '
-import json, sys
-for line in open(sys.argv[1]):
-    print("| {step} | {control_margin:.2f} |".format(**json.loads(line)))
-' "$out/camera/scores.jsonl"
+    header "steps, of which the rate falls over the second half"
+    for save in "$out"/camera/step-*.pt; do
+        row "$((10#$(basename "$save" .pt | cut -d- -f2)))" "$save"
+    done
 }
 
 batch() {
@@ -113,7 +113,7 @@ teacher() {
         if [ "$script" != distill_ode.py ]; then
             who=(--teacher "$ckpt/camera.pt")
         fi
-        train "$script" --init "$ckpt/ar.pt" "${who[@]}" --pairs "$made-pairs" --pairs-count 512 --generate
+        train "$script" --init "$ckpt/ar.pt" "${who[@]}" --pairs "$made-pairs" --out "$made.pt" --generate
         train "$script" --init "$ckpt/ar.pt" "${who[@]}" --pairs "$made-pairs" --out "$made.pt"
         for n in 4 2 1; do
             row "$(basename "$script" .py), $n" "$made.pt" --sampling-steps "$n"
@@ -146,6 +146,7 @@ END
 }
 
 longer() {
+    rm -f "$out"/dmd/step-*.pt  # of an earlier, longer run
     train train_dmd.py --init "$ckpt/ode.pt" --scores "$ckpt/camera.pt" --out "$out/dmd.pt" --steps 240 --save-every 40 \
         --keep 100
     header "updates of the generator"

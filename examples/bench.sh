@@ -4,7 +4,7 @@
 #   examples/bench.sh plan wan-14b 64 --sp 8        on so many GPUs, counted without any, in two minutes
 #   examples/bench.sh run wan-1.3b 8                the same, and measured on the GPUs of this machine
 #   examples/bench.sh walk --window 8 --sink 1      the shipped students along 1, 10 and 50 times the trained length
-#   examples/bench.sh quality tiny                  every shipped video model of a world at 48, 4, 2 and 1 steps
+#   examples/bench.sh quality tiny                  a shipped world: camera at 48 steps, ar at 48, 4, 2, 1, students at 4, 2, 1
 #   examples/bench.sh prices --scenes 32            them with fewer steps, windows, compiled: frames/s, and what it costs
 #   examples/bench.sh videos wan-1.3b               own videos of 480x832: frames/s looked at and judged, and encoded
 #
@@ -29,7 +29,7 @@ fi
 
 # A row: checkpoint, steps, and of each measure its mean ± standard error (of the truth through the VAE its mean)
 if [ "$1" = quality ]; then
-    python - "${@:2}" << 'END'
+    python - "${2:?a world, tiny or tiny-hy}" "${@:3}" << 'END'
 import json, subprocess, sys
 
 COLUMNS = {"texture": 3, "clutter": 2, "psnr": 1, "counterfactual_accuracy": 2, "rot_err_deg": 1, "trans_err": 3,

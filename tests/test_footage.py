@@ -518,7 +518,7 @@ def test_poses_are_judged_by_what_a_pinhole_would_have_seen():
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--K", "500", "500", "320", "240"], "--K"), (["--image-share", "2"], "--image-share 2"),
+    (["--K", "500", "500", "320", "240"], "--K"), (["--image-share", "2"], "--image-share: 2.0: expected 0 to 1"),
     (["--dry-run"], "--dry-run"), (["--table", "table.csv"], "--table")])
 def test_flags_are_judged_before_any_work(tmp_path, capsys, flags, says):
     with pytest.raises(SystemExit):

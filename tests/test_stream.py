@@ -435,7 +435,7 @@ def test_no_measure_praises_what_is_wrong(world):
         "bare walls": {"psnr": (8, 18), "texture": (-0.2, 0.25), "clutter": (2, 20)},
         "inks twice as strong": {"psnr": (20, 25), "texture": (-0.05, 0.05), "clutter": (0.7, 1.1)},
         "noise": {"psnr": (5, 10), "texture": (-0.03, 0.03), "clutter": (8, 30), "counterfactual_accuracy": (0, 0.4),
-                  "prompt_accuracy": (0, 0.4)},
+                  "prompt_accuracy": (0, 0.4), "coverage": (0.8, 1.1), "lost": (-1, 1)},  # the last two praise it
         "black": {"psnr": (3, 9), "texture": (-0.03, 0.03), "clutter": (8, 30), "counterfactual_accuracy": (0, 0.4),
                   "prompt_accuracy": (0, 0.4)},
         "the first frame, held": {"psnr": (10, 20), "texture": (0, 0.35), "clutter": (0.5, 4),

@@ -570,6 +570,16 @@ def test_a_variant_is_a_stage(chain, tmp_path, name):
          tmp_path / "walk.mp4", cwd=chain)
 
 
+@pytest.mark.parametrize("name, stage", [
+    ("muon", "train_camera"), ("diffusion_forcing", "train_ar"), ("ode_bidirectional", "distill_ode"),
+    *((name, "train_dmd") for name in ("sgf", "long_dmd", "leaky_dmd", "reuse_dmd")),
+])
+def test_a_variant_is_trained_as_its_stage_is(name, stage):
+    """What it changes is all that it changes: the same steps, rates and batches."""
+    recipes, theirs = import_module(name).RECIPES, import_module(stage).RECIPES
+    assert recipes and all(recipe.items() >= theirs[preset].items() for preset, recipe in recipes.items())
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_the_bill_of_a_variant(capsys, chain, name):
     call(f"examples/variants/{name}.py", "--plan", "1", cwd=chain)

@@ -46,8 +46,8 @@ from tqdm import tqdm
 import model
 import stream
 from data import (
-    Batch, HelpFormatter, check_data, get_batch, open_latents, open_log, positive, random_batch, set_recipe, write_log,
-    write_samples,
+    Batch, HelpFormatter, check_data, fraction, get_batch, open_latents, open_log, positive, random_batch, set_recipe,
+    write_log, write_samples,
 )
 from model import (
     Camera, Meta, Nets, Prompt, StreamState, Work, add_noise, batch_part, bill, build, check_finite, describe_run,
@@ -161,12 +161,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # -- end ---------------------------------------------------------------------------------------------------------
     p.add_argument("--betas", type=float, nargs=2, help="of AdamW: decay of the gradient's mean and square")
     p.add_argument("--warmup", type=int, help="steps until lr is reached")
-    p.add_argument("--cooldown", type=float, help="share of --steps, 0 to 1, over which lr falls to zero at the end")
+    p.add_argument("--cooldown", type=fraction, help="share of --steps over which lr falls to zero at the end")
     p.add_argument("--form", choices=("flow", "bridge", "noise"), default="flow", help="what a chunk starts from")
     p.add_argument("--kappa", type=float, help="deviation of the noise; about what the past leaves open")
     p.add_argument("--consistency", action="store_true", help="make a student of few steps of this script's own --init")
     p.add_argument("--teacher-steps", type=positive, help="intervals of the student's grid, a multiple of its steps")
-    p.add_argument("--null-prob", type=float, help="share of videos whose prompt is dropped, for guidance's sake")
+    p.add_argument("--null-prob", type=fraction, help="share of videos whose prompt is dropped, for guidance's sake")
     p.add_argument("--guidance", type=float, help="for sampling: w in null + w (cond - null); 1, a student's, is off")
     p.add_argument("--sampling-steps", type=positive, help="for sampling; default 48, of a student 4")
     p.add_argument("--stream", nargs=argparse.REMAINDER, metavar="FLAG", help="be stream.py; its flags follow")

@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    Batch, HelpFormatter, check_data, get_batch, open_latents, open_log, positive, random_batch, set_recipe, write_log,
-    write_samples,
+    Batch, HelpFormatter, check_data, fraction, get_batch, open_latents, open_log, positive, random_batch, set_recipe,
+    write_log, write_samples,
 )
 from distill_ode import generate
 from model import (
@@ -111,7 +111,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--gather", action="store_true", help="keep the reference whole on every GPU while it samples")
     p.add_argument("--alpha", type=float, help="weight of the reference's samples beside data")
     p.add_argument("--beta", type=float, help="how sharp the discriminator is")
-    p.add_argument("--null-prob", type=float, help="share of videos whose prompt is dropped, for guidance's sake")
+    p.add_argument("--null-prob", type=fraction, help="share of videos whose prompt is dropped, for guidance's sake")
     # -- last flags (same in every stage) ----------------------------------------------------------------------------
     p.add_argument("--seed", type=int, default=0, help="of the order of videos and of all noise")
     p.add_argument("--log-every", type=positive, default=10, help="steps from one line of metrics.jsonl to the next")

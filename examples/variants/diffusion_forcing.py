@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    Batch, HelpFormatter, check_data, get_batch, open_latents, open_log, positive, random_batch, set_recipe, write_log,
-    write_samples,
+    Batch, HelpFormatter, check_data, fraction, get_batch, open_latents, open_log, positive, random_batch, set_recipe,
+    write_log, write_samples,
 )
 from model import (
     Meta, Nets, Work, add_noise, batch_part, bill, build, check_finite, describe_run, load_checkpoint, load_state,
@@ -63,7 +63,7 @@ RECIPES = {
                      max_grad_norm=10.0, ema_decay=0.99, chunk=4, null_prob=0.0, guidance=3.0, sampling_steps=48),
 }
 RECIPES["wan-14b"] = RECIPES["wan-1.3b"]
-RECIPES["tiny-hy"] = RECIPES["tiny"]
+RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=9000)
 # minWM: 4 k steps, guidance 6, weight decay 1e-4, one noise level for all chunks, logit-normal with shift 3.
 RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(betas=(0.9, 0.999), max_grad_norm=1.0, null_prob=0.1, guidance=6.0)
 
@@ -85,9 +85,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # -- end ---------------------------------------------------------------------------------------------------------
     p.add_argument("--betas", type=float, nargs=2, help="of AdamW: decay of the gradient's mean and square")
     p.add_argument("--warmup", type=int, help="steps until lr is reached")
-    p.add_argument("--cooldown", type=float, help="share of --steps, 0 to 1, over which lr falls to zero at the end")
+    p.add_argument("--cooldown", type=fraction, help="share of --steps over which lr falls to zero at the end")
     p.add_argument("--chunk", type=positive, help="latent frames denoised together")
-    p.add_argument("--null-prob", type=float, help="share of videos whose prompt is dropped, for guidance's sake")
+    p.add_argument("--null-prob", type=fraction, help="share of videos whose prompt is dropped, for guidance's sake")
     p.add_argument("--guidance", type=float, help="for sampling: w in null + w (cond - null); 1 is off")
     p.add_argument("--sampling-steps", type=positive, help="Euler steps, for sampling")
     # -- last flags (same in every stage) ----------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
 
 from data import (
-    Batch, HelpFormatter, get_batch, open_latents, open_log, positive, random_batch, set_recipe, write_log,
+    Batch, HelpFormatter, fraction, get_batch, open_latents, open_log, positive, random_batch, set_recipe, write_log,
     write_samples,
 )
 from model import (
@@ -81,7 +81,7 @@ class Muon(torch.optim.AdamW):
 
 # minWM trains HY with Muon at lr 1e-5, whose updates are as large as AdamW's at 2e-6, in every stage.
 RECIPES = {
-    "tiny": dict(steps=9000, batch_size=8, accum=1, lr=2e-3, warmup=50, cooldown=0.5, betas=(0.9, 0.99),
+    "tiny": dict(steps=6000, batch_size=8, accum=1, lr=2e-3, warmup=50, cooldown=0.5, betas=(0.9, 0.99),
                  max_grad_norm=1.0, ema_decay=0.995, shift=5.0, null_prob=0.1, given_prob=0.25, guidance=1.25,
                  sampling_steps=48),
     # minWM: 5 k steps, 32 videos, lr 2e-6, clip 10, shift 5, guidance 8. Ours: EMA from the first step, no loss weight
@@ -92,7 +92,7 @@ RECIPES = {
 }
 RECIPES["wan-14b"] = RECIPES["wan-1.3b"]
 # HY's images come with its prompts (data.py --image-share), and need no given frames.
-RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(given_prob=0.0)
+RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=12000, given_prob=0.0)
 # minWM: 8 k steps, 32 videos, guidance 6, weight decay 1e-4, noise levels logit-normal with shift 3. And one change at
 # step 0: the text is no longer told the noise level (model.py, HYDiT), or it could not be cached later.
 RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(steps=8000, betas=(0.9, 0.999), max_grad_norm=1.0, null_prob=0.1,
@@ -117,11 +117,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--no-camera", action="store_true", help="train the toy world's base model from scratch instead")
     p.add_argument("--betas", type=float, nargs=2, help="of AdamW: decay of the gradient's mean and square")
     p.add_argument("--warmup", type=int, help="steps until lr is reached")
-    p.add_argument("--cooldown", type=float, help="share of --steps, 0 to 1, over which lr falls to zero at the end")
+    p.add_argument("--cooldown", type=fraction, help="share of --steps over which lr falls to zero at the end")
     p.add_argument("--shift", type=float, help="of the noise levels, towards pure noise; 1 is uniform")
-    p.add_argument("--null-prob", type=float, help="share of videos whose prompt is dropped, for guidance's sake")
-    p.add_argument("--given-prob", "--prefix-prob", type=float, help="share of videos whose first latent frame or two "
-                   "are given, as an image or a short video to go on from")
+    p.add_argument("--null-prob", type=fraction, help="share of videos whose prompt is dropped, for guidance's sake")
+    p.add_argument("--given-prob", "--prefix-prob", type=fraction, help="share of videos whose first latent frame or "
+                   "two are given, as an image or a short video to go on from")
     p.add_argument("--guidance", type=float, help="for sampling: w in null + w (cond - null); 1 is off")
     p.add_argument("--sampling-steps", type=positive, help="Euler steps, for sampling")
     # -- last flags (same in every stage) ----------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def ode_loss(net: nn.Module, batch: Batch, sigmas: list[float], meta: Meta) -> T
 
 # minWM's Muon for HY: see train_camera.py.
 RECIPES = {
-    "tiny": dict(steps=400, batch_size=16, accum=1, lr=3e-4, warmup=50, betas=(0.9, 0.99), max_grad_norm=1.0,
+    "tiny": dict(steps=1000, batch_size=16, accum=1, lr=3e-4, warmup=50, betas=(0.9, 0.99), max_grad_norm=1.0,
                  ema_decay=0.99, pairs_count=512, teacher_steps=48, sampling_steps=4),
     # minWM: 2 k steps, 32 videos, lr 2e-6; it integrates with guidance 6 although its teacher is sampled with 3. Ours
     # takes the teacher's own guidance from its checkpoint, and keeps an EMA.
@@ -79,7 +79,7 @@ RECIPES = {
                      ema_decay=0.99, pairs_count=3000, teacher_steps=48, sampling_steps=4),
 }
 RECIPES["wan-14b"] = RECIPES["wan-1.3b"]
-RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=800, lr=6e-4)
+RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(lr=6e-4)
 # minWM: 1.5 k steps; its teacher has guidance 5.
 RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(steps=1500, max_grad_norm=1.0)
 

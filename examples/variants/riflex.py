@@ -96,7 +96,7 @@ def measure(video: Tensor, truth: Tensor, scene: Scene, poses: Tensor, K: Tensor
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    p.add_argument("--ckpt", type=Path, default=Path("ckpt/tiny/camera.pt"), help="base, camera, ar or a student")
+    p.add_argument("--ckpt", type=Path, default=Path("ckpt/tiny/camera.pt"), help="camera, ar or a student")
     p.add_argument("--vae", type=Path, help="default what lies beside the checkpoint")
     p.add_argument("--times", type=positive, default=2, help="how many times as long as trained")
     p.add_argument("--scenes", type=positive, default=16, help="rooms to walk through")
@@ -112,7 +112,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net, meta = load_net(args.ckpt, device)
+    net, meta = load_net(args.ckpt, device, "camera", "ar", "ode", "cd", "dmd")
     vae = load_vae(args.vae or args.ckpt.with_name("vae.pt"), device, meta["vae_fingerprint"])
     encoder, trained = load_encoder(meta["preset"], None, device), meta["frames"]
     if args.sampling_steps:

@@ -45,8 +45,8 @@ from tqdm import tqdm
 import model
 import stream
 from data import (
-    Batch, HelpFormatter, check_data, get_batch, open_latents, open_log, positive, random_batch, set_recipe, write_log,
-    write_samples,
+    Batch, HelpFormatter, check_data, fraction, get_batch, open_latents, open_log, positive, random_batch, set_recipe,
+    write_log, write_samples,
 )
 from model import (
     PRESETS, SAMPLERS, Camera, DiTConfig, KVCache, Meta, Nets, Segments, StreamState, WanDiT, Work, add_noise,
@@ -285,8 +285,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # -- end ---------------------------------------------------------------------------------------------------------
     p.add_argument("--betas", type=float, nargs=2, help="of AdamW: decay of the gradient's mean and square")
     p.add_argument("--warmup", type=int, help="steps until lr is reached")
-    p.add_argument("--cooldown", type=float, help="share of --steps, 0 to 1, over which lr falls to zero at the end")
-    p.add_argument("--null-prob", type=float, help="share of videos whose prompt is dropped, for guidance's sake")
+    p.add_argument("--cooldown", type=fraction, help="share of --steps over which lr falls to zero at the end")
+    p.add_argument("--null-prob", type=fraction, help="share of videos whose prompt is dropped, for guidance's sake")
     p.add_argument("--encoder", type=positive, metavar="N", help="how many of --init's first blocks are the encoder's")
     p.add_argument("--decoder", type=int, nargs="+", metavar="BLOCK", help="which of --init's blocks are the decoder's")
     p.add_argument("--decoder-kind", default="prefix", choices=KINDS, help="how it reads what the encoder says")
