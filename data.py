@@ -189,7 +189,7 @@ NAMED = len(SURFACES) - 1  # nobody names the wall behind the first camera; it i
 INKS = {"teal": (0.24, 0.63, 0.63), "violet": (0.63, 0.24, 0.63), "olive": (0.63, 0.63, 0.24)}
 DECOYS = tuple(tuple(1 - c for c in ink) for ink in INKS.values())
 GREY = (0.5, 0.5, 0.5)
-LOOKS = (*INKS.values(), *DECOYS, GREY)  # what a picture is compared with; a room has one of the first three
+FILLS = (*INKS.values(), *DECOYS, GREY)  # what a picture is compared with; a room has one of the first three
 ROOM = ((-1.0, 1.0), (-0.7, 0.7), (-0.9, 1.6))  # x, y, z around the first camera
 PILLAR = 0.13  # half width
 PILLAR_X, PILLAR_Z = {"left": -0.5, "middle": 0.0, "right": 0.5}, {"near": 0.85, "far": 1.25}
@@ -205,7 +205,7 @@ class Scene(NamedTuple):
     """A batch of rooms."""
     colours: Tensor  # [b 8] index into PALETTE, per surface (the back wall's is ignored)
     pillars: Tensor  # [b 2 2] x and z of the two centres
-    looks: Tensor  # [b 16] index into INKS, per panel: the part that is chance
+    inks: Tensor  # [b 16] index into INKS, per panel: the part that is chance
 
 
 class Hits(NamedTuple):
@@ -284,8 +284,8 @@ def sample_toy(count: int, seed: int, steps: int, held: bool) -> tuple[list[str]
     rooms = [read_prompt(prompt) for prompt in prompts]
     colours = torch.stack([colours for colours, _ in rooms])
     pillars = torch.stack([pillars for _, pillars in rooms])
-    looks = torch.randint(len(INKS), (count, N_PANELS), generator=rng)
-    return prompts, paths, Scene(colours, pillars, looks)
+    inks = torch.randint(len(INKS), (count, N_PANELS), generator=rng)
+    return prompts, paths, Scene(colours, pillars, inks)
 
 
 def cast(pillars: Tensor, viewmats: Tensor, K: Tensor, size: int) -> Hits:
@@ -328,40 +328,40 @@ def cast(pillars: Tensor, viewmats: Tensor, K: Tensor, size: int) -> Hits:
     return Hits(wall, panel, shade=facing / (1 + 0.12 * distance))
 
 
-def paint(hits: Hits, colours: Tensor, looks: Tensor) -> Tensor:
-    """Colours [b 8] and looks [b 16] on what the rays met -> video [b 3 t h w] in [-1, 1]."""
-    rgb = torch.tensor([*PALETTE.values(), GREY, *LOOKS])
+def paint(hits: Hits, colours: Tensor, fills: Tensor) -> Tensor:
+    """Colours [b 8] and fills [b 16], a room's inks, on what the rays met -> video [b 3 t h w] in [-1, 1]."""
+    rgb = torch.tensor([*PALETTE.values(), GREY, *FILLS])
     batch = torch.arange(len(colours)).view(-1, 1, 1, 1)
     bare = torch.where(hits.surface == NAMED, len(PALETTE), colours[batch, hits.surface])
-    picture = len(PALETTE) + 1 + F.pad(looks, (0, 1))[batch, hits.panel]
+    picture = len(PALETTE) + 1 + F.pad(fills, (0, 1))[batch, hits.panel]
     rays = rgb.mT[:, torch.where(hits.panel == N_PANELS, bare, picture)] * hits.shade  # [3 b t 2h 2w]
     return 2 * rearrange(F.avg_pool2d(rays.flatten(0, 1), 2), "(c b) t h w -> b c t h w", c=3) - 1
 
 
 def render(scene: Scene, viewmats: Tensor, K: Tensor, size: int) -> Tensor:
     """scene of b rooms, one pose per latent frame [b f 4 4] -> video [b 3 t size size] in [-1, 1]."""
-    return paint(cast(scene.pillars, pixel_cameras(viewmats), K, size), scene.colours, scene.looks)
+    return paint(cast(scene.pillars, pixel_cameras(viewmats), K, size), scene.colours, scene.inks)
 
 
-def look_errors(video: Tensor, hits: Hits, colours: Tensor) -> Tensor:
-    """Squared error of every frame's every panel under each of LOOKS [b t 17 7], summed over the pixels that show some
-    of its picture; the last is of all other pixels, which are the same under all looks."""
+def fill_errors(video: Tensor, hits: Hits, colours: Tensor) -> Tensor:
+    """Squared error of every frame's every panel under each of FILLS [b t 17 7], summed over the pixels that show some
+    of its picture; the last is of all other pixels, which are the same under all of them."""
     panel = reduce(hits.panel, "b t (h p) (w q) -> b t (h w)", "min", p=2, q=2)
 
     def per_panel(z: Tensor) -> Tensor:  # [b t h w] -> [b t 17]
         return torch.zeros(*z.shape[:2], N_PANELS + 1).scatter_add_(2, panel, z.flatten(2))
 
-    # a look m from grey adds 2 share m to a pixel, of which `share` is picture, and so to what it is off
-    off = paint(hits, colours, torch.full((len(colours), N_PANELS), LOOKS.index(GREY))) - video
+    # a fill m from grey adds 2 share m to a pixel, of which `share` is picture, and so to what it is off
+    off = paint(hits, colours, torch.full((len(colours), N_PANELS), FILLS.index(GREY))) - video
     share = reduce(hits.shade * (hits.panel < N_PANELS), "b t (h p) (w q) -> b t h w", "mean", p=2, q=2)
-    m = torch.tensor(LOOKS) - torch.tensor(GREY)
+    m = torch.tensor(FILLS) - torch.tensor(GREY)
     squared, energy = per_panel(off.square().sum(1)), per_panel((2 * share).square())
     along = torch.stack([per_panel(2 * share * channel) for channel in off.unbind(1)], dim=-1)
     return squared[..., None] + 2 * along @ m.mT + energy[..., None] * m.square().sum(-1)
 
 
 def best_inks(errors: Tensor) -> Tensor:
-    """look_errors [b t 17 7] -> the ink in which each picture explains all frames best [b 16]."""
+    """fill_errors [b t 17 7] -> the ink in which each picture explains all frames best [b 16]."""
     return errors.sum(1)[:, :N_PANELS, : len(INKS)].argmin(-1)
 
 
@@ -378,15 +378,15 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 
 def explain(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The best-explaining render [b 3 t h w], its looks [b 16], and which pictures are large enough to tell [b 16]."""
+    """The best-explaining render [b 3 t h w], its inks [b 16], and which pictures are large enough to tell [b 16]."""
     return explain_frames(video, scene, pixel_cameras(viewmats), K)
 
 
 def explain_frames(video: Tensor, scene: Scene, poses: Tensor, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `explain`, of any frames: poses [b t 4 4] has one for each."""
     hits = cast(scene.pillars, poses, K, video.shape[-1])
-    looks = best_inks(look_errors(video, hits, scene.colours))
-    return paint(hits, scene.colours, looks), looks, panels_seen(hits, 24)
+    inks = best_inks(fill_errors(video, hits, scene.colours))
+    return paint(hits, scene.colours, inks), inks, panels_seen(hits, 24)
 
 
 def control_margin(video: Tensor, prompts: list[str], viewmats: Tensor, K: Tensor) -> float:
@@ -397,8 +397,8 @@ def control_margin(video: Tensor, prompts: list[str], viewmats: Tensor, K: Tenso
     Raises ValueError when a prompt is not of the toy world, of which alone the truth is known.
     """
     rooms = [read_prompt(prompt) for prompt in prompts]
-    looks = torch.zeros(len(rooms), N_PANELS, dtype=torch.long)
-    scene = Scene(torch.stack([colours for colours, _ in rooms]), torch.stack([pillars for _, pillars in rooms]), looks)
+    inks = torch.zeros(len(rooms), N_PANELS, dtype=torch.long)
+    scene = Scene(torch.stack([colours for colours, _ in rooms]), torch.stack([pillars for _, pillars in rooms]), inks)
 
     def margin(video: Tensor) -> Tensor:
         own, other = (psnr(video, explain(video, scene, path, K)[0]) for path in (viewmats, viewmats.roll(1, 0)))

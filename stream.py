@@ -49,10 +49,10 @@ from tqdm import tqdm
 
 from data import (
     CLEAR, GRAMMAR, INKS, KEYS, N_PANELS, NAMED, PALETTE, PILLAR, ROOM, TURN, VIDEOS, CameraPath, Encoder,
-    HelpFormatter, Scene, best_inks, cast, collate_prompts, explain, explain_frames, first_line, from_bytes, held_out,
-    intrinsics, load_encoder, look_errors, mix, names_a_file, paint, panels_seen, parse_trajectory, pixel_cameras,
-    positive, pressed, psnr, random_batch, random_encoder, read_camera, read_picture, read_prompt, render, replacing,
-    resize_and_crop, rotation, sample_path, sample_toy, to_bytes, write_sheet,
+    HelpFormatter, Scene, best_inks, cast, collate_prompts, explain, explain_frames, fill_errors, first_line,
+    from_bytes, held_out, intrinsics, load_encoder, mix, names_a_file, paint, panels_seen, parse_trajectory,
+    pixel_cameras, positive, pressed, psnr, random_batch, random_encoder, read_camera, read_picture, read_prompt,
+    render, replacing, resize_and_crop, rotation, sample_path, sample_toy, to_bytes, write_sheet,
 )
 from model import (
     CARDS, PRESETS, Camera, HYPrompt, Meta, Meter, Prompt, StreamState, build, build_vae, card_name, check_window,
@@ -389,7 +389,7 @@ def encode_mp4(path: Path, pieces: Iterator[np.ndarray], fps: float) -> None:
 def named_colours(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> Tensor:
     """For every surface the prompt names: does its colour explain its bare part best? [b 7], NaN where unseen.
 
-    scene: with the video's own looks. Of every fourth frame, those whose poses viewmats [b f 4 4] holds.
+    scene: with the video's own inks. Of every fourth frame, those whose poses viewmats [b f 4 4] holds.
     """
     video = video[:, :, ::4]
     hits = cast(scene.pillars, viewmats, K, video.shape[-1])
@@ -398,7 +398,7 @@ def named_colours(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> T
     rays = torch.zeros(b, NAMED + 1).scatter_add_(1, surface, bare)  # that meet each surface where it is bare
     errors = []
     for colour in range(len(PALETTE)):  # of each surface, were it of this colour
-        image = paint(hits, torch.full((b, NAMED + 1), colour), scene.looks)
+        image = paint(hits, torch.full((b, NAMED + 1), colour), scene.inks)
         error = repeat((image - video).square().sum(1), "b t h w -> b (t h p w q)", p=2, q=2)
         errors.append(torch.zeros(b, NAMED + 1).scatter_add_(1, surface, bare * error))
     best = torch.stack(errors, dim=-1).argmin(-1)
@@ -407,7 +407,7 @@ def named_colours(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> T
 
 
 def towards_inks(errors: Tensor) -> Tensor:
-    """look_errors [b t 17 7] -> what `texture` and `clutter` are made of, of each frame's each picture [4 b t 16].
+    """fill_errors [b t 17 7] -> what `texture` and `clutter` are made of, of each frame's each picture [4 b t 16].
 
     For a picture x, g the grey between all inks and l the ink that explains all frames best: <x - g, l - g>; the same
     for the best decoy; |l - g|^2; |x - g|^2.
@@ -455,7 +455,7 @@ def read_pose(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple
     unit = torch.tensor([math.radians(1), math.radians(1), 0.02, 0.02, 0.02])
 
     def view(c2w: Tensor) -> Tensor:
-        return paint(cast(scene.pillars, invert_se3(c2w), K, video.shape[-1]), scene.colours, scene.looks)
+        return paint(cast(scene.pillars, invert_se3(c2w), K, video.shape[-1]), scene.colours, scene.inks)
 
     def moved(c2w: Tensor, amount: Tensor) -> Tensor:  # amount [... 5] in units
         amount = amount * unit
@@ -495,11 +495,11 @@ def edge_ratio(video: Tensor, chunk: int) -> Tensor:
     return change[:, edge].mean(1) / change[:, ~edge].mean(1)
 
 
-def coverage(looks: Tensor, seen: Tensor) -> float:
+def coverage(inks: Tensor, seen: Tensor) -> float:
     """Entropy of each picture's inks over the videos, against the prior's: 1 follows it, 0 is one ink for all."""
     entropies = []
     for panel in range(N_PANELS):
-        counts = torch.bincount(looks[seen[:, panel], panel], minlength=len(INKS)).double()
+        counts = torch.bincount(inks[seen[:, panel], panel], minlength=len(INKS)).double()
         if counts.sum() >= 8:  # seen in enough videos to speak of a distribution
             p = counts / counts.sum()
             bias = ((counts > 0).sum() - 1) / (2 * counts.sum())  # Miller-Madow: few samples look uneven
@@ -510,9 +510,9 @@ def coverage(looks: Tensor, seen: Tensor) -> float:
 def measure(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor, chunk: int) -> dict[str, Tensor]:
     """Every per-video number for a group of videos [b 3 t h w]. Each other's paths are the counterfactuals."""
     hits = cast(scene.pillars, pixel_cameras(viewmats), K, video.shape[-1])
-    errors = look_errors(video, hits, scene.colours)
-    found, own = towards_inks(errors), scene._replace(looks=best_inks(errors))  # the room of the video
-    best = paint(hits, own.colours, own.looks)
+    errors = fill_errors(video, hits, scene.colours)
+    found, own = towards_inks(errors), scene._replace(inks=best_inks(errors))  # the room of the video
+    best = paint(hits, own.colours, own.inks)
     few = video[:, :, ::4]  # one frame of each latent, which its pose belongs to
     candidates = [psnr(few, explain_frames(few, scene, viewmats, K)[0])]  # along its own path, then along each other's
     for shift in range(1, len(video)):
@@ -534,14 +534,14 @@ def measure(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor, chunk: int
         "psnr_first_chunk": decibels(error[:, : 1 + 4 * (chunk - 1)]),
         "lost": decibels(error[:, parts[0]]) - decibels(error[:, parts[-1]]),
         "texture_tenths": torch.stack([texture(found[:, :, part]) for part in parts], dim=1),
-        "looks": own.looks, "seen": panels_seen(hits, 24),
+        "inks": own.inks, "seen": panels_seen(hits, 24),
     }
 
 
 def average(rows: list[dict[str, Tensor]]) -> dict[str, float | list[float]]:
     """Of what `measure` says of group after group."""
     joined = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-    spread = coverage(joined.pop("looks"), joined.pop("seen"))
+    spread = coverage(joined.pop("inks"), joined.pop("seen"))
     return {name: rounded(z.nanmean(0)) for name, z in joined.items()} | {"coverage": round(spread, 4)}
 
 
@@ -593,12 +593,12 @@ def score(player: Player, args: argparse.Namespace) -> tuple[dict[str, float | l
     floors = ("psnr_copy_first", "psnr_shuffled_camera")
     ceiling = {f"{name}_ceiling": value for name, value in average(ceilings).items() if name not in floors}
     errors = {f"{name}_standard_error": standard_error(rows, name) for name in rows[0]
-              if name not in ("looks", "seen", "texture_tenths")}
+              if name not in ("inks", "seen", "texture_tenths")}
     sheet = [torch.cat(best), torch.cat(videos)]
     return average(rows) | {"chance": 1 / group} | errors | ceiling, sheet
 
 
-# How a walk fares that is longer than what was trained. It is of one room: looks are read off the whole walk, and every
+# How a walk fares that is longer than what was trained. It is of one room: inks are read off the whole walk, and every
 # tenth of it is held against the room that they make. Videos are kept in bytes and measured in pieces.
 
 
@@ -633,7 +633,7 @@ def film_truth(player: Player, scene: Scene, viewmats: Tensor) -> Tensor:
     encoded = decoded = None
     for frames in torch.arange(-3, poses.shape[1]).split(4 * meta["chunk"]):  # the first latent shows one frame alone
         hits = cast(scene.pillars, poses[:, frames[frames >= 0]], K, meta["size"][0])
-        truth = paint(hits, scene.colours, scene.looks)
+        truth = paint(hits, scene.colours, scene.inks)
         x0, encoded = vae.encode(truth.to(next(vae.parameters()).device), encoded)
         video, decoded = vae.decode(x0, decoded)
         if meta.get("window"):
@@ -643,20 +643,20 @@ def film_truth(player: Player, scene: Scene, viewmats: Tensor) -> Tensor:
 
 
 def frame_errors(video: Tensor, scene: Scene, poses: Tensor, K: Tensor) -> Tensor:
-    """`look_errors` [b t 17 7] of video [b 3 t h w] in bytes seen from poses [b t 4 4], some frames at a time."""
+    """`fill_errors` [b t 17 7] of video [b 3 t h w] in bytes seen from poses [b t 4 4], some frames at a time."""
     found = []
     for frames in torch.arange(video.shape[2]).split(16):
         hits = cast(scene.pillars, poses[:, frames], K, video.shape[-1])
-        found.append(look_errors(from_bytes(video[:, :, frames]), hits, scene.colours))
+        found.append(fill_errors(from_bytes(video[:, :, frames]), hits, scene.colours))
     return torch.cat(found, dim=1)
 
 
 def best_room(errors: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """frame_errors [b t 17 7] -> the looks [b 16] that explain all frames best, and each frame's error [b t]."""
-    looks = best_inks(errors)
-    look = F.pad(looks, (0, 1))[:, None, :, None]  # what has no picture is the same whatever the look
-    chosen = errors.gather(3, look.expand(-1, errors.shape[1], -1, 1)).sum((2, 3))
-    return looks, chosen / (3 * size**2)
+    """frame_errors [b t 17 7] -> the inks [b 16] that explain all frames best, and each frame's error [b t]."""
+    inks = best_inks(errors)
+    ink = F.pad(inks, (0, 1))[:, None, :, None]  # what has no picture is the same in any
+    chosen = errors.gather(3, ink.expand(-1, errors.shape[1], -1, 1)).sum((2, 3))
+    return inks, chosen / (3 * size**2)
 
 
 def decibels(error: Tensor) -> Tensor:
@@ -667,10 +667,10 @@ def decibels(error: Tensor) -> Tensor:
 def measure_walk(video: Tensor, errors: Tensor, scene: Scene, poses: Tensor, K: Tensor) -> dict[str, Tensor]:
     """Of each tenth of a walk [b 10]: PSNR to its one room, texture, and how far off the last frame's pose is."""
     parts = tenths(video.shape[2])
-    looks, error = best_room(errors, video.shape[-1])
+    inks, error = best_room(errors, video.shape[-1])
     found = towards_inks(errors)
     last = torch.tensor([part.stop - 1 for part in parts])
-    rot, trans = read_pose(from_bytes(video[:, :, last]), scene._replace(looks=looks), poses[:, last], K)
+    rot, trans = read_pose(from_bytes(video[:, :, last]), scene._replace(inks=inks), poses[:, last], K)
     return {"psnr": torch.stack([decibels(error[:, part]) for part in parts], dim=1),
             "texture": torch.stack([texture(found[:, :, part]) for part in parts], dim=1),
             "rot_err_deg": rot, "trans_err": trans}
@@ -689,9 +689,9 @@ def measure_return(video: Tensor, back: Tensor) -> dict[str, Tensor]:
 def measure_stand(video: Tensor, errors: Tensor, scene: Scene, poses: Tensor, K: Tensor) -> dict[str, Tensor]:
     """Of a camera that stands [b]: difference between neighbouring frames; in the last tenth PSNR to the one room and
     by how much it was better in the first; how far off the last frame's pose is."""
-    looks, error = best_room(errors, video.shape[-1])
+    inks, error = best_room(errors, video.shape[-1])
     n = video.shape[2] // 10
-    rot, trans = read_pose(from_bytes(video[:, :, -1:]), scene._replace(looks=looks), poses[:, -1:], K)
+    rot, trans = read_pose(from_bytes(video[:, :, -1:]), scene._replace(inks=inks), poses[:, -1:], K)
     change = torch.stack([(from_bytes(b) - from_bytes(a)).abs().mean((1, 2, 3)) for a, b in pairwise(video.unbind(2))])
     return {"stand_change": change.mean(0), "stand_psnr": decibels(error[:, -n:]),
             "stand_lost": decibels(error[:, :n]) - decibels(error[:, -n:]),

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from conftest import MINIATURE, STEADY, call, refusal
 from data import (
-    FIRST_PANEL, FRAMED, INKS, K_SQUARE, K_WIDE, KEYS, LOOKS, N_PANELS, PALETTE, PILLAR, PILLAR_X, PILLAR_Z, ROOM, STEP,
-    SURFACES, TEXT_DIM, TEXT_LEN, TURN, best_inks, cast, collate_prompts, encode_places, encode_words, get_batch,
-    held_out, intrinsics, invert_se3, look_errors, mix, open_latents, paint, panels_seen, parse_trajectory,
-    pixel_cameras, read_camera, read_prompt, read_row, render, rotation, sample_path, sample_prompt, sample_toy,
-    save_prompts, save_shard, write_sheet,
+    FILLS, FIRST_PANEL, FRAMED, INKS, K_SQUARE, K_WIDE, KEYS, N_PANELS, PALETTE, PILLAR, PILLAR_X, PILLAR_Z, ROOM, STEP,
+    SURFACES, TEXT_DIM, TEXT_LEN, TURN, best_inks, cast, collate_prompts, encode_places, encode_words, fill_errors,
+    get_batch, held_out, intrinsics, invert_se3, mix, open_latents, paint, panels_seen, parse_trajectory, pixel_cameras,
+    read_camera, read_prompt, read_row, render, rotation, sample_path, sample_prompt, sample_toy, save_prompts,
+    save_shard, write_sheet,
 )
 from helpers import ORACLE
 from model import load_checkpoint
@@ -302,7 +302,7 @@ def test_one_text_in_eight_is_held_out():
 def test_the_toy_world_is_a_function_of_its_seed():
     one, again, other = (sample_toy(4, seed, 7, False) for seed in (0, 0, 1))
     assert one[:2] == again[:2] and all(map(torch.equal, one[2], again[2]))
-    assert one[0] != other[0] and one[1] != other[1] and not torch.equal(one[2].looks, other[2].looks)
+    assert one[0] != other[0] and one[1] != other[1] and not torch.equal(one[2].inks, other[2].inks)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 7, 15])
@@ -320,8 +320,8 @@ def test_paths_have_their_steps_and_stay_clear_of_walls_and_pillars(steps):
 def test_a_room_shows_the_colours_of_its_prompt_around_pictures_in_its_inks():
     colours, pillars = (z[None] for z in read_prompt(PROMPT))
     hits = cast(pillars, torch.eye(4)[None, None], intrinsics(K_SQUARE), 64)
-    looks = torch.arange(N_PANELS)[None] % len(INKS)
-    image = (paint(hits, colours, looks)[0, :, 0] + 1) / 2
+    inks = torch.arange(N_PANELS)[None] % len(INKS)
+    image = (paint(hits, colours, inks)[0, :, 0] + 1) / 2
     named = "red", "green", "blue", "white", "yellow", "cyan", "orange"
     for n, colour in enumerate(named):
         for panel in range(N_PANELS + 1):
@@ -347,7 +347,7 @@ def test_every_surface_has_pictures_of_its_own():
 
 
 def test_inks_and_decoys_are_as_bright_and_as_far_from_grey():
-    inks, decoys, grey = torch.tensor(LOOKS[:3]), torch.tensor(LOOKS[3:6]), torch.tensor(LOOKS[6])
+    inks, decoys, grey = torch.tensor(FILLS[:3]), torch.tensor(FILLS[3:6]), torch.tensor(FILLS[6])
     torch.testing.assert_close(inks.mean(0), grey)
     torch.testing.assert_close(decoys - grey, grey - inks)
     for bank in (inks, decoys):
@@ -380,26 +380,26 @@ def test_render_is_repeatable_and_in_range():
     assert torch.equal(video, render(scene, viewmats, intrinsics(K_SQUARE), 16))
 
 
-def test_look_errors_are_those_of_rooms_with_each_look_everywhere():
+def test_fill_errors_are_those_of_rooms_with_each_fill_everywhere():
     _, viewmats, scene = rooms(2)
     hits = cast(scene.pillars, pixel_cameras(viewmats), intrinsics(K_SQUARE), 32)
     video = torch.randn(2, 3, 29, 32, 32)
-    errors = look_errors(video, hits, scene.colours)
-    assert errors.shape == (2, 29, N_PANELS + 1, len(LOOKS))
-    for look in range(len(LOOKS)):
-        error = (paint(hits, scene.colours, torch.full((2, N_PANELS), look)) - video).square().sum(1)
-        of_rays = error.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    errors = fill_errors(video, hits, scene.colours)
+    shown = hits.panel.unfold(2, 2, 2).unfold(3, 2, 2).amin((-2, -1))  # of a pixel's four rays, those of a picture
+    assert errors.shape == (2, 29, N_PANELS + 1, len(FILLS))
+    for fill in range(len(FILLS)):
+        error = (paint(hits, scene.colours, torch.full((2, N_PANELS), fill)) - video).square().sum(1)
         for panel in range(N_PANELS + 1):
-            expected = (of_rays * (hits.panel == panel)).sum((2, 3))
-            torch.testing.assert_close(errors[:, :, panel, look], expected, rtol=1e-4, atol=1e-3)
+            expected = (error * (shown == panel)).sum((2, 3))
+            torch.testing.assert_close(errors[:, :, panel, fill], expected, rtol=1e-4, atol=1e-3)
 
 
 def test_the_ink_of_every_picture_that_is_seen_can_be_read_off_a_clean_render():
     _, viewmats, scene = rooms(8)
     hits = cast(scene.pillars, pixel_cameras(viewmats), intrinsics(K_SQUARE), 32)
-    inks = best_inks(look_errors(paint(hits, scene.colours, scene.looks), hits, scene.colours))
+    inks = best_inks(fill_errors(paint(hits, scene.colours, scene.inks), hits, scene.colours))
     seen = panels_seen(hits, 24)
-    assert seen.float().mean() > 0.4 and (inks == scene.looks)[seen].all()
+    assert seen.float().mean() > 0.4 and (inks == scene.inks)[seen].all()
 
 
 def test_panels_seen_counts_pixels_of_the_best_frame():

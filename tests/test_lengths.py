@@ -107,7 +107,7 @@ def test_a_way_back_is_told_from_a_frozen_one_and_from_another_room(world):
     assert right["revisit"] > 60 and right["revisit_elsewhere"] < 25 and other["revisit"] < 15
     assert still["revisit"] == still["revisit_elsewhere"]
     assert noisy["revisit"] == pytest.approx(noisy["revisit_elsewhere"], abs=0.2)
-    changed = render(scene._replace(looks=(scene.looks + 1) % 3), path, K, 32)
+    changed = render(scene._replace(inks=(scene.inks + 1) % 3), path, K, 32)
     half = truth.shape[2] // 2
     assert returned(torch.cat([truth[:, :, :half], changed[:, :, half:]], dim=2))["revisit"] < 25
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import stream as script
 from conftest import ROOT, SCRIPTS, call, refusal
 from data import (
-    GREY, INKS, K_SQUARE, KEYS, LOOKS, N_PANELS, STEP, cast, encode_words, intrinsics, load_encoder, paint,
+    FILLS, GREY, INKS, K_SQUARE, KEYS, N_PANELS, STEP, cast, encode_words, intrinsics, load_encoder, paint,
     parse_trajectory, pixel_cameras, pressed, read_camera, render, rotation, sample_toy,
 )
 from model import Camera, guide, invert_se3, load_checkpoint, load_net, load_vae, noise_levels, rollout, save_checkpoint
@@ -335,8 +335,8 @@ def world():
 
 def test_explain_finds_the_true_room(world):
     scene, viewmats, K, video = world
-    found, looks, seen = explain(video, scene, viewmats, K)
-    assert psnr(found, video).min() > 35 and (looks == scene.looks)[seen].all() and seen.sum(1).min() >= 3
+    found, inks, seen = explain(video, scene, viewmats, K)
+    assert psnr(found, video).min() > 35 and (inks == scene.inks)[seen].all() and seen.sum(1).min() >= 3
 
 
 @pytest.mark.slow
@@ -362,16 +362,16 @@ def test_prompt_accuracy_counts_wrong_colours(world):
 @pytest.mark.slow
 def test_a_video_along_another_path_is_told_apart(world):
     scene, viewmats, K, video = world
-    row = measure(video.roll(1, 0), scene._replace(looks=scene.looks.roll(1, 0)), viewmats, K, chunk=2)
+    row = measure(video.roll(1, 0), scene._replace(inks=scene.inks.roll(1, 0)), viewmats, K, chunk=2)
     assert row["counterfactual_accuracy"].mean() < 0.5 and row["psnr"].mean() < 20
 
 
 def test_averages_over_groups_are_those_over_all_videos():
     torch.manual_seed(0)
-    looks, seen = torch.randint(len(INKS), (16, N_PANELS)), torch.ones(16, N_PANELS, dtype=torch.bool)
-    rows = [{"psnr": torch.tensor([10.0, 20, math.nan]), "looks": looks[:8], "seen": seen[:8]},
-            {"psnr": torch.tensor([30.0]), "looks": looks[8:], "seen": seen[8:]}]
-    assert average(rows) == {"psnr": 20.0, "coverage": pytest.approx(coverage(looks, seen), abs=1e-4)}
+    inks, seen = torch.randint(len(INKS), (16, N_PANELS)), torch.ones(16, N_PANELS, dtype=torch.bool)
+    rows = [{"psnr": torch.tensor([10.0, 20, math.nan]), "inks": inks[:8], "seen": seen[:8]},
+            {"psnr": torch.tensor([30.0]), "inks": inks[8:], "seen": seen[8:]}]
+    assert average(rows) == {"psnr": 20.0, "coverage": pytest.approx(coverage(inks, seen), abs=1e-4)}
     assert standard_error(rows, "psnr") == pytest.approx(10 / 3**0.5, abs=1e-4)
 
 
@@ -384,30 +384,30 @@ def degenerate(scene, viewmats, K):
     """name: a video that is wrong in one way, or right, of the rooms along the paths."""
     size, rng = 64, torch.Generator().manual_seed(0)
     hits = cast(scene.pillars, pixel_cameras(viewmats), K, size)
-    inks = lambda: torch.randint(len(INKS), scene.looks.shape, generator=rng)
-    truth = paint(hits, scene.colours, scene.looks)
+    inks = lambda: torch.randint(len(INKS), scene.inks.shape, generator=rng)
+    truth = paint(hits, scene.colours, scene.inks)
     noise = torch.randn(truth.shape, generator=rng)
-    grey = paint(hits, scene.colours, torch.full_like(scene.looks, LOOKS.index(GREY)))
+    grey = paint(hits, scene.colours, torch.full_like(scene.inks, FILLS.index(GREY)))
     flicker = [paint(hits, scene.colours, inks())[:, :, t] for t in range(truth.shape[2])]
     wide = dict(kernel_size=(1, 9, 9), stride=1, padding=(0, 4, 4), count_include_pad=False)
     return {
         "truth": truth,
-        "other inks": render(scene._replace(looks=inks()), viewmats, K, size),
-        "one ink for all": paint(hits, scene.colours, torch.zeros_like(scene.looks)),
+        "other inks": render(scene._replace(inks=inks()), viewmats, K, size),
+        "one ink for all": paint(hits, scene.colours, torch.zeros_like(scene.inks)),
         "truth, half decided": (truth + grey) / 2,
         "grey pictures": grey,
-        "decoys": paint(hits, scene.colours, scene.looks + len(INKS)),
+        "decoys": paint(hits, scene.colours, scene.inks + len(INKS)),
         "another ink in every frame": torch.stack(flicker, dim=2),
         "truth, blurred": F.avg_pool3d(truth, **wide),
         "truth under noise": (truth + noise / 2).clamp(-1, 1),
         "noise": noise.clamp(-1, 1),
         "black": -torch.ones_like(truth),
-        "teal all over": paint(hits._replace(panel=0 * hits.panel), scene.colours, 0 * scene.looks),
-        "bare walls": paint(hits._replace(panel=torch.full_like(hits.panel, N_PANELS)), scene.colours, scene.looks),
+        "teal all over": paint(hits._replace(panel=0 * hits.panel), scene.colours, 0 * scene.inks),
+        "bare walls": paint(hits._replace(panel=torch.full_like(hits.panel, N_PANELS)), scene.colours, scene.inks),
         "inks twice as strong": (2 * truth - grey).clamp(-1, 1),
         "the first frame, held": truth[:, :, :1].expand_as(truth),
         "backwards": truth.flip(2),
-        "another path": render(scene._replace(looks=inks()), viewmats.roll(1, 0), K, size),
+        "another path": render(scene._replace(inks=inks()), viewmats.roll(1, 0), K, size),
     }
 
 
@@ -459,10 +459,10 @@ def test_edge_ratio_is_the_jump_between_chunks():
 
 def test_coverage_follows_the_prior():
     seen = torch.ones(64, N_PANELS, dtype=torch.bool)
-    looks = torch.randint(len(INKS), (64, N_PANELS), generator=torch.Generator().manual_seed(0))
-    assert coverage(looks, seen) == pytest.approx(1, abs=0.02)
-    assert coverage(looks % 2, seen) == pytest.approx(0.58, abs=0.03)  # one ink of two: (log 3 - 2/3 log 2) / log 3
-    assert coverage(torch.zeros_like(looks), seen) == pytest.approx(0, abs=0.02)
+    inks = torch.randint(len(INKS), (64, N_PANELS), generator=torch.Generator().manual_seed(0))
+    assert coverage(inks, seen) == pytest.approx(1, abs=0.02)
+    assert coverage(inks % 2, seen) == pytest.approx(0.58, abs=0.03)  # one ink of two: (log 3 - 2/3 log 2) / log 3
+    assert coverage(torch.zeros_like(inks), seen) == pytest.approx(0, abs=0.02)
 
 
 @pytest.mark.parametrize("turn, move", [
@@ -474,7 +474,7 @@ def test_read_pose_recovers_a_known_offset(world, turn, move):
     offset = torch.eye(4)
     offset[:3, :3], offset[:3, 3] = rotation(*torch.deg2rad(torch.tensor(turn).float())), torch.tensor(move)
     asked = viewmats[:, [1, 3]]
-    video = paint(cast(scene.pillars, invert_se3(invert_se3(asked) @ offset), K, 64), scene.colours, scene.looks)
+    video = paint(cast(scene.pillars, invert_se3(invert_se3(asked) @ offset), K, 64), scene.colours, scene.inks)
     degrees, units = read_pose(video, scene, asked, K)
     assert degrees.mean().item() == pytest.approx(math.hypot(*turn), abs=0.5)
     assert units.mean().item() == pytest.approx(math.hypot(*move), abs=0.025)

@@ -83,8 +83,8 @@ def measure(video: Tensor, scene: Scene, new_colours: Tensor, viewmats: Tensor, 
     """changed, kept, PSNR, jump [4 b] of the second half of a walk."""
     half = viewmats.shape[1] // 2
     first = 1 + 4 * (half - 1)  # pixel frames before the change
-    _, looks, _ = explain(video[:, :, :first], scene, viewmats[:, :half], K)
-    room = scene._replace(colours=new_colours, looks=looks)
+    _, inks, _ = explain(video[:, :, :first], scene, viewmats[:, :half], K)
+    room = scene._replace(colours=new_colours, inks=inks)
     shown = video[:, :, 4 * half :: 4]  # a frame of each latent, which its pose belongs to
     right = named_colours(shown.repeat_interleave(4, dim=2), room, viewmats[:, half:], K)
     truth = render(room, viewmats, K, video.shape[-1])

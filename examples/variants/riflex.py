@@ -83,9 +83,9 @@ def ways(speed: Tensor, trained: int, times: int, causal: bool) -> dict[str, tup
 def measure(video: Tensor, truth: Tensor, scene: Scene, poses: Tensor, K: Tensor, trained: int) -> Tensor:
     """Of videos and truths in bytes [b 3 t h w]: PSNR within the trained length and behind, the last frame's rotation
     in degrees, how much more alike than the truth's frames are a trained length apart [4 b]."""
-    looks, error = best_room(frame_errors(video, scene, poses, K), video.shape[-1])
+    inks, error = best_room(frame_errors(video, scene, poses, K), video.shape[-1])
     end = 1 + 4 * (trained - 1)
-    rotation, _ = read_pose(from_bytes(video[:, :, -1:]), scene._replace(looks=looks), poses[:, -1:], K)
+    rotation, _ = read_pose(from_bytes(video[:, :, -1:]), scene._replace(inks=inks), poses[:, -1:], K)
 
     def alike(z: Tensor) -> Tensor:
         return psnr(from_bytes(z[:, :, : -4 * trained]), from_bytes(z[:, :, 4 * trained :]))

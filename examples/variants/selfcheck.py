@@ -109,9 +109,9 @@ def ask(player: Player, judge: Player, prompts: list[str], scene: Scene | None, 
     if scene is None:
         return torch.stack(found), torch.full((len(ends), b), torch.nan)
     pixels = vae.decode(torch.cat(video, dim=1))[0].clamp(-1, 1).cpu()
-    _, looks, _ = explain(pixels, scene, viewmats, K)
+    _, inks, _ = explain(pixels, scene, viewmats, K)
     shown = torch.tensor(ends)
-    degrees, units = read_pose(pixels[:, :, 4 * shown], scene._replace(looks=looks), viewmats[:, shown], K)
+    degrees, units = read_pose(pixels[:, :, 4 * shown], scene._replace(inks=inks), viewmats[:, shown], K)
     return torch.stack(found), ((degrees < 1.5) & (units < 0.04)).float().T
 
 
