@@ -1157,10 +1157,11 @@ class Live:
         self.tell(self.status())
 
     def truth(self, video: Tensor, path: Tensor) -> Tensor:
-        """The room that explains the last chunk best along its path: how well, how much better than had it stood."""
+        """The room that explains the last chunk best along its path: how well, how much better than had it stood where
+        the chunk before it ended."""
         K, t = intrinsics(self.player.meta["K"]), video.shape[2]
         poses = pixel_cameras(path[None])[:, -t:]
-        best, stood = (explain_frames(video, self.scene, z, K)[0] for z in (poses, poses[:, :1].expand_as(poses)))
+        best, stood = (explain_frames(video, self.scene, z, K)[0] for z in (poses, path[None, :1].expand_as(poses)))
         went = (path[0] - path[-1]).abs().max() > 1e-4
         self.like = psnr(video, best).item()
         self.obeyed = self.like - psnr(video, stood).item() if went else None

@@ -394,7 +394,7 @@ def test_a_run_that_would_keep_nothing_says_so(toy, tmp_path):
 
 @pytest.mark.parametrize("flags", [
     ["--size", "36"], ["--size", "32x"], ["--size", "8x8x8"], ["--size", "32x64"], ["--scale", "0"], ["--scale", "big"],
-    ["--keep", "poses"], ["--K", "1", "1"], ["--fps", "0"], ["--at-most", "0"], ["--frames", "1"],
+    ["--keep", "poses"], ["--K", "1", "1"], ["--fps", "0"], ["--at-most", "0"], ["--frames", "0"],
 ])
 def test_bad_flags_are_refused(flags, capsys):
     with pytest.raises(SystemExit):
