@@ -4,11 +4,13 @@ Stage 0, a variant: Muon (Jordan, kellerjordan.github.io/posts/muon). Read as a 
 AdamW scales every number of a gradient by its own size. Muon takes the matrices of the blocks whole: of the momentum of
 each it keeps the directions and sets all singular values to about one, so that rare directions learn as fast as loud
 ones. minWM trains HunyuanVideo this way. What changes:
-  1. the optimizer: matrices of the blocks by Muon, all else by AdamW. An update is as long as AdamW's would be (a fifth
-     of lr for each number, root mean square), so that --lr means the same
+  1. the optimizer: matrices of the blocks by Muon, all else by AdamW. A number of an update is a fifth of lr, root mean
+     square: about AdamW's with betas (0.9, 0.99), and --lr means the same; with beta1 = 0, Wan's, AdamW's is lr itself
   2. every rank makes the whole matrix of the update: any number of ranks makes the same, up to rounding
 
     m <- .95 m + .05 g      u = .95 m + .05 g = U S V^T      W <- (1 - .01 lr) W - .2 lr sqrt(max(rows, columns)) U V^T
+
+--plan and --bench count and time AdamW: two moments of each number, and none of Muon's products.
 
 $ PYTHONPATH=. python examples/variants/muon.py --out ckpt/muon.pt
 """
@@ -73,7 +75,7 @@ class Muon(torch.optim.AdamW):
                 state["step"] += 1
                 m = state["momentum"].lerp_(p.grad, 0.05)
                 update = orthogonal(p.grad.lerp(m, 0.95).full_tensor())  # part 2
-                update = distribute_tensor(update, p.device_mesh, p.placements)
+                update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)  # all have it
                 p.mul_(1 - lr * group["weight_decay"]).sub_(update, alpha=0.2 * lr * max(p.shape) ** 0.5)
                 p.grad = None
         super().step()  # of what has a gradient left
@@ -95,8 +97,8 @@ RECIPES["wan-14b"] = RECIPES["wan-1.3b"]
 RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=12000, given_prob=0.0)
 # minWM: 8 k steps, 32 videos, guidance 6, weight decay 1e-4, noise levels logit-normal with shift 3. And one change at
 # step 0: the text is no longer told the noise level (model.py, HYDiT), or it could not be cached later.
-RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(steps=8000, betas=(0.9, 0.999), max_grad_norm=1.0, null_prob=0.1,
-                                              guidance=6.0)
+RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(steps=8000, lr=1e-5, betas=(0.9, 0.999), max_grad_norm=1.0,
+                                              null_prob=0.1, guidance=6.0)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -165,7 +167,7 @@ def main(args: argparse.Namespace) -> None:
     for name, p in net.named_parameters():
         kinds[p.ndim == 2 and "blocks." in name].append(p)
     groups = [{"params": params, "whole": whole} for whole, params in kinds.items()]
-    optimizer = Muon(groups, lr=args.lr, betas=args.betas, weight_decay=0.01)  # part 1
+    optimizer = Muon(groups, lr=args.lr, betas=args.betas, weight_decay=0.01, fused=True)  # part 1
     nets, optimizers = {"net": net, "ema": ema}, {"net": optimizer}
     known = ("K", "size", "fps", "frames", "vae_fingerprint", "caption")  # the last of own videos alone
     meta: Meta = {name: data.meta[name] for name in known if name in data.meta}
