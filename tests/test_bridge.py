@@ -34,7 +34,7 @@ SCRIPT = "examples/variants/bridge.py"
 @pytest.fixture(autouse=True)
 def as_it_was(monkeypatch):
     """What the script puts in the place of other files' is taken back."""
-    for module, name in (model, "next_chunk"), (stream, "next_chunk"), (stream, "STAGES"):
+    for module, name in (model, "next_chunk"), (model, "LASTING"), (stream, "next_chunk"), (stream, "STAGES"):
         monkeypatch.setattr(module, name, getattr(module, name))
 
 
@@ -146,15 +146,19 @@ def test_noisy_latents_have_the_bridges_mean_and_deviation(name, chunk):
 
 @torch.no_grad()
 def test_targets_of_a_bridge_have_one_variance():
-    """At every level, so a network that is silent has a loss of 1; of every target, x0 is exact."""
+    """At every level, so a network that is silent has a loss of 1, with chunks from noise and those from y; of every
+    target, x0 is exact."""
     torch.manual_seed(0)
-    walk = torch.randn(64, 5, 4, 8, 8).mul(0.6**0.5).cumsum(1)  # each frame as far from the last as the toy world's
+    walk = torch.randn(64, 5, 4, 8, 8)
+    walk[:, 2:] *= 0.6**0.5  # frames 0 and 1 of variance 1, then each as far from the last as the toy world's
+    walk[:, 1:] = walk[:, 1:].cumsum(1)
     rng = [*map(torch.Generator().manual_seed, range(64))]
-    generated, prompt = torch.tensor([0.0, 0, 1, 1, 1]).expand(64, 5), torch.zeros(64, 1, 1)
-    batch = Batch(walk, prompt, prompt, None, generated, rng, [], None)
+    prompt = torch.zeros(64, 1, 1)
     for shift in 0.02, 1.0, 50.0:
-        loss = bridge.bridge_loss(lambda x_t, *_, **__: 0 * x_t, batch, form("bridge", chunk=1, shift=shift), 0.0)
-        assert loss.item() == pytest.approx(1, rel=0.02)
+        for generated in torch.tensor([[0.0, 0, 1, 1, 1], [1, 1, 0, 0, 0]]):
+            batch = Batch(walk, prompt, prompt, None, generated.expand(64, 5), rng, [], None)
+            loss = bridge.bridge_loss(lambda x_t, *_, **__: 0 * x_t, batch, form("bridge", chunk=1, shift=shift), 0.0)
+            assert loss.item() == pytest.approx(1, rel=0.02)
     for name in FORMS:
         sigma = torch.rand(64, 5)
         source, _ = bridge.sources(batch, form(name, chunk=1), torch.randn_like(walk), sigma)
@@ -227,15 +231,19 @@ def test_a_rollout_starts_at_its_own_last_frame(chunk, starts, monkeypatch):
 
 @torch.no_grad()
 def test_a_window_without_the_last_frame_is_refused(monkeypatch):
+    """Before a chunk is made; the control, which needs none, streams."""
     monkeypatch.setattr(model, "next_chunk", bridge.bridged_chunk)
-    net = make("wan")
-    for window, sink in ((4, 0), (4, 2)):
-        meta = form("flow", chunk=2, window=window, sink=sink)
-        if window - sink - 2:
-            roll(net, meta, batch_of("wan"))
+    net, batch = make("wan"), batch_of("wan")
+    for window, sink in ((3, 0), (4, 0), (2, 0), (4, 2)):
+        window_of = dict(chunk=2, window=window, sink=sink)
+        roll(net, form("noise", **window_of), batch_of("wan"))
+        if window - sink > 2:
+            roll(net, form("flow", **window_of), batch_of("wan"))
         else:
-            with pytest.raises(ValueError, match="--window 4: too short"):
-                roll(net, meta, batch_of("wan"))
+            chunks = rollout(net, form("flow", **window_of), batch.rng, batch.x0.shape[1:], batch.prompt, batch.null,
+                             batch.camera)
+            with pytest.raises(ValueError, match=f"--window {window}: too short for --sink {sink}"):
+                next(chunks)
 
 
 # --------------------------------------------------------------------------------------------------------- Consistency
@@ -285,6 +293,16 @@ def test_a_perfect_network_is_consistent_and_the_target_has_no_gradient():
 # ------------------------------------------------------------------------------------------------------------ A stage
 
 
+def test_a_student_does_not_overwrite_its_teacher(capsys):
+    plain, student = bridge.parse_args([]), bridge.parse_args(["--consistency"])
+    assert (plain.init.name, plain.out.name, plain.sampling_steps) == ("ar.pt", "bridge.pt", 48)
+    assert (student.init, student.out.name, student.sampling_steps) == (plain.out, "bridge-cd.pt", 4)
+    for flags in (["--sampling-steps", "5"], ["--out", "ckpt/bridge.pt"]):
+        with pytest.raises(SystemExit):
+            bridge.parse_args(["--consistency", *flags])
+        assert " ".join(flags) in capsys.readouterr().err
+
+
 def train(*flags, cwd):
     call(SCRIPT, *MINIATURE, *STEADY, "--kappa", "0.5", *flags, cwd=cwd)
 
@@ -294,6 +312,9 @@ def test_a_bridge_is_a_stage_and_resumes(chain, tmp_path, name, capsys):
     """It trains, goes on where it stopped, makes a student, and streams by its own script alone."""
     flags = "--form", name, "--sampling-steps", "4"
     train(*flags, "--steps", "2", "--out", tmp_path / "bridge.pt", cwd=chain)
+    for other in ("--form", "noise"), ("--kappa", "0.25"):
+        again = *MINIATURE, *STEADY, "--kappa", "0.5", *flags, *other, "--resume", "--steps", "3"
+        assert "another run" in refusal(SCRIPT, *again, "--out", tmp_path / "bridge.pt", cwd=chain)
     shutil.copytree(tmp_path / "bridge", tmp_path / "resumed/bridge")
     for folder, resume in ("resumed", ["--resume"]), ("whole", []):
         train(*flags, "--steps", "3", *resume, "--out", tmp_path / folder / "bridge.pt", cwd=chain)
@@ -322,13 +343,11 @@ def test_a_bridge_is_a_stage_and_resumes(chain, tmp_path, name, capsys):
 def test_what_is_no_bridge_or_another_is_refused(chain, tmp_path):
     short = *MINIATURE, "--steps", "1"
     student = SCRIPT, *short, "--consistency", "--out", tmp_path / "student.pt"
-    assert "expected a checkpoint of stage bridge" in refusal(*student, cwd=chain)
+    assert "expected a checkpoint of stage bridge" in refusal(*student, "--init", "ckpt/ar.pt", cwd=chain)
     train("--form", "flow", "--steps", "1", "--sampling-steps", "2", "--out", tmp_path / "bridge.pt", cwd=chain)
     for change in ("--form", "bridge"), ("--kappa", "0.25"):
         message = refusal(*student, "--init", tmp_path / "bridge.pt", "--kappa", "0.5", *change, cwd=chain)
         assert "made with --form flow --kappa 0.5" in message
-    with pytest.raises(SystemExit):
-        bridge.parse_args(["--consistency", "--sampling-steps", "5"])
 
 
 @pytest.mark.parametrize("flags", ([], ["--consistency", "--form", "bridge"]))

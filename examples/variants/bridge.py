@@ -1,10 +1,11 @@
 """
-Stage 1c, a variant: the next chunk from the last frame instead of from noise (a bridge; CDBM, arXiv:2410.22637). Read
-as a diff, train_ar.py against this; --consistency, distill_cd.py against this.
+Stage 1, a variant: the next chunk from the last frame instead of from noise (a bridge; CDBM, arXiv:2410.22637). Read as
+a diff, train_ar.py against this; --consistency, distill_cd.py against this, but trained as the former is: the control
+of a student is --form noise --consistency.
 
-in:  ckpt/ar.pt; with --consistency, what this script made of it
-out: ckpt/bridge.pt, of a stage of its own: stream.py would start its chunks from noise, so refuses it; --stream is
-     stream.py with the solver of this file
+in:  ckpt/ar.pt; with --consistency, ckpt/bridge.pt
+out: ckpt/bridge.pt, with --consistency ckpt/bridge-cd.pt; of a stage of their own: stream.py would start their chunks
+     from noise, so refuses them; --stream is stream.py with the solver of this file
 
 A chunk is much like the last latent frame y before it, and nearer to it than to noise. The claim: a shorter way takes
 fewer steps. So the line from x0 ends not at noise, but at a source around y:
@@ -12,12 +13,12 @@ fewer steps. So the line from x0 ends not at noise, but at a source around y:
     x_t = (1 - sigma) x0 + sigma source,  v = source - x0,  source = y + spread noise
     --form flow      spread = kappa: from N(y, kappa^2 I); all else is flow matching as it was
     --form bridge    spread = kappa sqrt((1 - sigma) / sigma): a Brownian bridge from y itself. x_t has deviation
-                     kappa sqrt(sigma (1 - sigma)), none at both ends; the loss is over the variance of v
+                     kappa sqrt(sigma (1 - sigma)), none at both ends; the loss is divided by the variance of v
     --form noise     y = 0, spread = 1: train_ar.py's, a control of equal compute
 
 What changes:
-  1. the source. Latent frame 0 holds one picture, any other four, and 0 and 1 differ by more than frame and noise do: a
-     chunk behind fewer than two frames starts from noise in every form
+  1. the source. Latent frame 0 holds one picture, any other four; the mean square difference of 0 and 1, 2.7, exceeds
+     that of a frame and noise, 2: a chunk behind fewer than two frames starts from noise in every form
   2. the solver holds x0 as predicted, y and the noise, and mixes them anew (CDBM's eq. 16); of a flow that is an Euler
      step. At sigma 1 a bridge holds no noise, which is drawn after the first step: one step alone makes a blurred mean
   3. --consistency: a student of few steps, without a teacher. Its EMA sees the same video and noise one level lower
@@ -28,7 +29,7 @@ y is in the network's past anyway: nothing new is told. But what is wrong with i
 chunk; a flow noises it by kappa. A student has no guidance: compare it with students of a teacher without.
 
 $ PYTHONPATH=. python examples/variants/bridge.py
-$ PYTHONPATH=. python examples/variants/bridge.py --consistency --init ckpt/bridge.pt --out ckpt/bridge-cd.pt
+$ PYTHONPATH=. python examples/variants/bridge.py --consistency
 $ PYTHONPATH=. python examples/variants/bridge.py --stream --score --ckpt ckpt/bridge-cd.pt --sampling-steps 2
 """
 import argparse
@@ -64,13 +65,13 @@ def spread(meta: Meta, sigma: Tensor | float) -> Tensor | float:
 
 
 def sources(batch: Batch, meta: Meta, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the lines from x0 end [b f c h w], and with what deviation around y [b f 1 1 1]."""
+    """Where the lines from x0 end [b f c h w], and the variance of v, a mean over videos [b f 1 1 1]."""
     start = torch.arange(noise.shape[1], device=noise.device) // meta["chunk"] * meta["chunk"]  # [f], of each chunk
     from_past = ((start >= 2) & (meta["form"] != "noise"))[:, None, None, None]  # part 1
     y = torch.where(from_past, batch.x0[:, (start - 1).clamp(min=0)], 0.0)
     sigma = sigma.clamp(1e-4, 1)[..., None, None, None]  # given frames are at 0, where a bridge's line has no end
     deviation = torch.where(from_past, spread(meta, sigma), torch.ones_like(sigma))
-    return y + deviation * noise, deviation
+    return y + deviation * noise, torch.where(from_past, CHANGE, 1.0) + deviation**2  # latents have variance 1
 
 
 def bridge_loss(net: nn.Module, batch: Batch, meta: Meta, null_prob: float) -> Tensor:
@@ -80,9 +81,9 @@ def bridge_loss(net: nn.Module, batch: Batch, meta: Meta, null_prob: float) -> T
     noise = batch.noise()  # [b f c h w]
     dropped = batch.chance(null_prob)  # [b]: guidance needs a network that knows videos without a prompt
     prompt = where_prompt(dropped, batch.null, batch.prompt)
-    source, deviation = sources(batch, meta, noise, sigma)
+    source, variance = sources(batch, meta, noise, sigma)
     v = net(add_noise(batch.x0, source, sigma), sigma, prompt, batch.camera, clean=batch.x0, chunk=chunk)
-    scale = (CHANGE + deviation**2) ** -0.5 if meta["form"] == "bridge" else 1.0  # near sigma 0 its v has no bound
+    scale = variance**-0.5 if meta["form"] == "bridge" else 1.0  # near sigma 0 its v has no bound
     return masked_mse(scale * v, scale * (source - batch.x0), batch.generated)
 
 
@@ -104,11 +105,13 @@ def consistency_loss(student: nn.Module, ema: nn.Module, batch: Batch, sigmas: l
 def bridged_chunk(net: nn.Module, meta: Meta, state: StreamState, prompts: list[Prompt], camera: Camera,
                   given: Tensor | None = None) -> Tensor:
     """next_chunk, but from the last frame y of the past. Of what does not start there, next_chunk itself."""
-    if meta.get("form", "noise") == "noise" or state.kv_caches[0].frames < 2:
+    plain, chunk = meta.get("form", "noise") == "noise", meta["chunk"]
+    window, sink = meta.get("window", 0), meta.get("sink", 0)
+    if not plain and window and window <= sink + chunk:  # refused at the first chunk
+        raise ValueError(f"--window {window}: too short for --sink {sink}, chunks of {chunk} and the frame before each")
+    if plain or state.kv_caches[0].frames < 2:
         return next_chunk(net, meta, state, prompts, camera, given)
     last, (b, n), device = state.past[-1], camera.viewmats.shape[:2], camera.viewmats.device
-    if last.start + last.x0.shape[1] < state.kv_caches[0].frames:
-        raise ValueError(f"--window {meta['window']}: too short to hold the frame that a chunk starts from")
 
     def draw() -> Tensor:
         return torch.stack([torch.randn((n, *state.shape), generator=g) for g in state.rng]).to(device)
@@ -146,9 +149,9 @@ RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(betas=(0.9, 0.999), max_grad_norm=
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    p.add_argument("--init", type=Path, default=Path("ckpt/ar.pt"), help="weights to start from")
+    p.add_argument("--init", type=Path, help="weights to start from; default ckpt/ar.pt, of a student ckpt/bridge.pt")
     p.add_argument("--data", type=Path, default=Path("data/toy"), help="latents folder (python data.py)")
-    p.add_argument("--out", type=Path, default=Path("ckpt/bridge.pt"), help="checkpoint to write")
+    p.add_argument("--out", type=Path, help="checkpoint to write; default ckpt/bridge.pt, of a student bridge-cd.pt")
     # -- first flags (same in every stage) ---------------------------------------------------------------------------
     p.add_argument("--preset", default="tiny", choices=RECIPES, help="network, and the defaults of the other flags")
     p.add_argument("--resume", action="store_true", help="continue from the state beside --out")
@@ -186,7 +189,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     set_recipe(p, RECIPES, argv)
     # -- end ---------------------------------------------------------------------------------------------------------
     args = p.parse_args(argv)
-    args.sampling_steps = args.sampling_steps or (4 if args.consistency else 48)
+    init, out, steps = ("bridge", "bridge-cd", 4) if args.consistency else ("ar", "bridge", 48)
+    args.init, args.out = args.init or Path(f"ckpt/{init}.pt"), args.out or Path(f"ckpt/{out}.pt")
+    args.sampling_steps = args.sampling_steps or steps
+    if args.init == args.out:
+        p.error(f"--out {args.out}: is --init, too, and would be written over")
     if args.consistency and args.teacher_steps % args.sampling_steps:
         p.error(f"--teacher-steps {args.teacher_steps} is not a multiple of --sampling-steps {args.sampling_steps}: "
                 "the student would be asked at levels that it was not trained at")
@@ -202,6 +209,7 @@ def loss_of(args: argparse.Namespace, nets: Nets, batch: Batch, meta: Meta) -> T
 
 def main(args: argparse.Namespace) -> None:
     model.next_chunk = stream.next_chunk = bridged_chunk  # what model.rollout and stream.py call
+    model.LASTING += ("form", "kappa")
     if args.stream is not None:
         stream.STAGES = (*stream.STAGES, "bridge")
         return stream.main(stream.parse_args(args.stream))

@@ -1,5 +1,5 @@
 """
-Stage 1b, a variant: a likelihood ratio as discriminator (DDO, arXiv:2503.01103). Read as a diff, train_ar.py against
+Stage 1, a variant: a likelihood ratio as discriminator (DDO, arXiv:2503.01103). Read as a diff, train_ar.py against
 this.
 
 in:  ckpt/ar.pt, which is also the frozen reference; its own videos, made by --generate
