@@ -3,6 +3,7 @@ Consistency trajectories (examples/variants/distill_cd_precond.py): what jumps a
 training, and that it still is a stage.
 """
 import json
+import shutil
 import sys
 from functools import partial
 from importlib import import_module
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import distill_cd
+import stream
 from conftest import MINIATURE, ROOT, call, refusal
 from data import Batch
 from helpers import GENERATED, make_batch, make_net
@@ -145,10 +147,10 @@ def test_a_stream_jumps_as_a_video_that_is_forced(monkeypatch):
     """Chunk by chunk, each told where its jumps end, after a past that is told 0."""
     batch, grid = make_batch(generated=torch.ones(2, 5)), grid_of(*CURVED)
     student = student_of(make_net(0), 0.3)
-    monkeypatch.setitem(SAMPLERS, "jumps", partial(precond.jumps, grid=grid))
-    stream = rollout(student, META | {"sampling_steps": 2, "guidance": 1.0}, batch.rng, batch.x0.shape[1:],
+    monkeypatch.setitem(SAMPLERS, "jumps", partial(precond.jumps, grid=grid, trained=4))
+    chunks = rollout(student, META | {"sampling_steps": 2, "guidance": 1.0}, batch.rng, batch.x0.shape[1:],
                      batch.prompt, None, batch.camera)
-    video, again = torch.cat([*stream], dim=1), make_batch()
+    video, again = torch.cat([*chunks], dim=1), make_batch()
     x, later = torch.cat([again.noise(slice(i, i + 2)) for i in (0, 2, 4)], dim=1), torch.tensor([0, 0, 1, 1, 1])
     for n, m in (0, 4), (4, 8):
         n, m = (torch.full((2, 5), z) for z in (n, m))
@@ -157,6 +159,25 @@ def test_a_stream_jumps_as_a_video_that_is_forced(monkeypatch):
     other = precond.jump(student, x, n, n, grid._replace(a=0 * grid.a, b=0 * grid.b + 1), later, batch.prompt,
                          batch.camera, clean=video, chunk=2)
     assert not torch.allclose(other, x, atol=1e-2)  # it heard where to
+
+
+def test_jumps_that_no_student_was_trained_for_are_refused():
+    """Those to other levels, though they are on the grid, and those that a null prompt guides."""
+    batch, grid, one = make_batch(), grid_of(*CURVED), torch.ones(2, 5)
+    student, noise = student_of(make_net(0), 0.3), [batch.noise()]
+
+    def jumps(steps, prompts, guidance=1.0):
+        caches = [student(noise[0][:, :0], one[:, :0], batch.prompt, batch.camera.frames(slice(0)), update_cache=True)]
+        return precond.jumps(student, noise, noise_levels(steps, 3.0), prompts, batch.camera, guidance,
+                             caches * len(prompts), one, grid, trained=4)
+
+    for steps in 1, 2, 4:
+        jumps(steps, [batch.prompt])
+    for steps in 3, 8:
+        with pytest.raises(ValueError, match=f"--sampling-steps {steps}: expected a divisor of 4, the levels"):
+            jumps(steps, [batch.prompt])
+    with pytest.raises(ValueError, match="--guidance 1.5: a student of jumps has none"):
+        jumps(4, [batch.prompt, batch.null], 1.5)
 
 
 @torch.no_grad()
@@ -218,8 +239,8 @@ def short(monkeypatch):
 
 
 @pytest.mark.parametrize("how", ("plain", "analytic"))
-def test_it_is_a_stage_that_resumes(chain, tmp_path, capsys, short, how):
-    """With the tables that it had, which are in its checkpoints."""
+def test_it_is_a_stage_that_resumes(chain, tmp_path, capsys, monkeypatch, short, how):
+    """With the tables that it had, which are in its checkpoints. Its VAE is the shipped one, where none lies beside."""
     weights = []
     for name, *runs in ("whole", ["2"]), ("halves", ["1"], ["2", "--resume", "--table-batches", "1"]):
         out = tmp_path / f"{name}.pt"
@@ -239,15 +260,20 @@ def test_it_is_a_stage_that_resumes(chain, tmp_path, capsys, short, how):
     assert "another run" in refusal(SCRIPT, *flags, "--precond", other, cwd=chain)
 
     capsys.readouterr()
-    score = "--out", out, "--score", "--vae", "ckpt/vae.pt", "--scenes", "8", "--out", tmp_path / "score.mp4"
+    shipped = tmp_path / "shipped/tiny"
+    shipped.mkdir(parents=True)
+    shutil.copy(chain / "ckpt/vae.pt", shipped)
+    monkeypatch.setattr(stream, "SHIPPED", shipped)
+    score = "--out", out, "--score", "--scenes", "8", "--out", tmp_path / "score.mp4"
     call(SCRIPT, *score, "--sampling-steps", "2", cwd=chain)
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["stage"] == "cd" and row["steps"] == 2 and 0 < row["psnr"] < 100
-    assert "expected a divisor of 8" in refusal(SCRIPT, *score, "--sampling-steps", "3", cwd=chain)
+    assert "expected a divisor of 4" in refusal(SCRIPT, *score, "--sampling-steps", "8", cwd=chain)
 
 
 def test_other_networks_are_refused(chain, capsys, short):
     assert "expected a checkpoint of this script" in refusal(SCRIPT, "--out", "ckpt/cd.pt", "--score", cwd=chain)
+    assert "ckpt/none.pt: no such file" in refusal(SCRIPT, "--out", "ckpt/none.pt", "--score", cwd=chain)
     with pytest.raises(SystemExit):
         call(SCRIPT, "--preset", "tiny-hy", cwd=chain)
     assert "invalid choice: 'tiny-hy'" in capsys.readouterr().err

@@ -2,24 +2,24 @@
 Stage 2b, a variant: consistency trajectories (CTM, arXiv:2310.02279), with coefficients that are read off the teacher
 (Analytic-Precond, arXiv:2502.02922). Read as a diff, distill_cd.py against this.
 
-distill_cd.py's student goes to level 0 and is noised anew. Here it jumps from level n to a lower level m, which it is
+distill_cd.py's student goes to sigma = 0 and is noised anew. Here it jumps from level n to a lower level r, which it is
 told, and samples by jumps alone. A jump is made of x and of the x0 = x - sigma v that the network predicts:
 
-    f(x, n -> m) = a x + b x0          at m = n: a = 1, b = 0          --precond plain: a = sigma_m / sigma_n, b = 1 - a
+    f(x, n -> r) = a x + b x0          at r = n: a = 1, b = 0          --precond plain: a = sigma_r / sigma_n, b = 1 - a
 
 In lambda = -log sigma the ODE is dx/dlambda = x0 - x; the plain jump is exact where x0 stands still. Let instead
-x0 = l x + g. With L = exp(integral of l - 1), S = exp(integral of s), I = integral of S / L from n to m, the ODE is
+x0 = l x + g. With L = exp(integral of l - 1), S = exp(integral of s), I = integral of S / L from n to r, the ODE is
 d(x / L) = (g / S) dI. A backward Euler step of that, with the x0 of n, is
 
-    c = L_m I / S_m         a = (L_m / L_n) / (1 + l_m c)         b = c / (1 + l_m c)         l = s = 0: the plain ones
+    c = L_r I / S_r         a = (L_r / L_n) / (1 + l_r c)         b = c / (1 + l_r c)         l = s = 0: the plain ones
 
-The l and s for which g moves least are the teacher's alone. l = E tr(dx0/dx) / d is (1 - sigma) E|v - (noise - x0)|^2,
-so it needs no Jacobian. s = E<g, dg/dlambda> / E|g|^2 is the slope of log E|g|^2 / 2 along the ODE, so S is the root
-mean square of g, and noised data, which the ODE goes through, will do for both. The paper's claim: CTM trains two to
-three times as fast where two steps or more are sampled. (Where m = 0, both jumps are x0.) What changes:
+The l and s for which g moves least are the guided teacher's alone. l = E tr(dx0/dx) / d is (1 - sigma) E|v - (noise -
+x0)|^2, so it needs no Jacobian. s = E<g, dg/dlambda> / E|g|^2 is the slope of log E|g|^2 / 2 along the ODE, so S is the
+root mean square of g, and noised data, which the ODE goes through, will do for both. The paper's claim: CTM trains two
+to three times as fast where two steps or more are sampled. (To sigma = 0, both jumps are x0.) What changes:
   1. JumpDiT: a second time embedding, of the level where a jump ends. It starts at zero, the student as the teacher
   2. tables of l and S on the grid, made before training; they are kept beside the run, tables.json, and in --out
-  3. from both ends of an interval a jump to one of the student's levels below it, to 0 or any other
+  3. from both ends of an interval a jump to one of the student's levels below it, sigma = 0 or any other
   4. --score, stream.py's: by itself that knows neither the second embedding nor this sampler
 
 $ PYTHONPATH=. python examples/variants/distill_cd_precond.py --precond analytic --out ckpt/ctm-analytic.pt
@@ -57,7 +57,7 @@ from model import (
 
 
 class JumpDiT(WanDiT):  # part 1
-    """Wan's transformer, v(x_t, sigma, r): r [b f], the level at which a jump ends; by default 0."""
+    """Wan's transformer, v(x_t, sigma, r): r [b f], the sigma at which a jump ends; by default 0."""
 
     def __init__(self, cfg: DiTConfig, camera: bool = True):
         super().__init__(cfg, camera)
@@ -68,29 +68,29 @@ class JumpDiT(WanDiT):  # part 1
         return super().forward(x_t, sigma, *seen, **past)
 
     def embed_time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        r = F.pad(self.r, (sigma.shape[1] - self.r.shape[1], 0))  # clean frames before the noisy ones stay at 0
+        r = F.pad(self.r, (sigma.shape[1] - self.r.shape[1], 0))  # clean frames before the noisy ones are at 0
         waves = [sinusoid(1000 * z.double(), self.cfg.freq_dim).to(self.head.modulation.dtype) for z in (sigma, r)]
         e = self.time_embedding(waves[0]) + self.end_embedding(waves[1])
         return e, rearrange(self.time_projection(e), "b f (six d) -> b f six d", six=6)
 
 
 class Grid(NamedTuple):
-    """The levels, 0 .. N, and what jumps between them are made of."""
+    """The levels, 0 (noise) .. N (sigma = 0), and what jumps between them are made of."""
     sigmas: Tensor  # [N+1], from 1 to 0
-    a: Tensor  # [2 N+1 N+1], in the first chunk and in later ones, from level n to level m
+    a: Tensor  # [2 N+1 N+1], in the first chunk and in later ones, from level n to level r
     b: Tensor
 
 
 def coefficients(sigmas: list[float], l: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    """a, b [2 N+1 N+1] for n <= m. l, S [2 N]: at the levels above 0; between two, l is their mean."""
+    """a, b [2 N+1 N+1] for n <= r. l, S [2 N]: at the levels above sigma = 0; between two, l is their mean."""
     step = -torch.tensor(sigmas[:-1], dtype=torch.float64).log().diff()  # of lambda
     L = F.pad(((l[:, 1:] + l[:, :-1]) / 2 - 1) * step, (1, 0)).cumsum(1).exp()
     slope = (S / L).log().diff()
     mean = torch.where(slope == 0, 1.0, slope.expm1() / slope) * (S / L)[:, :-1]  # of S / L, from level to level
     integral = F.pad(mean * step, (1, 0)).cumsum(1)
-    c = (integral[:, None] - integral[:, :, None]) * (L / S)[:, None]  # [2 n m]
+    c = (integral[:, None] - integral[:, :, None]) * (L / S)[:, None]  # [2 n r]
     a, b = L[:, None] / L[:, :, None] / (1 + l[:, None] * c), c / (1 + l[:, None] * c)
-    a, b = F.pad(a, (0, 1, 0, 1)), F.pad(b, (0, 1, 0, 1), value=1.0)  # at level 0, where S is 0 and l is 1, f is x0
+    a, b = F.pad(a, (0, 1, 0, 1)), F.pad(b, (0, 1, 0, 1), value=1.0)  # to sigma = 0, where S is 0 and l is 1, f is x0
     a[:, -1, -1], b[:, -1, -1] = 1, 0
     return a.float(), b.float()
 
@@ -99,7 +99,7 @@ def coefficients(sigmas: list[float], l: Tensor, S: Tensor) -> tuple[Tensor, Ten
 def moments(teacher: nn.Module, batch: Batch, sigmas: list[float], meta: Meta) -> Tensor:
     """Means of |v - (noise - x0)|^2, and of the predicted x0 and x_t: x0^2, x0 x_t, x_t^2 [4 2 N]. meta: the teacher's.
 
-    Per number, in the first chunk and in later ones, at the levels above 0, with the same noise at all.
+    Per number, in the first chunk and in later ones, at the levels above sigma = 0, with the same noise at all.
     """
     noise, chunk, rows = batch.noise(), meta["chunk"], []
     for level in sigmas[:-1]:
@@ -143,34 +143,39 @@ def find_tables(args: argparse.Namespace, folder: Path, teacher: nn.Module, data
     return tables
 
 
-def make_known(preset: str, tables: dict, device: torch.device) -> Grid:
-    """Let what loads and samples checkpoints know the network and its sampler."""
+def make_known(preset: str, tables: dict, steps: int, device: torch.device) -> Grid:
+    """Let what loads and samples checkpoints know the network and its sampler. steps: that the student is trained for.
+    """
     a, b = coefficients(tables["sigmas"], *(torch.tensor(tables[name], dtype=torch.float64) for name in "lS"))
     grid = Grid(*(z.to(device) for z in (torch.tensor(tables["sigmas"]), a, b)))
     PRESETS[preset] = PRESETS[preset.removesuffix("-jumps")]._replace(net=JumpDiT)
-    SAMPLERS["jumps"] = partial(jumps, grid=grid)
+    SAMPLERS["jumps"] = partial(jumps, grid=grid, trained=steps)
     return grid
 
 
-def jump(net: nn.Module, x: Tensor, n: Tensor, m: Tensor, grid: Grid, later: Tensor | int, *seen, **past) -> Tensor:
-    """f(x, n -> m) [b f c h w], from levels n [b f] to levels m [b f]. later: 1 behind the first chunk, else 0."""
+def jump(net: nn.Module, x: Tensor, n: Tensor, r: Tensor, grid: Grid, later: Tensor | int, *seen, **past) -> Tensor:
+    """f(x, n -> r) [b f c h w], from levels n [b f] to levels r [b f]. later: 1 behind the first chunk, else 0."""
     sigma = grid.sigmas[n]
-    x0 = velocity_to_x0(net(x, sigma, *seen, r=grid.sigmas[m], **past), x, sigma)
-    a, b = (z[later, n, m][..., None, None, None] for z in (grid.a, grid.b))
+    x0 = velocity_to_x0(net(x, sigma, *seen, r=grid.sigmas[r], **past), x, sigma)
+    a, b = (z[later, n, r][..., None, None, None] for z in (grid.a, grid.b))
     return a * x + b * x0
 
 
 @torch.no_grad()
 def jumps(net: nn.Module, noise: list[Tensor], sigmas: list[float], prompts: list[Prompt], camera: Camera | None,
-          guidance: float, kv_caches: list[KVCache], generated: Tensor, grid: Grid) -> Tensor:
+          guidance: float, kv_caches: list[KVCache], generated: Tensor, grid: Grid, trained: int) -> Tensor:
     """A sampler as model.py's `euler`, by jumps from one of `sigmas` to the next."""
     x_t, steps, end = noise[0], len(sigmas) - 1, len(grid.sigmas) - 1
-    if end % steps:
-        raise ValueError(f"--sampling-steps {steps}: expected a divisor of {end}, the intervals of the grid")
+    if trained % steps:
+        raise ValueError(f"--sampling-steps {steps}: expected a divisor of {trained}, the levels that it was trained "
+                         "to jump to")
+    if len(prompts) > 1:
+        raise ValueError(f"--guidance {guidance}: a student of jumps has none")
     for i in range(steps):
-        n, m = (torch.where(generated > 0, k * end // steps, end) for k in (i, i + 1))  # given frames stay at 0
+        # given frames stay at sigma = 0
+        n, r = (torch.where(generated > 0, k * end // steps, end) for k in (i, i + 1))
         later = int(kv_caches[0].frames > 0)
-        x_t = jump(net, x_t, n, m, grid, later, prompts[0], camera, kv_cache=kv_caches[0])
+        x_t = jump(net, x_t, n, r, grid, later, prompts[0], camera, kv_cache=kv_caches[0])
     return x_t
 
 
@@ -251,11 +256,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def score(args: argparse.Namespace) -> None:  # part 4
     """stream.py's."""
+    if not args.out.exists():
+        raise ValueError(f"{args.out}: no such file")
     _, meta = read_file(args.out)
     if "tables" not in meta:
         raise ValueError(f"{args.out}: expected a checkpoint of this script; stream.py scores others")
-    make_known(meta["preset"], meta["tables"], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    stream.main(stream.parse_args(["--score", "--ckpt", str(args.out), *args.score]))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    make_known(meta["preset"], meta["tables"], meta["sampling_steps"], device)
+    args = stream.parse_args(["--score", "--ckpt", str(args.out), *args.score])
+    shipped = stream.SHIPPED.with_name(meta["preset"].removesuffix("-jumps")) / "vae.pt"
+    if shipped.exists() and not stream.beside(args.ckpt, "vae.pt"):
+        args.vae = args.vae or shipped
+    stream.main(args)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -274,7 +286,7 @@ def main(args: argparse.Namespace) -> None:
         teacher = build(args.preset)
     teacher = shard(teacher, weights, device, compiled=args.compile)
     tables = find_tables(args, folder, teacher, data, sigmas, source, device)
-    grid = make_known(preset, tables, device)
+    grid = make_known(preset, tables, args.sampling_steps, device)
     with torch.device("meta"):
         net, ema = (build(preset) for _ in range(2))
     dit = PRESETS[preset].dit
