@@ -2,6 +2,7 @@
 Separable causal diffusion (examples/variants/scd.py): a stream against a teacher-forced pass, what each chunk sees, the
 cases in which the split network is the plain one, what a chunk costs, and that it is a stage.
 """
+import json
 import sys
 from collections import Counter
 from importlib import import_module
@@ -28,8 +29,9 @@ META = {"chunk": CHUNK, "shift": 3.0, "sampler": "scd", "sampling_steps": 3, "gu
 
 
 @pytest.fixture(autouse=True)
-def presets():
-    """Shapes that a test registers are forgotten after it."""
+def presets(monkeypatch):
+    """Shapes that a test registers are forgotten after it, and how their blocks are counted."""
+    monkeypatch.setattr(model, "count_all_blocks", model.count_all_blocks)
     before = dict(PRESETS)
     yield
     PRESETS.clear()
@@ -190,11 +192,13 @@ def test_tokens_side_by_side_are_a_plain_network_of_two_videos(monkeypatch):
 def test_the_loss_is_two_steps_of_the_decoder_after_one_of_the_encoder():
     """With three noises, and three levels that are zero where frames are given."""
     calls, batch = [], make_batch()
+    scale = 50 * torch.rand(2, 5, 4, 1)  # of each token
+    tokens = (scale * torch.randn(2, 5, 4, 64)).bfloat16()
 
     def net(x_t, sigma, prompt, camera=None, context=None, **how):
         calls.append((x_t, sigma, context, how))
         if context is None:
-            return scd.Context(torch.full((2, 5, 4, 3), 7.0), None, None, None, [])
+            return scd.Context(tokens, None, None, None, [])
         return torch.zeros_like(x_t)
 
     loss = scd.scd_loss(net, batch, META, null_prob=0.0)
@@ -207,7 +211,8 @@ def test_the_loss_is_two_steps_of_the_decoder_after_one_of_the_encoder():
         if context is None:
             assert sigma[made].min() > 0.8 and how["clean"] is batch.x0 and how["chunk"] == CHUNK
         else:
-            assert (context.tokens - 7).std().item() == pytest.approx(0.05, rel=0.2)
+            heard = (context.tokens.float() - tokens.float()) / scale
+            assert context.tokens.dtype == torch.bfloat16 and heard.std().item() == pytest.approx(0.05, rel=0.1)
             noise = torch.zeros_like(x_t)
             noise[made] = noises[-1]
             losses.append(masked_mse(torch.zeros_like(x_t), noise - batch.x0, GENERATED))
@@ -244,9 +249,25 @@ def test_the_sampler_is_euler_of_the_decoder():
     meta = META | {"guidance": 1.5, "sampling_steps": 1}
     chunks = rollout(net, meta, batch.rng, batch.x0.shape[1:], batch.prompt, batch.null, batch.camera)
     noise, one, here = make_batch().noise(slice(0, 2)), torch.ones(2, 2), batch.camera.frames(slice(0, 2))
-    cond, null = (net(noise, one, prompt, context=net(noise, one, prompt, here))
+    cond, null = (net(noise, one, prompt, context=net(noise.flip(-1), one, prompt, here))
                   for prompt in (batch.prompt, batch.null))
     torch.testing.assert_close(next(chunks), noise - (null + 1.5 * (cond - null)), **NEAR)
+
+
+def test_the_encoder_has_noise_of_its_own():
+    """As in training, where frames that are given are clean for both."""
+    seen, batch, given = [], make_batch(), GENERATED == 0
+
+    def net(x_t, sigma, prompt, camera=None, context=None, **past):
+        seen.append(x_t)
+        return torch.zeros_like(x_t)
+
+    noise = torch.randn(2, 5, 4, 16, 16)
+    scd.scd(net, [noise], [1.0, 0.0], [batch.prompt], batch.camera, 1.0, [None], GENERATED)
+    encoder, decoder = seen
+    assert torch.equal(decoder, noise) and torch.equal(encoder[given], noise[given])
+    a, b = encoder[~given], noise[~given]
+    assert a.std().item() == pytest.approx(1, rel=0.05) and (a * b).mean().abs() < 0.05
 
 
 def test_a_chunk_costs_what_its_blocks_do():
@@ -321,8 +342,24 @@ def test_at_the_start_the_control_is_a_plain_network_of_fewer_blocks(chain):
 
 
 def test_the_bill(capsys, tmp_path):
-    call("examples/variants/scd.py", "--plan", "1", cwd=tmp_path)
-    assert '"preset": "tiny-0.1.2-3-prefix", "stage": "ar"' in capsys.readouterr().out
+    for flags, preset in (["--shallow", "3"], "tiny-0.1.3-plain"), ([], "tiny-0.1.2-3-prefix"):
+        call("examples/variants/scd.py", "--plan", "1", *flags, cwd=tmp_path)
+        assert f'"preset": "{preset}", "stage": "ar"' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", scd.KINDS)
+def test_the_bill_is_that_of_all_blocks(capsys, tmp_path, kind):
+    """Of four in the encoder and three in the decoder."""
+    flags = ["--encoder", "4", "--decoder", "0", "1", "3", "--decoder-kind", kind]
+    args = scd.parse_args(flags)
+    args.preset = scd.register(scd.shape_of(args))
+    for how in dict(recompute=True, flops=False), dict(recompute=False, flops=True):
+        (_, found), = scd.count_both_kinds(args, scd.WORK, [64, 64], **how)
+        (_, whole), = model.count(args, scd.WORK, [64, 64], 7, **how)
+        assert [found[name] for name in found] == pytest.approx([whole[name] for name in found])
+    call("examples/variants/scd.py", "--plan", "1", *flags, cwd=tmp_path)
+    planned = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert planned["tflop"] == pytest.approx(whole["flop"] / 1e12)
 
 
 def test_wrong_flags_are_refused(chain, capsys):

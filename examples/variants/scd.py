@@ -11,11 +11,13 @@ the past can be had once a chunk. What changes:
   1. the network: a causal encoder, copies of the first --encoder blocks, sees the clean past and the chunk near pure
      noise; a light decoder, copies of the blocks --decoder, sees what the encoder says of the chunk, and the chunk
   2. the loss: of one pass of the encoder two of the decoder, each with noise and levels of its own
-  3. the sampler: of a chunk one pass of the encoder, --sampling-steps of the decoder, and the commit, the encoder's
+  3. the sampler: of a chunk one pass of the encoder, one of the decoder a step, and the commit, the encoder's
 
 Two decoders: tokens denoises the encoder's tokens and the chunk's side by side, as the paper has it. In prefix the
 former see only each other, so that their keys and values are computed once a chunk, like a cache. --shallow N is the
 control, trained by train_ar.py's loss: a plain network of the first N - 1 blocks and the last one.
+
+Chunk, guidance and sampling steps are those of --init, so train_ar.py's flags for them are dropped.
 
 What a chunk costs is printed beside a plain network: by --cost, which reads no files, and by --score.
 
@@ -196,7 +198,9 @@ def scd_loss(net: nn.Module, batch: Batch, meta: Meta, null_prob: float) -> Tens
     context = net(x_t, sigma, prompt, batch.camera, clean=batch.x0, chunk=chunk)
     (f, _, h, w), d = batch.x0.shape[1:], context.tokens.shape[-1]
     noise = torch.stack([torch.randn((f, h * w // 4, d), generator=g) for g in batch.rng])  # of all ranks' tokens
-    context = context._replace(tokens=context.tokens + 0.05 * my_part(noise, dim=2).to(context.tokens))  # the paper's
+    tokens = context.tokens.float()
+    spread = 0.05 * tokens.std(-1, correction=0, keepdim=True)  # the paper's 0.05, of features that are normed first
+    context = context._replace(tokens=(tokens + spread * my_part(noise, dim=2).to(tokens)).to(context.tokens))
 
     losses = []
     for _ in range(2):  # the decoder is cheap
@@ -211,7 +215,9 @@ def scd_loss(net: nn.Module, batch: Batch, meta: Meta, null_prob: float) -> Tens
 def scd(net: nn.Module, noise: list[Tensor], sigmas: list[float], prompts: list[Tensor], camera: Camera | None,
         guidance: float, kv_caches: list[KVCache | None], generated: Tensor) -> Tensor:
     """A sampler (part 3): model.py's euler of the decoder, after one pass of the encoder for each prompt."""
-    contexts = [net(noise[0], sigmas[0] * generated, prompt, camera, kv_cache=kv_cache)
+    # in training the encoder's noise is none of the decoder's; mirrored, that which is here is another at every place
+    x_t = torch.where(generated[..., None, None, None] > 0, noise[0].flip(-1), noise[0])
+    contexts = [net(x_t, sigmas[0] * generated, prompt, camera, kv_cache=kv_cache)
                 for prompt, kv_cache in zip(prompts, kv_caches, strict=True)]
 
     def decoder(x_t: Tensor, sigma: Tensor, prompt: Tensor, camera: Camera | None, kv_cache: Context) -> Tensor:
@@ -331,6 +337,8 @@ def main(args: argparse.Namespace) -> None:
     source = check_data(data, source, args.init)
     shape = shape_of(args)
     args.preset = register(shape)  # part 1
+    if shape.decoder:
+        model.count_all_blocks = count_both_kinds  # for print_peak
     weights = choose_blocks(weights, shape.blocks)
     with torch.device("meta"):
         net, ema = (build(args.preset) for _ in range(2))
@@ -438,6 +446,9 @@ def score(flags: list[str]) -> None:
         raise ValueError("--score: --ckpt names a checkpoint that this script made")
     meta = load_shape(args.ckpt)
     print_cost(meta["shape"]["preset"], meta["preset"])
+    shipped = stream.SHIPPED.with_name(meta["shape"]["preset"]) / "vae.pt"
+    if shipped.exists() and not stream.beside(args.ckpt, "vae.pt"):
+        args.vae = args.vae or shipped
     stream.main(args)
 
 
@@ -463,9 +474,26 @@ def rehearse(args: argparse.Namespace, nets: Nets, batch: Batch, meta: Meta) -> 
 
 
 def bill(args: argparse.Namespace, work: Work) -> None:
-    """model.py's, of a network of this shape. It counts two blocks and three: exact for decoders of one or two."""
-    args.preset = register(shape_of(args))
+    """model.py's, of a network of this shape."""
+    shape = shape_of(args)
+    args.preset = register(shape)
+    if shape.decoder:
+        model.count_all_blocks = count_both_kinds
     model.bill(args, work)
+
+
+def count_both_kinds(args: argparse.Namespace, work: Work, size: list[int], recompute: bool,
+                     flops: bool) -> model.Costs:
+    """model.py's count_all_blocks: straight lines through what one and two blocks of the encoder take, and of the
+    decoder."""
+    def through(encoder: int, decoder: int) -> model.Costs:
+        layers = encoder + decoder
+        preset = register(shape_of(args)._replace(blocks=[*range(layers)], decoder=decoder))
+        small = argparse.Namespace(**vars(args) | {"preset": preset})
+        return model.count(small, work, size, layers, recompute, flops)
+
+    one, two = (model.extrapolate(through(1, n), through(2, n), args.encoder - 1) for n in (1, 2))
+    return model.extrapolate(one, two, len(args.decoder) - 1)
 
 
 WORK = Work("ar", {"net": True, "ema": False}, rehearse, random_batch)
