@@ -3,6 +3,7 @@ Separable causal diffusion (examples/variants/scd.py): a stream against a teache
 cases in which the split network is the plain one, what a chunk costs, and that it is a stage.
 """
 import json
+import shutil
 import sys
 from collections import Counter
 from importlib import import_module
@@ -12,7 +13,8 @@ import torch
 from torch import nn
 
 import model
-from conftest import MINIATURE, ROOT, call, refusal
+import stream
+from conftest import MINIATURE, ROOT, call, refusal, run
 from data import get_batch, open_latents
 from helpers import GENERATED, cut, made_from, make_batch
 from model import (
@@ -303,12 +305,16 @@ RUNS = {  # name: its flags, its sampler, the blocks that it is made of
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_it_is_a_stage(chain, tmp_path, capsys, kind):
-    """It trains, goes on from its state, is scored, and is refused by whatever does not know its shape."""
+def test_it_is_a_stage(chain, tmp_path, capsys, monkeypatch, kind):
+    """It trains, goes on where it stopped, is scored, and is refused by whatever does not know its shape."""
     flags, sampler, blocks = RUNS[kind]
     script, out = "examples/variants/scd.py", tmp_path / "scd.pt"
     call(script, *FLAGS, *flags, "--out", out, cwd=chain)
     call(script, *FLAGS, *flags, "--steps", "2", "--resume", "--out", out, cwd=chain)
+    call(script, *FLAGS, *flags, "--steps", "2", "--out", tmp_path / "whole.pt", cwd=chain)
+    scd.load_shape(out)
+    resumed, whole = (load_checkpoint(path)[0] for path in (out, tmp_path / "whole.pt"))
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
     meta = scd.load_shape(out)
     assert meta["sampler"] == sampler and meta["shape"]["blocks"] == blocks and meta["step"] == 2
     assert meta["from"] == made_from(chain / "ckpt/ar.pt") and meta["stage"] == "ar"
@@ -316,9 +322,13 @@ def test_it_is_a_stage(chain, tmp_path, capsys, kind):
     start = scd.choose_blocks(load_checkpoint(chain / "ckpt/ar.pt")[0], blocks)
     assert sum((w - start[name]).square().sum() for name, w in net.state_dict().items()) > 0
 
+    shipped = tmp_path / "shipped/tiny"  # whose VAE it has, where none lies beside
+    shipped.mkdir(parents=True)
+    shutil.copy(chain / "ckpt/vae.pt", shipped)
+    monkeypatch.setattr(stream, "SHIPPED", shipped)
     capsys.readouterr()
-    call(script, "--score", "--ckpt", out, "--vae", "ckpt/vae.pt", "--scenes", "8", "--sampling-steps", "2", "--camera",
-         "w*3", "--out", tmp_path / "walk.mp4", cwd=chain)
+    call(script, "--score", "--ckpt", out, "--scenes", "8", "--sampling-steps", "2", "--camera", "w*3", "--out",
+         tmp_path / "walk.mp4", cwd=chain)
     printed = capsys.readouterr().out
     assert '"steps": 2' in printed and f"| {meta['preset']} | 48 |" in printed and '"psnr"' in printed
 
@@ -326,6 +336,19 @@ def test_it_is_a_stage(chain, tmp_path, capsys, kind):
     assert "another run" in refusal(script, *FLAGS, *other, "--resume", "--out", out, cwd=chain)
     del PRESETS[meta["preset"]]
     assert meta["preset"] in refusal("stream.py", "--ckpt", out, "--vae", "ckpt/vae.pt", cwd=chain)
+
+
+def test_two_ranks_that_share_videos_train_as_one(chain, tmp_path):
+    weights = []
+    for nproc in (1, 2):
+        out = tmp_path / f"{nproc}.pt"
+        done = run("examples/variants/scd.py", *FLAGS, "--sp", nproc, "--out", out, cwd=chain, nproc=nproc)
+        assert done.returncode == 0, done.stderr
+        scd.load_shape(out)
+        weights.append(torch.cat([w.flatten() for w in load_checkpoint(out)[0].values()]))
+    start = scd.choose_blocks(load_checkpoint(chain / "ckpt/ar.pt")[0], [0, 1, 2, 3])
+    start = torch.cat([start[name].flatten() for name in load_checkpoint(out)[0]])
+    assert (weights[1] - weights[0]).norm() < 0.02 * (weights[0] - start).norm()
 
 
 def test_at_the_start_the_control_is_a_plain_network_of_fewer_blocks(chain):
