@@ -147,7 +147,7 @@ END
 
 longer() {
     rm -f "$out"/dmd/step-*.pt  # of an earlier, longer run
-    train train_dmd.py --init "$ckpt/ode.pt" --scores "$ckpt/camera.pt" --out "$out/dmd.pt" --steps 240 --save-every 40 \
+    train train_dmd.py --init "$ckpt/ode.pt" --scores "$ckpt/camera.pt" --out "$out/dmd.pt" --steps 360 --save-every 60 \
         --keep 100
     header "updates of the generator"
     row 0 "$ckpt/ode.pt"

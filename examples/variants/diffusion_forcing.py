@@ -63,7 +63,7 @@ RECIPES = {
                      max_grad_norm=10.0, ema_decay=0.99, chunk=4, null_prob=0.0, guidance=3.0, sampling_steps=48),
 }
 RECIPES["wan-14b"] = RECIPES["wan-1.3b"]
-RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=9000)
+RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=6000)
 # minWM: 4 k steps, guidance 6, weight decay 1e-4, one noise level for all chunks, logit-normal with shift 3.
 RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(betas=(0.9, 0.999), max_grad_norm=1.0, null_prob=0.1, guidance=6.0)
 
