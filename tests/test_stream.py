@@ -235,7 +235,7 @@ def test_an_error_of_the_thread_is_heard_and_a_stream_can_be_left(chain, monkeyp
 @pytest.mark.parametrize("stage", ("camera", "ar", "dmd"))
 @pytest.mark.parametrize("frames", (1, 5))
 def test_stream_begins_with_what_was_given(chain, world, stage, frames):
-    player, given = open_player(chain, stage), world[-1][:2, :, :frames]
+    player, given = open_player(chain, stage), F.avg_pool3d(world[-1][:2, :, :frames], (1, 2, 2))
     alone, after = (walk(player, "w*3", [TOY_PROMPT] * 2, [0, 1], image)[0] for image in (None, given))
     with torch.no_grad():
         shown = player.vae.decode(player.vae.encode(given)[0])[0].clamp(-1, 1)  # what the VAE leaves of it
@@ -244,7 +244,7 @@ def test_stream_begins_with_what_was_given(chain, world, stage, frames):
 
 
 def test_what_was_given_to_a_network_that_never_saw_any_is_made_anew(chain, world):
-    player, given = open_player(chain, "dmd"), world[-1][:1, :, :1]
+    player, given = open_player(chain, "dmd"), F.avg_pool3d(world[-1][:1, :, :1], (1, 2, 2))
     player = player._replace(meta=player.meta | {"given_prob": 0.0})
     assert torch.equal(walk(player, "w*3", given=given)[0], walk(player, "w*3")[0])
 
@@ -423,25 +423,25 @@ def test_no_measure_praises_what_is_wrong(world):
     expected = {
         "truth": truth, "other inks": truth,  # nobody named the inks
         "one ink for all": truth | {"coverage": (0, 0.05)},
-        "truth, half decided": {"psnr": (25, 35), "texture": (0.24, 0.26), "clutter": (-0.01, 0.01)},
-        "grey pictures": {"psnr": (20, 25), "texture": (-0.01, 0.01), "clutter": (-0.01, 0.01)},
-        "decoys": {"psnr": (20, 25), "texture": (-0.51, -0.49), "clutter": (0.7, 0.8)},
-        "another ink in every frame": {"psnr": (20, 25), "texture": (0, 0.15), "clutter": (0.6, 1.1)},
+        "truth, half decided": {"psnr": (23, 30), "texture": (0.24, 0.26), "clutter": (-0.01, 0.01)},
+        "grey pictures": {"psnr": (17, 23), "texture": (-0.01, 0.01), "clutter": (-0.01, 0.01)},
+        "decoys": {"psnr": (17, 23), "texture": (-0.51, -0.49), "clutter": (0.7, 0.8)},
+        "another ink in every frame": {"psnr": (15, 20), "texture": (0, 0.15), "clutter": (0.6, 1.1)},
         "truth, blurred": {"psnr": (18, 23), "texture": (0.2, 0.4), "clutter": (0.2, 1)},
-        "truth under noise": {"psnr": (11, 15), "texture": (0.4, 0.5), "clutter": (3, 8),
+        "truth under noise": {"psnr": (11, 15), "texture": (0.4, 0.5), "clutter": (1.5, 4),
                               "counterfactual_accuracy": (1, 1)},
         # texture and clutter look at pictures alone: beside psnr and prompt_accuracy, never without
         "teal all over": {"psnr": (8, 18), "texture": (0.3, 0.6), "prompt_accuracy": (0, 0.5)},
-        "bare walls": {"psnr": (8, 18), "texture": (-0.2, 0.25), "clutter": (2, 20)},
-        "inks twice as strong": {"psnr": (20, 25), "texture": (-0.05, 0.05), "clutter": (0.7, 1.1)},
-        "noise": {"psnr": (5, 10), "texture": (-0.03, 0.03), "clutter": (8, 30), "counterfactual_accuracy": (0, 0.4),
+        "bare walls": {"psnr": (13, 20), "texture": (-0.1, 0.1), "clutter": (0.8, 5)},
+        "inks twice as strong": {"psnr": (17, 23), "texture": (-0.05, 0.05), "clutter": (0.7, 1.1)},
+        "noise": {"psnr": (5, 10), "texture": (-0.03, 0.03), "clutter": (4, 12), "counterfactual_accuracy": (0, 0.4),
                   "prompt_accuracy": (0, 0.4), "coverage": (0.8, 1.1), "lost": (-1, 1)},  # the last two praise it
-        "black": {"psnr": (3, 9), "texture": (-0.03, 0.03), "clutter": (8, 30), "counterfactual_accuracy": (0, 0.4),
+        "black": {"psnr": (3, 9), "texture": (-0.03, 0.03), "clutter": (4, 12), "counterfactual_accuracy": (0, 0.4),
                   "prompt_accuracy": (0, 0.4)},
         "the first frame, held": {"psnr": (10, 20), "texture": (0, 0.35), "clutter": (0.5, 4),
                                   "counterfactual_accuracy": (0, 0.4), "rot_err_deg": (0.5, 9), "lost": (3, 100)},
         "backwards": {"psnr": (10, 20), "texture": (0, 0.35), "clutter": (0.5, 4), "rot_err_deg": (0.5, 9)},
-        "another path": {"psnr": (8, 18), "texture": (0, 0.2), "clutter": (0.5, 5), "counterfactual_accuracy": (0, 0.3),
+        "another path": {"psnr": (8, 18), "texture": (0, 0.35), "clutter": (0.5, 5), "counterfactual_accuracy": (0, 0.3),
                          "rot_err_deg": (0.5, 9)},
     }
     assert found.keys() == expected.keys()
@@ -569,6 +569,8 @@ def test_default_checkpoint_is_the_chains_own(chain, tmp_path, capsys):
 def test_the_world_that_ships_obeys_its_camera(tmp_path, capsys, world):
     folder = ROOT / "ckpt" / world
     for stage in ("vae", *SCRIPTS):
+        if (world, stage) == ("tiny-hy", "base"):
+            continue  # nothing goes on from it, and all files together stay under 60 MB
         assert load_checkpoint(folder / f"{stage}.pt", stage)[1]["preset"] == world
     flags = ("--score", "--scenes", "8", "--ckpt", folder / "dmd.pt", "--out", tmp_path / "walk.mp4")
     call("stream.py", *flags, cwd=tmp_path)
