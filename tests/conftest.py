@@ -41,7 +41,7 @@ def command(script, *flags, nproc=1):
     return [str(part) for part in (sys.executable, *torchrun, ROOT / script, *flags)]
 
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
 
 
 def run(script, *flags, cwd, nproc=1):

@@ -154,7 +154,7 @@ def test_ranks_that_a_flag_does_not_divide_are_refused(tmp_path, flag):
         f"error: {flag} 2: 1 processes cannot be cut into groups of 2")
 
 
-@pytest.mark.parametrize("sp, found", [("2", "3 processes cannot be cut"), ("3", "16 heads or tokens of a frame")])
+@pytest.mark.parametrize("sp, found", [("2", "3 processes cannot be cut"), ("3", "4 heads or tokens of a frame")])
 def test_every_rank_refuses_in_one_line(chain, tmp_path, sp, found):
     flags = (*MINIATURE, *SCRIPTS["ar"][1:], "--sp", sp, "--out", tmp_path / "ar.pt")
     finish(*start_ranks(3, tmp_path / "log", "train_ar.py", *flags, cwd=chain), code=1)

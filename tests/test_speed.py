@@ -287,10 +287,9 @@ def test_a_compiled_stream_is_the_same(world):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ("tiny", "tiny-hy"))
-def test_a_video_that_ranks_share_is_the_same(tmp_path, preset):
-    """With a window that moves, too."""
-    flags = "--camera", "w*3,w+l*2", "--ckpt", ROOT / "ckpt" / preset / "dmd.pt", "--seed", 3
+def test_a_video_that_ranks_share_is_the_same(tmp_path):
+    """With a window that moves, too. (What ships of tiny-hy has three heads, which no two ranks can share.)"""
+    flags = "--camera", "w*3,w+l*2", "--ckpt", ROOT / "ckpt/tiny/dmd.pt", "--seed", 3
     flags += "--window", 4, "--sink", 1
     one = run("stream.py", *flags, "--out", "one.mp4", cwd=tmp_path)
     two = run("stream.py", *flags, "--out", "two.mp4", "--sp", 2, cwd=tmp_path, nproc=2)

@@ -441,8 +441,8 @@ def test_no_measure_praises_what_is_wrong(world):
         "the first frame, held": {"psnr": (10, 20), "texture": (0, 0.35), "clutter": (0.5, 4),
                                   "counterfactual_accuracy": (0, 0.4), "rot_err_deg": (0.5, 9), "lost": (3, 100)},
         "backwards": {"psnr": (10, 20), "texture": (0, 0.35), "clutter": (0.5, 4), "rot_err_deg": (0.5, 9)},
-        "another path": {"psnr": (8, 18), "texture": (0, 0.35), "clutter": (0.5, 5), "counterfactual_accuracy": (0, 0.3),
-                         "rot_err_deg": (0.5, 9)},
+        "another path": {"psnr": (8, 18), "texture": (0, 0.35), "clutter": (0.5, 5), "rot_err_deg": (0.5, 9),
+                         "counterfactual_accuracy": (0, 0.3)},
     }
     assert found.keys() == expected.keys()
     wrong = {(name, measured): found[name][measured] for name, bounds in expected.items()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from conftest import MINIATURE, call, refusal, run
 from data import (
-    DOUBTFUL, K_SQUARE, STEP, UNUSABLE, ClipFormat, Encoder, Poses, action_class, camera_steps, crop_intrinsics,
+    DOUBTFUL, K_SQUARE, STEP, UNUSABLE, ClipFormat, Encoder, Poses, Scene, action_class, camera_steps, crop_intrinsics,
     draw_path, encode_captions, find_duplicates, find_ffmpeg, frame_positions, get_batch, intrinsics, invert_se3,
     median_step, open_latents, parse_args, parse_trajectory, pixel_cameras, pose_string, poses_at, read_frames,
     read_poses, read_prompts, read_row, render, resize_and_crop, resize_crop_size, sample_frame_indices, sample_toy,
@@ -240,13 +240,14 @@ def broken(toy):
     """A folder of clips each with one thing wrong, and its report. Returns the folder and {file: reasons expected}."""
     folder = toy / "broken"
     folder.mkdir()
-    video, path, (_, paths, _) = toy_videos(), "w*3", sample_toy(COUNT, 0, FRAMES - 1, held=False)
-    c2w = invert_se3(pixel_cameras(parse_trajectory(path)[None]))[0].double()
+    video, viewmats = toy_videos(), parse_trajectory("w*3")[None]
+    room = Scene(*(z[:1] for z in sample_toy(COUNT, 0, FRAMES - 1, held=False)[2]))
+    base = to_bytes(render(room, viewmats, intrinsics(K_SQUARE), 32))[0]
+    c2w = invert_se3(pixel_cameras(viewmats))[0].double()
     jump, scaled, nan = c2w.clone(), c2w.clone(), c2w.clone()
     jump[6:, 0, 3] += 1
     scaled[:, :3, 3] *= 20
     nan[5, 1, 3] = math.nan
-    base = video[paths.index(path)]
     cut = torch.cat([base[:, :6], 255 - video[1, :, 6:]], dim=1)
     rows, expected = [], {}
 
@@ -329,7 +330,8 @@ def test_doubtful_clips_can_be_kept(toy, broken, tmp_path):
     shutil.copy(toy / "data/broken/survey-0.jsonl", tmp_path / "out")
     call("data.py", "--videos", "broken", "--out", tmp_path / "out", "--keep", "dark", "duplicate", *FLAGS, cwd=toy)
     kept = {file: set(row["reasons"]) for file, row in report(tmp_path / "out").items() if row["kept"]}
-    assert kept == {"good.mp4": set(), "dark.mp4": {"dark", "duplicate"}, "copy.mp4": {"duplicate"}}
+    assert "dark" in kept.pop("dark.mp4")  # and perhaps too dark to be told from the first
+    assert kept == {"good.mp4": set(), "copy.mp4": {"duplicate"}}
     assert len(tensors(tmp_path / "out")["latents"]) == 3
 
 
@@ -630,7 +632,7 @@ def test_training_goes_on_with_a_second_folder(toy, tmp_path, capsys):
     rows = [row | {"K": [0.7, 0.7, 0.5, 0.5]} for row in table(toy)[:4]]
     write_table(toy / "clips/other.jsonl", rows)
     flags = ("--videos", "clips", "--table", "clips/other.jsonl", "--vae", "ckpt/vae.pt")
-    call("data.py", *flags, "--out", tmp_path / "second", "--frames", "3", "--keep", *DOUBTFUL, cwd=toy)
+    call("data.py", *flags, "--out", tmp_path / "second", "--frames", "3", "--size", "32", "--keep", *DOUBTFUL, cwd=toy)
     call("data.py", *flags, "--out", tmp_path / "large", "--frames", "3", "--size", "48", "--keep", *DOUBTFUL, cwd=toy)
     short = ("--data", "data/videos", "--steps", "1", *MINIATURE)
     call("train_camera.py", "--no-camera", *short, "--out", tmp_path / "base.pt", cwd=toy)
