@@ -1070,10 +1070,13 @@ class Live:
     def start(self) -> None:
         """Stand at the first frame of a new video."""
         self.state = open_stream(self.player, [self.prompt], [self.seed], self.given)
-        self.pose, self.last = Pose(torch.zeros(3, dtype=torch.float64), 0.0, 0.0), None
+        self.pose = Pose(torch.zeros(3, dtype=torch.float64), 0.0, 0.0)
+        # about a second, for `truth`: frames [1 3 h w] and viewmats [4 4] of latents, one more; a chunk may hardly move
+        latents = max(4, self.player.meta["chunk"])
+        self.shown, self.walked = deque(maxlen=4 * latents), deque(maxlen=latents + 1)
         self.frames = 0  # shown of this video
         self.due = 0.0  # when the next is to be shown: at once
-        self.like, self.obeyed = None, None  # dB of the last chunk: see `truth`
+        self.like, self.obeyed = None, None  # dB of the last second: see `truth`
         self.look_up()
 
     def look_up(self) -> None:
@@ -1122,9 +1125,9 @@ class Live:
         """Make the next chunk and show it."""
         began = time.perf_counter()
         meta, device = self.player.meta, next(self.player.net.parameters()).device
-        poses, path = [], [] if self.last is None else [self.last]
+        poses = []
         for _ in range(meta["chunk"]):
-            if path or poses:
+            if self.walked or poses:
                 self.pose = self.pose.moved(keys, self.toy)
             poses.append(self.pose)
         viewmats = torch.stack([pose.viewmat() for pose in poses])[None]
@@ -1151,18 +1154,18 @@ class Live:
         with self.changed:
             self.leads.append(lead)
             self.times.append((ready - began, time.perf_counter() - began, video.shape[2]))
-        path, self.last = torch.cat([*path, viewmats[0]]), viewmats[:, -1]
+        self.shown.extend(video.unbind(2))
+        self.walked.extend(viewmats[0])
         if self.scene is not None and self.due - self.lead() - time.perf_counter() > 0.1:  # if there is time for it
-            self.tell(packed({"kind": "truth", "first": first}, self.truth(video, path)))
+            self.tell(packed({"kind": "truth", "first": first}, self.truth()[:, :, -video.shape[2] :]))
         self.tell(self.status())
 
-    def truth(self, video: Tensor, path: Tensor) -> Tensor:
-        """The room that explains the last chunk best along its path: how well, how much better than had it stood where
-        the chunk before it ended."""
-        K, t = intrinsics(self.player.meta["K"]), video.shape[2]
-        poses = pixel_cameras(path[None])[:, -t:]
+    def truth(self) -> Tensor:
+        """The room that explains the last second best along its path: how well, how much better than had it stood."""
+        video, path = torch.stack([*self.shown], dim=2), torch.stack([*self.walked])
+        K, poses = intrinsics(self.player.meta["K"]), pixel_cameras(path[None])[:, -len(self.shown) :]
         best, stood = (explain_frames(video, self.scene, z, K)[0] for z in (poses, path[None, :1].expand_as(poses)))
-        went = (path[0] - path[-1]).abs().max() > 1e-4
+        went = (path - path[0]).abs().max() > 1e-4
         self.like = psnr(video, best).item()
         self.obeyed = self.like - psnr(video, stood).item() if went else None
         return best

@@ -451,7 +451,7 @@ def test_images_are_videos_of_one_frame(chain, tmp_path):
     short = (*MINIATURE, *STEADY, "--shift", "3", "--sampling-steps", "2", "--steps", "1")
     call("train_camera.py", "--init", base, *short, "--out", tmp_path / "camera.pt", cwd=chain)
     assert load_checkpoint(tmp_path / "camera.pt")[1]["frames"] == 4
-    assert "makes images" in refusal("stream.py", "--score", "--ckpt", base, "--scenes", "8", cwd=chain)
+    assert "makes images" in refusal("stream.py", "--score", "--ckpt", base, "--vae", "ckpt/vae.pt", cwd=chain)
 
 
 def test_hy_prompts_bring_their_image(tmp_path):
