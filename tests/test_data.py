@@ -447,7 +447,9 @@ def test_images_are_videos_of_one_frame(chain, tmp_path):
     assert torch.equal(batch.camera.viewmats, torch.eye(4).expand(4, 1, 4, 4))
     base = tmp_path / "base.pt"
     flags = ("--no-camera", "--data", tmp_path / "images", *MINIATURE, *STEADY, "--steps", "1", "--out", base)
+    assert "--frames 1" in refusal("train_camera.py", "--no-camera", "--data", "data/images", cwd=tmp_path)
     call("train_camera.py", *flags, cwd=chain)
+    assert list(tmp_path.glob("base/sheet-*.png")) and not (tmp_path / "base/scores.jsonl").read_text()  # no path
     short = (*MINIATURE, *STEADY, "--shift", "3", "--sampling-steps", "2", "--steps", "1")
     call("train_camera.py", "--init", base, *short, "--out", tmp_path / "camera.pt", cwd=chain)
     assert load_checkpoint(tmp_path / "camera.pt")[1]["frames"] == 4

@@ -17,6 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import train_ar
+import train_camera
 from conftest import ENVIRONMENT, MINIATURE, ROOT, SCRIPTS, STAGES, call, command, refusal, run
 from data import K_SQUARE, Batch, get_batch, open_latents, open_log, sample_generated
 from distill_cd import consistency_loss
@@ -821,3 +823,15 @@ def test_readme_commands_parse():
     assert {script for script, *_ in commands} >= {"data.py", *TRAINERS, "stream.py"}
     for script, *flags in commands:
         import_module(script[:-3]).parse_args(flags)
+
+
+@pytest.mark.parametrize("stage, flag", [
+    (train_camera, "--cooldown"), (train_camera, "--null-prob"), (train_camera, "--given-prob"),
+    (train_ar, "--cooldown"), (train_ar, "--null-prob"),
+])
+def test_a_share_is_from_0_to_1(stage, flag, capsys):
+    stage.parse_args([flag, "1"])
+    for wrong in "1.5", "-0.1", "nan":
+        with pytest.raises(SystemExit):
+            stage.parse_args([flag + "=" + wrong])
+        assert "expected 0 to 1" in capsys.readouterr().err

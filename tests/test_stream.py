@@ -21,7 +21,7 @@ from data import (
 from model import Camera, guide, invert_se3, load_checkpoint, load_net, load_vae, noise_levels, rollout, save_checkpoint
 from stream import (
     TOY_PROMPT, Player, average, coverage, edge_ratio, encode_prompts, explain, measure, open_stream, psnr, read_pose,
-    standard_error, step, stream, whole_chunks,
+    standard_error, step, stream, texture, whole_chunks,
 )
 
 CPU = torch.device("cpu")
@@ -373,6 +373,12 @@ def test_averages_over_groups_are_those_over_all_videos():
             {"psnr": torch.tensor([30.0]), "inks": inks[8:], "seen": seen[8:]}]
     assert average(rows) == {"psnr": 20.0, "coverage": pytest.approx(coverage(inks, seen), abs=1e-4)}
     assert standard_error(rows, "psnr") == pytest.approx(10 / 3**0.5, abs=1e-4)
+
+
+def test_a_picture_counts_no_more_than_its_energy():
+    ink, decoy = torch.tensor([-5.0, 0.5, 3.0]), torch.tensor([0.0, 0.0, 4.0])
+    found = torch.stack([ink, decoy, torch.ones(3), torch.ones(3)])[:, None, None]  # of one frame
+    assert texture(found).tolist() == pytest.approx([(-1 + 0.5 + 0) / 3])
 
 
 def test_psnr_is_in_decibels():
