@@ -41,6 +41,7 @@ from datetime import timedelta
 from functools import lru_cache
 from itertools import groupby, pairwise
 from pathlib import Path
+from statistics import median_high
 from typing import IO, Any, NamedTuple
 
 import imageio.v3 as imageio
@@ -1186,10 +1187,8 @@ def read_pose_file(path: Path, clip: str, aspect: float) -> Poses:
         return read_colmap_model(path, clip)
     if suffix == ".json":
         spec = json.loads(read_text(path))
-        if isinstance(spec, dict) and "frames" in spec:
-            return read_transforms(spec, aspect)
-        if isinstance(spec, dict) and "frame0" in spec:
-            return read_recammaster(spec, clip)
+        if is_recording(spec):
+            return read_transforms(spec, aspect) if "frames" in spec else read_recammaster(spec, clip)
         return read_object(spec)
     if suffix in (".npz", ".npy"):
         return read_numpy(path)
@@ -1267,11 +1266,9 @@ def picture_numbers(names: list[str]) -> list[int] | None:
 def find_worldplay_key(spec: dict) -> str | None:
     """Which of WORLDPLAY_KEYS the poses stand under; None if these are no entries of HY-WorldPlay's."""
     entries = numbered_entries(spec)
-    if entries and all(isinstance(entry, dict) for entry in entries):
-        for pose_key in WORLDPLAY_KEYS:
-            if pose_key in entries[0]:
-                return pose_key
-    return None
+    if not entries or not all(isinstance(entry, dict) for entry in entries):
+        return None
+    return next((key for key in WORLDPLAY_KEYS if key in entries[0]), None)
 
 
 def read_worldplay(spec: dict, pose_key: str) -> Poses:
@@ -1633,8 +1630,7 @@ def frame_positions(poses: Poses, frames: int, fps: float, pose_fps: float | Non
         return [*range(n)]
     if poses.numbers:
         in_order = sorted(poses.numbers)
-        last, gaps = in_order[-1] + 1, sorted(b - a for a, b in pairwise(in_order)) or [0]
-        usual = gaps[len(gaps) // 2]
+        last, usual = in_order[-1] + 1, median_high([b - a for a, b in pairwise(in_order)] or [0])
         if last > frames:
             raise ValueError(f"a pose of frame {last - 1}, but {frames} frames")
         every = (frames - 1) // max(1, last - 1)  # the largest stride at which there are as many frames as numbers
@@ -1744,14 +1740,9 @@ def load_encoder(preset: str, path: Path | None, device: torch.device) -> Encode
     Networks are loaded when they are first asked, which is when a missing or broken one raises ValueError; and they are
     kept by the Encoder alone, so that dropping it frees their memory.
     """
-    hy = PRESETS[preset].net is HYDiT
-    if path is None and hy:
-        return Encoder("words", encode_hy_words, None, encode_places, "")
-    if path is None:
-        return Encoder("words", encode_wan_words, TEXT_LEN, None, "")
-    if hy:
-        return make_hy_encoder(path, device)
-    return make_umt5_encoder(path, device)
+    if PRESETS[preset].net is HYDiT:
+        return make_hy_encoder(path, device) if path else Encoder("words", encode_hy_words, None, encode_places, "")
+    return make_umt5_encoder(path, device) if path else Encoder("words", encode_wan_words, TEXT_LEN, None, "")
 
 
 def encode_wan_words(prompt: str) -> dict[str, Tensor]:
@@ -1790,16 +1781,12 @@ def collate_hy_prompts(rows: list[dict[str, Tensor]], null: dict[str, Tensor], v
     rows, null: text [l d] and byt5 [l d], unpadded. vision [b l d]: SigLIP's tokens of each video's first frame, zero
     where there is no image to go on from; first [b 1 c h w]: the latents of that frame.
     """
-    text, text_mask = pad_prompts([row["text"] for row in rows] + [null["text"]])
-    byt5, byt5_mask = pad_prompts([row["byt5"] for row in rows] + [null["byt5"]])
+    text, byt5 = (pad_prompts([row[name] for row in (*rows, null)]) for name in ("text", "byt5"))  # each and its mask
+    words = (*text, *byt5)
     has_image = vision.flatten(1).any(1)  # [b]
     given_latents = F.pad(first, (0, 0, 0, 0, 0, 1), value=1.0)  # a channel more, 1 where they are given
     image = (vision, has_image.cpu()[:, None].expand(vision.shape[:2]), given_latents * has_image.view(-1, 1, 1, 1, 1))
-    prompt = HYPrompt(text[:-1], text_mask[:-1], byt5[:-1], byt5_mask[:-1], *image)
-    null_prompt = HYPrompt(
-        text[-1:].expand_as(prompt.text), text_mask[-1:].expand_as(prompt.text_mask),
-        byt5[-1:].expand_as(prompt.byt5), byt5_mask[-1:].expand_as(prompt.byt5_mask), *image)
-    return prompt, null_prompt
+    return HYPrompt(*(z[:-1] for z in words), *image), HYPrompt(*(z[-1:].expand_as(z[:-1]) for z in words), *image)
 
 
 def load_pretrained(kind: Any, folder: Path | None, dtype: torch.dtype, **source) -> nn.Module:
@@ -1847,15 +1834,9 @@ class TextEncoder(NamedTuple):
 
 def make_umt5_encoder(path: Path, device: torch.device) -> Encoder:
     """umT5 as an Encoder; path as load_text_encoder takes it."""
-
-    @lru_cache(maxsize=1)  # here, not on load_text_encoder: the cache goes with the Encoder
-    def loaded() -> TextEncoder:
-        return load_text_encoder(path, device)
-
-    def encode_text(prompt: str) -> dict[str, Tensor]:
-        return {"embeds": trimmed(encode_prompts([prompt], loaded())[0])}
-
-    return Encoder("umt5", encode_text, UMT5_LEN, None, NULL_PROMPT)
+    loaded = lru_cache(maxsize=1)(lambda: load_text_encoder(path, device))  # a cache that goes with the Encoder
+    return Encoder("umt5", lambda prompt: {"embeds": trimmed(encode_prompts([prompt], loaded())[0])}, UMT5_LEN, None,
+                   NULL_PROMPT)
 
 
 def umt5_name(name: str) -> str:
@@ -1974,21 +1955,11 @@ def make_hy_encoder(path: Path, device: torch.device) -> Encoder:
     if path.name == "text_encoder":
         path = path.parent  # SigLIP lies beside it
 
-    @lru_cache(maxsize=1)
-    def text_encoders() -> HYTextEncoders:
-        return load_hy_text_encoders(path, device)
-
-    @lru_cache(maxsize=1)
-    def siglip() -> SigLIP:
-        return load_siglip(path, device)
-
-    def encode_text(prompt: str) -> dict[str, Tensor]:
-        return encode_hy_prompt(prompt, text_encoders())
-
-    def encode_image(image: Tensor) -> Tensor:
-        return encode_first_frame(image, siglip())
-
-    return Encoder("hy", encode_text, None, encode_image, "")
+    # caches that go with the Encoder
+    text_encoders = lru_cache(maxsize=1)(lambda: load_hy_text_encoders(path, device))
+    siglip = lru_cache(maxsize=1)(lambda: load_siglip(path, device))
+    return Encoder("hy", lambda prompt: encode_hy_prompt(prompt, text_encoders()), None,
+                   lambda image: encode_first_frame(image, siglip()), "")
 
 
 def load_llm(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -2220,19 +2191,16 @@ def find_table(folder: Path) -> Path:
     return tables[0]
 
 
-def parse_table(text: str, suffix: str) -> Any:
-    """A table's text -> what should be a list of objects, one per row."""
-    if suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text)))
-    if suffix == ".jsonl":  # a string may hold other line breaks than this one
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    return json.loads(text)
-
-
 def read_table(path: Path) -> list[Clip]:
     """Raises ValueError, naming the row, for what is not a table. What is wrong with one clip alone is for later."""
+    text, suffix = read_text(path), path.suffix.lower()
     try:
-        rows = parse_table(read_text(path), path.suffix.lower())
+        if suffix == ".csv":
+            rows: Any = list(csv.DictReader(io.StringIO(text)))
+        elif suffix == ".jsonl":  # a string may hold other line breaks than this one
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            rows = json.loads(text)
     except (json.JSONDecodeError, RecursionError, csv.Error) as error:
         raise ValueError(f"{path}: not {path.suffix} ({error})") from None
     if not isinstance(rows, list) or not rows:
@@ -2242,12 +2210,13 @@ def read_table(path: Path) -> list[Clip]:
         if not isinstance(row, dict) or not {"file", "poses"} <= set(row):
             found = list(row) if isinstance(row, dict) else repr(row)
             raise ValueError(f"{path}: row {n} needs the columns file, poses, and a caption, and has {found}")
-        start = str(row.get("start") or 0).removesuffix(".0")  # as a table with gaps in the column is written
+        said = {name: cell for name, cell in row.items() if str(cell).strip()}  # a blank cell says nothing
+        start = str(said.get("start") or 0).strip().removesuffix(".0")  # as a table with gaps in the column is written
         if not start.isdecimal():
             raise ValueError(f"{path}: row {n} starts at {start!r}, expected the number of a frame")
         caption = str(row.get("caption") or "").strip()
-        clips.append(Clip(str(row["file"]), int(start), caption, row["poses"], row.get("K"), row.get("pose_fps"),
-                          row.get("weight")))
+        clips.append(Clip(str(row["file"]), int(start), caption, row["poses"], said.get("K"), said.get("pose_fps"),
+                          said.get("weight")))
     return clips
 
 
@@ -2262,7 +2231,7 @@ def with_caption(clip: Clip, folder: Path) -> Clip:
 
 def checked_weight(clip: Clip) -> float:
     """How often it is to be trained on, beside others; 1 if nothing is said."""
-    if clip.weight is None or str(clip.weight).strip() == "":
+    if clip.weight is None:
         return 1.0
     if not 1e-3 <= float(clip.weight) <= 1e3:
         raise ValueError(f"{clip.weight}: expected 0.001 to 1000")
@@ -2460,17 +2429,12 @@ MATCH_LEAST, MATCH_MOST = 15, 40  # patches of a pair
 REACH, HALF = 10, 4  # pixels that a patch is looked for on either side, and half its width
 
 
-def match_size(size: list[int]) -> list[int]:
-    """Of a picture of `size`, as large as is needed to match it."""
-    return [MATCH_HEIGHT, round(MATCH_HEIGHT * size[1] / size[0])]
-
-
 def match_patches(a: Tensor, b: Tensor) -> Tensor:
     """Pictures [h w], grey, 0 to 1 -> where they show the same, [n 4]: x y in a, x y in b, over width and height."""
     h, w = a.shape
-    if min(h, w) <= 2 * (REACH + HALF) + 1:
-        return a.new_zeros(0, 4)
     margin, patch, window = REACH + HALF, 2 * HALF + 1, 2 * (REACH + HALF) + 1
+    if min(h, w) <= window:
+        return a.new_zeros(0, 4)
     y, x = torch.meshgrid(torch.linspace(margin, h - 1 - margin, 12).long(),
                           torch.linspace(margin, w - 1 - margin, round(12 * w / h)).long(), indexing="ij")
     y, x = y.flatten(), x.flatten()
@@ -2541,8 +2505,7 @@ def agreement(matches: list, viewmats: Tensor, K: Tensor, lens: tuple[float, ...
     costs = {}
     for name, reading in HYPOTHESES.items():
         poses = reading(viewmats)
-        found = sorted(disagreement(match, poses[i], poses[i + 1], K[i]) for i, match in moving)
-        costs[name] = found[len(found) // 2]
+        costs[name] = median_high(disagreement(match, poses[i], poses[i + 1], K[i]) for i, match in moving)
     return costs
 
 
@@ -2610,7 +2573,8 @@ def look_at(video: Tensor, wanted: ClipFormat) -> dict[str, Any]:
     small = F.adaptive_avg_pool2d(grey, 32)
     change = small.diff(dim=0).abs().mean((1, 2))  # [t - 1]
     last = len(grey) - 1
-    at_latents = F.interpolate(grey[::4, None], match_size(wanted.size), mode="bilinear", antialias=True)[:, 0]
+    columns = round(MATCH_HEIGHT * wanted.size[1] / wanted.size[0])
+    at_latents = F.interpolate(grey[::4, None], [MATCH_HEIGHT, columns], mode="bilinear", antialias=True)[:, 0]
     starts = torch.linspace(0, max(0, len(at_latents) - 2), min(MATCH_PAIRS, len(at_latents) - 1)).long().tolist()
     matches = []
     for i in starts:
@@ -2681,20 +2645,16 @@ def read_prompts(tables: list[Path], encoder_name: str) -> dict[str, dict[str, T
 def read_prompt_table(path: Path, encoder_name: str) -> dict[str, dict[str, Tensor]]:
     """Of what save_prompts wrote, nothing if another encoder made it. Raises ValueError if it is damaged."""
     embeds: dict[str, dict[str, Tensor]] = {}
-    try:
-        about = prompt_metadata(path)
-        if about.get("encoder") != encoder_name:
-            return {}
-        with safe_open(path, "pt") as table:
-            prompts = [*json.loads(about["prompts"]), about["null"]]
-            columns = [name for name in table.keys() if f"{name}_ends" in table.keys()]
-            for name in columns:
-                ends = table.get_tensor(f"{name}_ends")
-                rows = table.get_tensor(name).tensor_split(ends[:-1])
-                for prompt, row in zip(prompts, rows, strict=True):
-                    embeds.setdefault(prompt, {})[name] = row
-    except SafetensorError as error:
-        raise ValueError(f"{path}: truncated or not safetensors ({error}); delete it") from None
+    about = prompt_metadata(path)
+    if about.get("encoder") != encoder_name:
+        return {}
+    with safe_open(path, "pt") as table:
+        prompts = [*json.loads(about["prompts"]), about["null"]]
+        for name in [name for name in table.keys() if f"{name}_ends" in table.keys()]:
+            ends = table.get_tensor(f"{name}_ends")
+            rows = table.get_tensor(name).tensor_split(ends[:-1])
+            for prompt, row in zip(prompts, rows, strict=True):
+                embeds.setdefault(prompt, {})[name] = row
     return embeds
 
 
@@ -2806,7 +2766,7 @@ def unusable(reason: str) -> Iterator[None]:
 
 def table_intrinsics(clip: Clip) -> list[float] | None:
     """K of the table, before that of the poses' file, or None."""
-    if isinstance(clip.K, str) and clip.K.strip():  # a cell of a .csv
+    if isinstance(clip.K, str):  # a cell of a .csv
         return [float(number) for number in clip.K.strip("[ ]").replace(",", " ").split()]
     return clip.K or None
 
@@ -2986,10 +2946,7 @@ def action_class(viewmats: Tensor) -> str:
 
 def pose_string(viewmats: Tensor) -> str:
     """The pose string nearest to a path [f 4 4], to be read: 'w*3,w+l*4', 'still' where nothing is pressed."""
-    steps = []
-    for keys in pressed(viewmats)[1:]:
-        in_order = [key for key in KEYS if key in keys]
-        steps.append("+".join(in_order) or "still")
+    steps = ["+".join(key for key in KEYS if key in keys) or "still" for keys in pressed(viewmats)[1:]]
     return ",".join(f"{step}*{len(list(repeats))}" for step, repeats in groupby(steps))
 
 
@@ -2998,9 +2955,10 @@ def is_sound(row: dict, *allowed: str) -> bool:
     return set(row["reasons"]) <= set(allowed)
 
 
-def judge(clips: list[Clip], surveys: list[dict], bad_captions: dict[str, str],
-          args: argparse.Namespace) -> tuple[list[dict], dict[int, ClipCamera]]:
-    """What the report says of every clip and, by the clip's number, the cameras of all that are not unusable."""
+def judge(clips: list[Clip], surveys: list[dict], bad_captions: dict[str, str], args: argparse.Namespace,
+          factor: float | None = None) -> tuple[list[dict], dict[int, ClipCamera]]:
+    """What the report says of every clip, and behind them of videos that the table does not name; and, by the clip's
+    number, the cameras of all that are not unusable. factor: of all translations, if an earlier run found it."""
     report: list[dict[str, Any]] = []
     tracks: dict[int, Track] = {}
     for n, (clip, survey) in enumerate(zip(clips, surveys, strict=True)):
@@ -3012,7 +2970,7 @@ def judge(clips: list[Clip], surveys: list[dict], bad_captions: dict[str, str],
             report[n]["reasons"][error.reason] = str(error)
 
     cameras: dict[int, ClipCamera] = {}
-    for n, scale in translation_factors(tracks, args.scale).items():
+    for n, scale in translation_factors(tracks, factor or args.scale).items():
         viewmats = tracks[n].viewmats.clone()
         viewmats[:, :3, 3] *= scale
         cameras[n] = ClipCamera(viewmats[::4].float(), tracks[n].Ks, scale, tracks[n].lens)
@@ -3047,7 +3005,7 @@ def judge(clips: list[Clip], surveys: list[dict], bad_captions: dict[str, str],
         drop_surplus(report, clips, args)
     for row in report:
         row["kept"] = is_sound(row, *args.keep)
-    return report, cameras
+    return report + find_unlisted(clips, args), cameras
 
 
 def drop_surplus(report: list[dict], clips: list[Clip], args: argparse.Namespace) -> None:
@@ -3064,12 +3022,10 @@ def drop_surplus(report: list[dict], clips: list[Clip], args: argparse.Namespace
 def find_unlisted(clips: list[Clip], args: argparse.Namespace) -> list[dict]:
     """Rows of the report for videos in the folder that the table does not name."""
     listed = {(args.videos / clip.file).resolve() for clip in clips if "\0" not in clip.file}
-    rows = []
-    for path in sorted(args.videos.rglob("*")):
-        if path.suffix.lower() in VIDEOS and path.resolve() not in listed:
-            rows.append({"file": str(path.relative_to(args.videos)), "start": 0, "kept": False, "class": None,
-                         "reasons": {"unlisted": f"not in {args.table.name}"}})
-    return rows
+    return [{"file": str(path.relative_to(args.videos)), "start": 0, "kept": False, "class": None,
+             "reasons": {"unlisted": f"not in {args.table.name}"}}
+            for path in sorted(args.videos.rglob("*"))
+            if path.suffix.lower() in VIDEOS and path.resolve() not in listed]
 
 
 def print_report(report: list[dict], keep: list[str]) -> None:
@@ -3085,10 +3041,8 @@ def print_report(report: list[dict], keep: list[str]) -> None:
 
     print_votes(report)
     meanings = UNUSABLE | DOUBTFUL | {SURPLUS: "more than --at-most of its class"}
-    dropped = []
-    for row in report:
-        if not row["kept"]:
-            dropped.append((row, {name: why for name, why in row["reasons"].items() if name not in keep}))
+    dropped = [(row, {name: why for name, why in row["reasons"].items() if name not in keep})
+               for row in report if not row["kept"]]
     for name, count in Counter(name for _, reasons in dropped for name in reasons).most_common():
         print(f"dropped {count}: {name}, {meanings[name]}")
     for row, reasons in dropped[:20]:
@@ -3109,18 +3063,12 @@ def print_votes(report: list[dict]) -> None:
 # Pass 3: encode what is kept.
 
 
-class ShardPlan(NamedTuple):
-    """What a shard is to hold: all but its latents and images, known before any video is encoded."""
-    clips: list[Clip]
-    surveys: list[dict]  # what survey_clip says of each
-    sources: list[list]  # of each clip: file, start, caption, the file's size in bytes
-    viewmats: Tensor  # [n f 4 4]
-    Ks: Tensor  # [n f 3 3]
-    scales: Tensor  # [n]
-    lenses: list  # of each clip: what is to be undone in its pictures
-
-    def only(self, rows: list[int]) -> "ShardPlan":
-        return ShardPlan(*([z[row] for row in rows] if isinstance(z, list) else z[rows] for z in self))
+class Kept(NamedTuple):
+    """A clip that is kept and that no shard holds yet: all that is known of it before its video is encoded."""
+    clip: Clip
+    survey: dict  # what survey_clip says of it
+    camera: ClipCamera
+    source: tuple  # file, start, caption, the file's size in bytes
 
 
 class Shard(NamedTuple):
@@ -3152,7 +3100,7 @@ def read_shards(out: Path, meta: dict) -> dict[Path, Shard]:
     return shards
 
 
-Plans = dict[Path, ShardPlan]
+Plans = dict[Path, list[Kept]]
 
 
 def plan_shards(clips: list[Clip], surveys: list[dict], report: list[dict], cameras: dict[int, ClipCamera],
@@ -3160,31 +3108,26 @@ def plan_shards(clips: list[Clip], surveys: list[dict], report: list[dict], came
     """The kept clips that no shard holds yet, --shard-size to a file; and which rows of the shards count no more, since
     their clip was dropped, or is now another or seen by another camera. A folder grows, and no shard is written twice.
     """
-    kept = {n: [clips[n].file, clips[n].start, clips[n].caption, surveys[n]["of"][2][0]]
-            for n in range(len(clips)) if report[n]["kept"]}
-    wanted = {json.dumps(source): n for n, source in kept.items()}
+    wanted: dict[tuple, Kept] = {}
+    for n, camera in cameras.items():
+        if report[n]["kept"]:
+            source = (clips[n].file, clips[n].start, clips[n].caption, surveys[n]["of"][2][0])
+            wanted[source] = Kept(clips[n], surveys[n], camera, source)
     dropped: dict[str, list[int]] = {}
     for file, shard in shards.items():
-        for row, source in enumerate(shard.sources):
-            n = wanted.get(json.dumps(source))
-            if n is not None and all(
-                    old.shape == new.shape and torch.allclose(old, new, atol=1e-5)
-                    for old, new in ((shard.viewmats[row], cameras[n].viewmats), (shard.Ks[row], cameras[n].Ks))):
-                del wanted[json.dumps(source)]
+        for row, source in enumerate(map(tuple, shard.sources)):
+            new = wanted.get(source)
+            if new and all(old.shape == now.shape and torch.allclose(old, now, atol=1e-5) for old, now in (
+                    (shard.viewmats[row], new.camera.viewmats), (shard.Ks[row], new.camera.Ks))):
+                del wanted[source]
             else:
                 dropped.setdefault(file.name, []).append(row)
-    rest, plans, start = list(wanted.values()), {}, 0
+    rest, plans, start = [*wanted.values()], {}, 0
     while rest:
         file = args.out / f"latents-{start:06d}.safetensors"
         start += args.shard_size
-        if file in shards:
-            continue
-        rows, rest = rest[: args.shard_size], rest[args.shard_size :]
-        plans[file] = ShardPlan(
-            [clips[n] for n in rows], [surveys[n] for n in rows], [kept[n] for n in rows],
-            torch.stack([cameras[n].viewmats for n in rows]),
-            torch.stack([cameras[n].Ks for n in rows]), torch.tensor([cameras[n].scale for n in rows]),
-            [cameras[n].lens for n in rows])
+        if file not in shards:
+            plans[file], rest = rest[: args.shard_size], rest[args.shard_size :]
     return plans, dropped
 
 
@@ -3194,7 +3137,7 @@ def number_captions(shards: dict[Path, Shard], plans: Plans, blank: str) -> list
     for shard in shards.values():
         known |= {i: source[2] for source, i in zip(shard.sources, shard.prompt_ids, strict=True)}
     old = {*known.values()}
-    captions = dict.fromkeys(clip.caption for plan in plans.values() for clip in plan.clips)
+    captions = dict.fromkeys(row.clip.caption for rows in plans.values() for row in rows)
     new = iter([caption for caption in captions if caption not in old])
     table = [known[i] if i in known else next(new, blank) for i in range(max(known, default=-1) + 1)]
     return table + [*new]
@@ -3282,10 +3225,7 @@ def look(run: Run) -> tuple[list[dict], dict[str, str]]:
         raise ValueError(f"--negative: {errors[run.negative]}")
     surveys_of_mine = survey_clips(run.clips, run.args.videos, out, rank, world_size, clip_format(run.args))
     everyones = run.gather((surveys_of_mine, errors))
-    surveys = []
-    for n in range(len(run.clips)):
-        theirs, _ = everyones[n % world_size]  # clip n was the turn of this rank
-        surveys.append(theirs[n // world_size])
+    surveys = [everyones[n % world_size][0][n // world_size] for n in range(len(run.clips))]  # as they were dealt out
     return surveys, {caption: error for _, theirs in everyones for caption, error in theirs.items()}
 
 
@@ -3309,15 +3249,16 @@ def describe_folder(scale: str | float, caption: str, cameras: list[ClipCamera])
     return {"K": [round(k, 7) for k in K], "scale": scale, "caption": caption} | factor
 
 
-def encode_shard(run: Run, plan: ShardPlan, prompt_ids: dict[str, int],
-                 bar: tqdm) -> tuple[ShardPlan, dict[str, Tensor], dict[str, str]]:
-    """What a shard holds in the end, its tensors, and by file and start what was wrong with the clips that it lacks: a
+def encode_shard(run: Run, rows: list[Kept], prompt_ids: dict[str, int],
+                 bar: tqdm) -> tuple[list[Kept], dict[str, Tensor], dict[str, str]]:
+    """The clips that a shard holds in the end, its tensors, and by file and start what was wrong with those it lacks: a
     video that cannot be read any more, or that encodes to NaN, costs itself alone."""
     latents, vision, good, failed = [], [], [], {}
-    for row, (clip, about, lens) in enumerate(zip(plan.clips, plan.surveys, plan.lenses, strict=True)):
+    for row in rows:
+        clip = row.clip
         bar.update()
         try:
-            video = read_frames(run.args.videos / clip.file, about, run.args.size, *(lens or ()))
+            video = read_frames(run.args.videos / clip.file, row.survey, run.args.size, *(row.camera.lens or ()))
             with torch.no_grad():
                 z = encode_clip(run.vae, video, run.device)
             if not z.isfinite().all():
@@ -3332,14 +3273,16 @@ def encode_shard(run: Run, plan: ShardPlan, prompt_ids: dict[str, int],
             has_image = clip_number(clip) < run.args.image_share * 2**32
             tokens = run.encoder.encode_image(from_bytes(video[:1].to(run.device)))[0]
             vision.append(tokens.half().cpu() * has_image)
-    plan = plan.only(good)
     if not good:
-        return plan, {}, failed
-    tensors = {"latents": torch.stack(latents), "viewmats": plan.viewmats, "Ks": plan.Ks,
-               "prompt_ids": torch.tensor([prompt_ids[clip.caption] for clip in plan.clips]), "scales": plan.scales}
+        return [], {}, failed
+    cameras = [row.camera for row in good]
+    tensors = {"latents": torch.stack(latents), "viewmats": torch.stack([camera.viewmats for camera in cameras]),
+               "Ks": torch.stack([camera.Ks for camera in cameras]),
+               "prompt_ids": torch.tensor([prompt_ids[row.clip.caption] for row in good]),
+               "scales": torch.tensor([camera.scale for camera in cameras])}
     if run.encoder.encode_image:
         tensors["vision"] = torch.stack(vision)
-    return plan, tensors, failed
+    return good, tensors, failed
 
 
 def encode(run: Run, plans: Plans, captions: list[str], meta: dict, about: dict) -> dict[str, str]:
@@ -3356,12 +3299,13 @@ def encode(run: Run, plans: Plans, captions: list[str], meta: dict, about: dict)
         save_prompts(unfinished, [embeds.get(prompt, null) for prompt in captions] + [null], about)
         final.unlink(missing_ok=True)
     mine, failed = list(plans)[rank :: run.world_size], {}
-    with tqdm(total=sum(len(plans[file].clips) for file in mine), desc="encode", disable=rank > 0) as bar:
+    with tqdm(total=sum(len(plans[file]) for file in mine), desc="encode", disable=rank > 0) as bar:
         for file in mine:
             made, tensors, wrong = encode_shard(run, plans[file], prompt_ids, bar)
             failed |= wrong
             if tensors:
-                save_shard(file, tensors, {"meta": json.dumps(meta), "clips": json.dumps(made.sources)})
+                sources = [row.source for row in made]
+                save_shard(file, tensors, {"meta": json.dumps(meta), "clips": json.dumps(sources)})
     failed = {clip: wrong for theirs in run.gather(failed) for clip, wrong in theirs.items()}
     if rank == 0:
         if unfinished.exists():
@@ -3385,11 +3329,23 @@ def write_report(out: Path, report: list[dict]) -> None:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in report))
 
 
+def earlier_factor(args: argparse.Namespace) -> float | None:
+    """What --scale set was when the clips that are in the folder were encoded, if it was that. Raises ValueError if it
+    was made with another --scale."""
+    tables = [path for path in prompt_tables(args.out)[:2] if path.exists()]
+    if not tables or not any(args.out.glob("latents-*.safetensors")):
+        return None
+    before, scale = json.loads(prompt_metadata(tables[0]).get("meta", "{}")), args.scale or "measured"
+    if before.get("scale", scale) != scale:
+        raise ValueError(f"{args.out}: made with --scale {before['scale']}, now {scale}; choose another --out")
+    return before.get("factor")
+
+
 def dry_run(args: argparse.Namespace) -> None:
     """What make_from_videos would say of every clip, without VAE and text encoder; it goes on from this look."""
     clips = open_table(args)
-    report, _ = judge(clips, survey_clips(clips, args.videos, args.out, 0, 1, clip_format(args)), {}, args)
-    report += find_unlisted(clips, args)
+    surveys = survey_clips(clips, args.videos, args.out, 0, 1, clip_format(args))
+    report, _ = judge(clips, surveys, {}, args, earlier_factor(args))
     print_report(report, args.keep)
     write_report(args.out, report)
     print(f"{args.out}/report.jsonl: {sum(row['kept'] for row in report)} of {len(report)} clips would be kept")
@@ -3401,20 +3357,13 @@ def make_from_videos(args: argparse.Namespace) -> None:
     run = open_run(args)
     meta = describe_shards(run)
     shards = read_shards(args.out, meta)
-    tables = [path for path in prompt_tables(args.out)[:2] if path.exists()]
-    scale = args.scale or "measured"
-    if shards and tables:
-        before = json.loads(prompt_metadata(tables[0]).get("meta", "{}"))
-        if before.get("scale", scale) != scale:
-            raise ValueError(f"{args.out}: made with --scale {before['scale']}, now {scale}; choose another --out")
-        args.scale = before.get("factor", args.scale)  # of the clips that are there
+    factor = earlier_factor(args)
 
     # 1. look
     surveys, bad_captions = look(run)
 
     # 2. judge, which every rank does alike
-    report, cameras = judge(run.clips, surveys, bad_captions, args)
-    report += find_unlisted(run.clips, args)
+    report, cameras = judge(run.clips, surveys, bad_captions, args, factor)
     if run.rank == 0:
         print_report(report, args.keep)
         write_report(args.out, report)
@@ -3424,10 +3373,11 @@ def make_from_videos(args: argparse.Namespace) -> None:
     plans, dropped = plan_shards(run.clips, surveys, report, cameras, shards, args)
 
     # 3. encode
-    about = {"meta": json.dumps(describe_folder(scale, run.clips[kept[0]].caption, [cameras[n] for n in kept]))}
+    caption = run.clips[kept[0]].caption
+    about = {"meta": json.dumps(describe_folder(args.scale or "measured", caption, [cameras[n] for n in kept]))}
     about |= {"dropped": json.dumps(dropped)} if dropped else {}
-    weights = {clip_key(row["file"], row["start"], run.clips[n].caption): row["weight"]
-               for n, row in enumerate(report[: len(run.clips)]) if row["kept"]}
+    weights = {clip_key(clip.file, clip.start, clip.caption): report[n]["weight"] for n, clip in enumerate(run.clips)
+               if report[n]["kept"]}
     if unequal := {key: weight for key, weight in weights.items() if weight != 1}:
         about |= {"weights": json.dumps(unequal)}
     failed = encode(run, plans, number_captions(shards, plans, run.negative), meta, about)
@@ -3621,14 +3571,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_toy_flags(p)
     add_video_flags(p)
     args = p.parse_args(argv)
-    if args.out is None:
-        args.out = Path("data/videos" if args.videos else "data/toy")
+    args.out = args.out or Path("data/videos" if args.videos else "data/toy")
+    args.keep = args.keep or []
     if args.vae is None and not args.inspect:
         args.vae = Path("ckpt/vae.pt")
     if args.image_share is None:
         args.image_share = 1.0 if args.videos else 0.25
-    if args.keep is None:
-        args.keep = []
     size = f"--size {args.size[0]}x{args.size[1]}"
     if any(side % 16 for side in args.size) or args.frames < (2 if args.videos else 1):
         p.error(f"{size} --frames {args.frames}: expected multiples of 16 pixels, and of a video at least 2 frames")

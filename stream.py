@@ -118,6 +118,10 @@ class Player(NamedTuple):
     encoder: Encoder
     meta: Meta  # of the network
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
 
 class PlayerState(NamedTuple):
     """A stream between two steps. `step` leaves it as it is, so it may be kept and gone back to, to walk on elsewhere.
@@ -135,11 +139,11 @@ def open_stream(player: Player, prompts: list[str], seeds: list[int], given: Ten
     """The state before the first step. One prompt and one seed per video; given: as in `stream`.
     seconds: if given, the time spent is added to its "prompt", "denoise", "cache" and "decode"."""
     net, vae, _, meta = player
-    device = next(net.parameters()).device
+    device = player.device
     shape = (vae.cfg.z_dim, *(pixels // vae.cfg.stride for pixels in meta["size"]))
     with timed(seconds, "prompt"):
         given_latents = None if given is None else vae.encode(given.to(device))[0]
-        pair = encode_prompts(player, prompts, given, given_latents, (1, *shape))
+        pair = encode_prompts(player, prompts, given, given_latents, shape)
     encoded = [*pair] if meta["guidance"] != 1 else [pair[0]]
     rng = [torch.Generator().manual_seed(seed) for seed in seeds]
     with timed(seconds, "cache"):
@@ -254,27 +258,24 @@ def whole_chunks(player: Player, camera: Camera) -> list[Camera]:
 
     Each is a copy: a state that remembers some would keep all of the path in memory.
     """
-    device = next(player.net.parameters()).device
-    b, f = camera.viewmats.shape[:2]
+    f = camera.viewmats.shape[1]
     chunk = player.meta["chunk"] or f
-    held = [z[:, -1:].expand(b, -f % chunk, *z.shape[2:]) for z in camera]
-    camera = Camera(*(torch.cat([z, last], dim=1).to(device) for z, last in zip(camera, held, strict=True)))
-    return [Camera(*(z[:, start : start + chunk].clone() for z in camera)) for start in range(0, f, chunk)]
+    frames = torch.arange(f + -f % chunk).clamp_max(f - 1)
+    return [Camera(*(z[:, here].to(player.device) for z in camera)) for here in frames.split(chunk)]
 
 
 def encode_prompts(player: Player, prompts: list[str], given: Tensor | None, given_latents: Tensor | None,
                    shape: tuple[int, ...]) -> tuple[Prompt, Prompt]:
-    """prompts, and for HY the first given frame of pixels [b 3 t H W] and latents [b p c h w] -> prompt, null."""
+    """prompts, and for HY the first given frame of pixels [b 3 t H W] and latents [b p *shape] -> prompt, null."""
     net, _, encoder, _ = player
-    device, b = next(net.parameters()).device, len(prompts)
-    texts = []
-    for prompt in (*prompts, encoder.null):
-        texts.append({name: z.to(device) for name, z in encoder.encode_text(prompt).items()})
+    device, b = player.device, len(prompts)
+    texts = [{name: z.to(device) for name, z in encoder.encode_text(prompt).items()}
+             for prompt in (*prompts, encoder.null)]
     if encoder.encode_image is None:
         vision = first = None
     elif given is None:  # all zero: no image
         vision = torch.zeros(b, 1, net.cfg.vision_dim, device=device)
-        first = torch.zeros(b, 1, *shape[1:], device=device)
+        first = torch.zeros(b, 1, *shape, device=device)
     else:
         vision, first = encoder.encode_image(given[:, :, 0].to(device)), given_latents[:, :1]
     return collate_prompts(texts[:-1], texts[-1], encoder.length, vision, first)
@@ -294,7 +295,8 @@ def read_image(path: Path, meta: Meta, latent_frames: int, encoder: Encoder) -> 
     """As `read_given`, for a checkpoint that goes on from images."""
     try:
         if path.suffix.lower() in VIDEOS:
-            pixels = np.stack([picture[..., :3] for picture in imageio.imiter(path)])
+            pictures = (z if z.ndim == 3 else np.stack([z] * 3, axis=-1) for z in imageio.imiter(path))  # a grey .gif
+            pixels = np.stack([picture[..., :3] for picture in pictures])
             video = from_bytes(rearrange(torch.from_numpy(pixels), "t h w c -> t c h w"))
         else:
             video = read_picture(path)
@@ -347,16 +349,15 @@ def write_video(path: Path, pieces: Iterator[np.ndarray], fps: float) -> None:
             imageio.imwrite(temporary, images, extension=".gif", duration=1000 / fps, loop=0)
             return
         try:
-            encode_mp4(temporary, chain([first], pieces), fps)
+            encode_mp4(temporary, first, pieces, fps)
         except KeyboardInterrupt:  # what was made until then is whole
             with suppress(FileNotFoundError):
                 temporary.replace(path)
             raise
 
 
-def encode_mp4(path: Path, pieces: Iterator[np.ndarray], fps: float) -> None:
+def encode_mp4(path: Path, first: np.ndarray, pieces: Iterator[np.ndarray], fps: float) -> None:
     """Raises OSError with what ffmpeg had to say, or if not all frames can be read back."""
-    first = next(pieces)
     height, width = first.shape[1:3]
     # zerolatency: x264 would hold back some fifty frames to look ahead
     encoder = subprocess.Popen([
@@ -384,6 +385,14 @@ def encode_mp4(path: Path, pieces: Iterator[np.ndarray], fps: float) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Measuring. Geometry, colours and path are known; the inks of the pictures are read off the video, and the room they
 # make is rendered along the path: the one that explains the video best. Everything is a comparison with that render.
+
+
+def named_room(prompt: str) -> Scene | None:
+    """The room of the toy world that a prompt names, its inks left open; None: it names none."""
+    with suppress(ValueError):
+        colours, pillars = read_prompt(prompt)
+        return Scene(colours[None], pillars[None], torch.zeros(1, N_PANELS, dtype=torch.long))
+    return None
 
 
 def named_colours(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> Tensor:
@@ -538,35 +547,35 @@ def measure(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor, chunk: int
     }
 
 
-def average(rows: list[dict[str, Tensor]]) -> dict[str, float | list[float]]:
+def average(rows: list[dict[str, Tensor]]) -> dict[str, float | list | None]:
     """Of what `measure` says of group after group."""
     joined = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     spread = coverage(joined.pop("inks"), joined.pop("seen"))
-    return {name: rounded(z.nanmean(0)) for name, z in joined.items()} | {"coverage": round(spread, 4)}
+    return {name: rounded(z.nanmean(0)) for name, z in joined.items()} | {"coverage": rounded(torch.tensor(spread))}
 
 
-def rounded(z: Tensor) -> float | list[float]:
-    return [round(x, 4) for x in z.tolist()] if z.ndim else round(z.item(), 4)
+def rounded(z: Tensor) -> float | list | None:
+    """For JSON, which knows no NaN: None where there was nothing to measure."""
+    if z.ndim:
+        return [rounded(x) for x in z]
+    return round(z.item(), 4) if z.isfinite() else None
 
 
-def standard_error(rows: list[dict[str, Tensor]], name: str) -> float:
+def standard_error(rows: list[dict[str, Tensor]], name: str) -> float | None:
     z = torch.cat([row[name] for row in rows])
     z = z[~z.isnan()]
-    return round((z.std() / len(z) ** 0.5).item(), 4)
+    return rounded(z.std() / len(z) ** 0.5)
 
 
-def score(player: Player, args: argparse.Namespace) -> tuple[dict[str, float | list[float]], list[Tensor]]:
+@torch.no_grad()
+def score(player: Player, args: argparse.Namespace) -> tuple[dict[str, float | list | None], list[Tensor]]:
     """Held-out rooms along held-out paths -> averages, and 16 videos below the renders that explain them best."""
-    vae, meta, group = player.vae, player.meta, 8
+    meta, group = player.meta, 8
     if meta["frames"] < 2:
         raise ValueError("--score measures videos, and this checkpoint makes images")
     if args.scenes < group or args.scenes % group:
         raise ValueError(f"--scenes {args.scenes}: expected a multiple of {group}, the number of candidate paths")
-    most = 0
-    if meta["given_prob"]:
-        most = meta["frames"] - 1
-    elif player.encoder.encode_image:
-        most = 1
+    most = meta["frames"] - 1 if meta["given_prob"] else int(player.encoder.encode_image is not None)
     if not 0 <= args.given <= most:
         raise ValueError(f"--given {args.given}: this checkpoint goes on from at most {most} given frames")
     chunk = meta["chunk"] or 1
@@ -578,9 +587,8 @@ def score(player: Player, args: argparse.Namespace) -> tuple[dict[str, float | l
         rooms = Scene(*(z[i : i + group] for z in scene))
         camera = Camera(viewmats[i : i + group], K.expand(group, len(viewmats[0]), 3, 3))
         truth = render(rooms, camera.viewmats, K, meta["size"][0])
-        with torch.no_grad():  # the ceiling: no network shows more than its VAE can
-            x0 = vae.encode(truth.to(next(vae.parameters()).device))[0]
-            through_vae = vae.decode(x0)[0].clamp(-1, 1).cpu()
+        x0 = player.vae.encode(truth.to(player.device))[0]
+        through_vae = decode(player, None, x0)[0].cpu()  # the ceiling: no network shows more than its VAE can
         given = truth[:, :, : 1 + 4 * (args.given - 1)] if args.given else None
         seeds = [mix(args.seed, 5, n) for n in range(i, i + group)]
         video = torch.cat(list(stream(player, prompts[i : i + group], camera, seeds, given)), dim=2).cpu()
@@ -628,17 +636,17 @@ def film(player: Player, prompts: list[str], viewmats: Tensor, seeds: list[int])
 @torch.no_grad()
 def film_truth(player: Player, scene: Scene, viewmats: Tensor) -> Tensor:
     """The ceiling of `film`: the true room as the VAE shows it, chunk by chunk as in a stream."""
-    vae, meta = player.vae, player.meta
+    meta = player.meta
     poses, K, pieces = pixel_cameras(viewmats), intrinsics(meta["K"]), []
     encoded = decoded = None
     for frames in torch.arange(-3, poses.shape[1]).split(4 * meta["chunk"]):  # the first latent shows one frame alone
         hits = cast(scene.pillars, poses[:, frames[frames >= 0]], K, meta["size"][0])
         truth = paint(hits, scene.colours, scene.inks)
-        x0, encoded = vae.encode(truth.to(next(vae.parameters()).device), encoded)
-        video, decoded = vae.decode(x0, decoded)
+        x0, encoded = player.vae.encode(truth.to(player.device), encoded)
+        video, decoded = decode(player, decoded, x0)
         if meta.get("window"):
-            encoded, decoded = forget(encoded, meta["window"]), forget(decoded, meta["window"])
-        pieces.append(to_bytes(video.clamp(-1, 1)).cpu())
+            encoded = forget(encoded, meta["window"])
+        pieces.append(to_bytes(video).cpu())
     return torch.cat(pieces, dim=2)
 
 
@@ -690,7 +698,7 @@ def measure_stand(video: Tensor, errors: Tensor, scene: Scene, poses: Tensor, K:
     """Of a camera that stands [b]: difference between neighbouring frames; in the last tenth PSNR to the one room and
     by how much it was better in the first; how far off the last frame's pose is."""
     inks, error = best_room(errors, video.shape[-1])
-    n = video.shape[2] // 10
+    n = max(1, video.shape[2] // 10)
     rot, trans = read_pose(from_bytes(video[:, :, -1:]), scene._replace(inks=inks), poses[:, -1:], K)
     change = torch.stack([(from_bytes(b) - from_bytes(a)).abs().mean((1, 2, 3)) for a, b in pairwise(video.unbind(2))])
     return {"stand_change": change.mean(0), "stand_psnr": decibels(error[:, -n:]),
@@ -768,8 +776,8 @@ def score_lengths(player: Player, args: argparse.Namespace) -> tuple[list[dict],
         row = {"length": length, "frames": length * meta["frames"]}
         for kind in ("", "_floor", "_ceiling"):
             parts = [found[length][kind] for found in groups]
-            found = summarise({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-            row |= {f"{name}{kind}": rounded(z) for name, z in found.items()}
+            means = summarise({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+            row |= {f"{name}{kind}": rounded(z) for name, z in means.items()}
         table.append(row)
     return table, sheet
 
@@ -1004,7 +1012,7 @@ class Live:
                  "fps": (int, float)}
         if not isinstance(asked, dict) or not all(isinstance(asked[k], kinds.get(k, ())) for k in asked):
             raise ValueError(f"expected some of {', '.join(kinds)}")
-        keys, fps, seed = (asked.get(name, usual) for name, usual in (("keys", []), ("fps", self.fps), ("seed", 0)))
+        keys, fps, seed = (asked.get(name, usual) for name, usual in (("keys", []), ("fps", 1), ("seed", 0)))
         if not all(isinstance(key, str) and key in KEYS for key in keys):
             raise ValueError(f"keys {keys}: expected some of {', '.join(KEYS)}")
         if not 1 <= fps <= 60:
@@ -1023,7 +1031,8 @@ class Live:
                 self.orders |= {"prompt": prompt, "prompts": prompts}
             if asked.get("reset"):
                 self.orders["reset"] = True
-            self.seed, self.fps, self.paused = asked.get("seed", self.seed), fps, asked.get("paused", self.paused)
+            for name in asked.keys() & {"seed", "fps", "paused"}:
+                setattr(self, name, asked[name])
             self.tell(self.status())
 
     def driving(self, number: int | None) -> Viewer:
@@ -1040,8 +1049,7 @@ class Live:
             raise ValueError("the prompt is empty: expected a description of the world")
         if self.toy:
             read_prompt(prompt)
-        shape = (1, 1, *self.state.latents.shape)
-        prompts = encode_prompts(self.player, [prompt], None, None, shape)
+        prompts = encode_prompts(self.player, [prompt], None, None, self.state.latents.shape)
         pairs = zip(prompts, self.state.prompts)  # HY's prompt also says what it is given, which stays
         return [new._replace(vision=old.vision, vision_mask=old.vision_mask, given_latents=old.given_latents)
                 if isinstance(new, HYPrompt) else new for new, old in pairs]
@@ -1081,13 +1089,11 @@ class Live:
 
     def look_up(self) -> None:
         """What is true of the toy world with this prompt."""
-        self.scene = self.world = None
-        if self.toy:
-            with suppress(ValueError):  # --prompt may be any words
-                colours, pillars = read_prompt(self.prompt)
-                self.scene = Scene(colours[None], pillars[None], torch.zeros(1, N_PANELS, dtype=torch.long))
-                rgb = [list(PALETTE.values())[i] for i in colours[:NAMED]]
-                self.world = {"room": ROOM, "pillar": PILLAR, "pillars": pillars.tolist(), "colours": rgb}
+        self.world = None
+        self.scene = named_room(self.prompt) if self.toy else None
+        if self.scene:
+            rgb = [list(PALETTE.values())[i] for i in self.scene.colours[0, :NAMED]]
+            self.world = {"room": ROOM, "pillar": PILLAR, "pillars": self.scene.pillars[0].tolist(), "colours": rgb}
 
     def lead(self) -> float:
         return float(np.quantile(self.leads, 0.9)) + 0.005 if self.leads else 0.0
@@ -1124,7 +1130,7 @@ class Live:
     def chunk(self, keys: set[str], number: int) -> None:
         """Make the next chunk and show it."""
         began = time.perf_counter()
-        meta, device = self.player.meta, next(self.player.net.parameters()).device
+        meta, device = self.player.meta, self.player.device
         poses = []
         for _ in range(meta["chunk"]):
             if self.walked or poses:
@@ -1181,11 +1187,12 @@ class Live:
 
 def packed(header: dict, video: Tensor | None = None) -> bytes:
     """A message: two lengths, a header in JSON, frames [1 3 t h w] as RGBA."""
-    head, body = json.dumps(header).encode(), b""
+    body = b""
     if video is not None:
-        head = json.dumps(header | {"frames": video.shape[2], "size": video.shape[3:]}).encode()
-        opaque = torch.nn.functional.pad(to_bytes(video[0]), (0, 0, 0, 0, 0, 0, 0, 1), value=255)
-        body = rearrange(opaque, "c t h w -> t h w c").contiguous().numpy().tobytes()
+        header = header | {"frames": video.shape[2], "size": video.shape[3:]}
+        opaque = F.pad(to_bytes(video[0]), (0, 0, 0, 0, 0, 0, 0, 1), value=255)
+        body = rearrange(opaque, "c t h w -> t h w c").numpy().tobytes()
+    head = json.dumps(header).encode()
     return struct.pack("<II", len(head), len(body)) + head + body
 
 
@@ -1202,7 +1209,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def from_here(self) -> bool:
         """No page of another site may speak to us, whatever name it gives this machine (DNS rebinding)."""
-        hosts = [f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")]
+        names, port = ["127.0.0.1", "localhost"], self.server.server_port
+        hosts = [f"{name}:{port}" for name in names] + (names if port == 80 else [])  # which browsers leave out
         origin, site = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site", "none")
         allowed = self.headers.get("Host") in hosts and site in ("none", "same-origin")
         if allowed and (origin is None or origin in [f"http://{host}" for host in hosts]):
@@ -1210,19 +1218,19 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(403, "error: this page is for the browser of this machine")
         return False
 
+    def begin(self, code: int, headers: dict[str, Any]) -> None:
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name, str(value))  # "Connection: close" also ends it
+        self.end_headers()
+
     def answer(self, code: int, text: str, kind: str = "text/plain") -> None:
         body = text.encode()
-        self.send_response(code)
-        for name, value in {
-                "Content-Type": f"{kind}; charset=utf-8", "Content-Length": len(body), "Cache-Control": "no-store",
-                "X-Content-Type-Options": "nosniff",
-                "Content-Security-Policy": "default-src 'self' 'unsafe-inline' blob: data:; frame-ancestors 'none'",
-        }.items():
-            self.send_header(name, str(value))
-        if code >= 400:
-            self.send_header("Connection", "close")
-            self.close_connection = True
-        self.end_headers()
+        self.begin(code, {
+            "Content-Type": f"{kind}; charset=utf-8", "Content-Length": len(body), "Cache-Control": "no-store",
+            "X-Content-Type-Options": "nosniff",
+            "Content-Security-Policy": "default-src 'self' 'unsafe-inline' blob: data:; frame-ancestors 'none'",
+        } | ({"Connection": "close"} if code >= 400 else {}))
         self.wfile.write(body)
 
     def do_GET(self) -> None:
@@ -1239,13 +1247,9 @@ class Handler(BaseHTTPRequestHandler):
             number, viewer = live.join()
         except ValueError as error:
             return self.answer(503, f"error: {error}")
-        self.close_connection = True
         try:
-            self.send_response(200)
-            for name, value in {"Content-Type": "application/octet-stream", "Cache-Control": "no-store",
-                                "Connection": "close", "X-Viewer": number}.items():
-                self.send_header(name, str(value))
-            self.end_headers()
+            self.begin(200, {"Content-Type": "application/octet-stream", "Cache-Control": "no-store",
+                             "Connection": "close", "X-Viewer": number})
             while not self.gone():
                 with live.changed:
                     live.changed.wait_for(lambda: viewer.messages, timeout=0.2)
@@ -1302,7 +1306,7 @@ def live(args: argparse.Namespace) -> None:
             meta = player.meta
             if not meta["chunk"]:
                 raise ValueError(f"{ckpt}: --live needs a network that goes on chunk by chunk; this makes all at once")
-            if next(player.net.parameters()).device.type == "cpu":
+            if player.device.type == "cpu":
                 torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is the browser's
             _, prompts, _ = open_paths(args, ckpt, player, text_encoder)
             given = read_given(args.image, player, meta["frames"]) if args.image else None
@@ -1338,13 +1342,13 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--guidance {args.guidance}: expected a finite number")
     if args.out.suffix not in (".mp4", ".gif"):
         raise ValueError(f"--out {args.out}: expected a name that ends in .mp4 or .gif")
-    inputs = {name: value for name in ("image", "camera", "ckpt", "vae") if (value := getattr(args, name))}
-    for path in (args.out, args.out.with_suffix(".png")):
-        for name, value in inputs.items():
-            if path.exists() and names_a_file(str(value), Path()) and Path(value).exists() and path.samefile(value):
-                raise ValueError(f"--out {args.out}: {path} would be written over, which is --{name}")
+    spare_inputs(args, args.out)
     if args.preset and not (args.plan or args.bench):
         raise ValueError(f"--preset {args.preset}: of use with --plan and --bench alone; a checkpoint knows its own")
+    if (args.lengths or args.given) and not args.score:
+        raise ValueError(f"{'--lengths' if args.lengths else '--given'}: of use with --score alone")
+    if args.lengths and args.bench:
+        raise ValueError("--bench: --lengths measures no speed")
     if args.score and args.image:
         raise ValueError("--image: with --score, --given says how many frames of the true room a video goes on from")
     if args.live and (args.plan or args.bench or args.score or args.sp > 1):
@@ -1353,6 +1357,15 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--port {args.port}: expected 0 to 65535")
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty: expected a description of the world")
+
+
+def spare_inputs(args: argparse.Namespace, out: Path) -> None:
+    """Raises ValueError if `out`, or the sheet beside it, is a file that was given to read."""
+    inputs = {name: value for name in ("image", "camera", "ckpt", "vae") if (value := getattr(args, name))}
+    for path in (out, out.with_suffix(".png")):
+        for name, value in inputs.items():
+            if path.exists() and names_a_file(str(value), Path()) and Path(value).exists() and path.samefile(value):
+                raise ValueError(f"--out {args.out}: {path} would be written over, which is --{name}")
 
 
 def open_device(sp: int) -> torch.device:
@@ -1373,18 +1386,14 @@ def say(text: str, **where) -> None:
 
 def beside(ckpt: Path, *names: str) -> Path | None:
     """The first of these that lies in the checkpoint, if it is a folder, or next to it."""
-    for folder in (ckpt, ckpt.parent):
-        for name in names:
-            if (folder / name).exists():
-                return folder / name
-    return None
+    paths = [folder / name for folder in (ckpt, ckpt.parent) for name in names]
+    return next((path for path in paths if path.exists()), None)
 
 
 def with_flags(meta: Meta, args: argparse.Namespace) -> Meta:
     """How a network is sampled: as it says itself, but for what the flags say."""
     names = ("sampling_steps", "guidance", "window", "sink", "absolute_positions")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    meta = meta | given
+    meta = meta | {name: value for name in names if (value := getattr(args, name)) is not None}
     if (args.sink or args.absolute_positions) and not (meta.get("window") or args.live):
         raise ValueError(f"{'--sink' if args.sink else '--absolute-positions'}: of use with --window alone")
     if args.live and meta["chunk"] and not meta.get("window") and args.window is None:
@@ -1453,11 +1462,11 @@ def walk(args: argparse.Namespace, player: Player, path: CameraPath, prompt: str
     every = 4 * math.ceil(f / 16)  # of the pixel frames, so that a sheet has at most 16
     shown, made = [], 0
 
-    def film() -> Iterator[np.ndarray]:
+    def pieces() -> Iterator[np.ndarray]:
         """Pieces of the video in bytes [n h w 3], small ones enlarged by whole pixels."""
         nonlocal made
-        pieces = stream(player, [prompt], camera, [args.seed], given)
-        for video in tqdm(pieces, "chunks", disable=sequence_rank()[0] > 0):
+        chunks = stream(player, [prompt], camera, [args.seed], given)
+        for video in tqdm(chunks, "chunks", disable=sequence_rank()[0] > 0):
             shown.append(video[:, :, -made % every :: every].cpu())
             images = rearrange(to_bytes(video[0]).cpu(), "c t h w -> t h w c").numpy()
             zoom = max(1, 256 // images.shape[1])
@@ -1469,22 +1478,16 @@ def walk(args: argparse.Namespace, player: Player, path: CameraPath, prompt: str
             yield images
 
     if sequence_rank()[0] > 0:
-        for _ in film():  # the first of the ranks that share a video writes it
+        for _ in pieces():  # the first of the ranks that share a video writes it
             pass
         return
-    write_video(out, film(), meta["fps"])
+    write_video(out, pieces(), meta["fps"])
 
     sheet = [torch.cat(shown, dim=2)]
-    try:
-        if "caption" in meta:
-            raise ValueError("a network of other videos")
-        colours, pillars = read_prompt(prompt)
-    except ValueError:
-        pass  # not a room of the toy world: there is no ground truth to show
-    else:
-        scene = Scene(colours[None], pillars[None], torch.zeros(1, N_PANELS, dtype=torch.long))
+    room = None if "caption" in meta else named_room(prompt)  # of other videos there is no ground truth to show
+    if room:
         poses = path.viewmats[None, :: every // 4]  # pixel frame 4i is seen from pose i
-        sheet.insert(0, explain_frames(sheet[0], scene, poses, K)[0])
+        sheet.insert(0, explain_frames(sheet[0], room, poses, K)[0])
     write_sheet(out.with_suffix(".png"), sheet, every=1)
     say(f"{out}: {made} frames. {out.with_suffix('.png')}: every {'fourth' if every == 4 else f'{every}th'} of them"
         + (", below the same path through the room that explains them best" if len(sheet) > 1 else ""))
@@ -1499,7 +1502,7 @@ def main(args: argparse.Namespace) -> None:
     if args.preset:
         player, camera, image = random_player(args)
         found = bench(player, "", camera, image)
-        card, peak = card_name(), peak_memory(next(player.net.parameters()).device) / 1e9
+        card, peak = card_name(), peak_memory(player.device) / 1e9
         return say(json.dumps({"preset": args.preset, "card": card, "peak_gb": peak} | found))
     ckpt, player, text_encoder = open_player(args)
     if args.score and text_encoder:
@@ -1522,7 +1525,7 @@ def main(args: argparse.Namespace) -> None:
         camera = Camera(views[None], intrinsics(meta["K"]).expand(1, len(views), 3, 3))
         timing = bench(player, prompts[0], camera, read_given(args.image, player, len(views)) if args.image else None)
         if args.bench:
-            say(json.dumps(timing | {"peak_gb": peak_memory(next(player.net.parameters()).device) / 1e9}))
+            say(json.dumps(timing | {"peak_gb": peak_memory(player.device) / 1e9}))
         if args.score:
             row, sheet = score(player, args)
             row |= {name: timing[name] for name in ("fps", "first_frame_s")}
@@ -1533,8 +1536,11 @@ def main(args: argparse.Namespace) -> None:
                 write_sheet(args.out.with_suffix(".png"), sheet)
         return
 
-    for path, prompt in zip(paths, prompts, strict=True):
-        out = args.out if len(paths) == 1 else args.out.with_name(f"{args.out.stem}-{path.name}{args.out.suffix}")
+    outs = [args.out] if len(paths) == 1 else [
+        args.out.with_name(f"{args.out.stem}-{path.name}{args.out.suffix}") for path in paths]
+    for out in outs:
+        spare_inputs(args, out)
+    for path, prompt, out in zip(paths, prompts, outs, strict=True):
         walk(args, player, path, prompt, out)
 
 

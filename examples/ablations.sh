@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Claims of the field on the toy world, each as one command with its table. They start from the shipped checkpoints, or
-# from $CKPT, and from data/toy, which `python data.py --vae ckpt/tiny/vae.pt` makes. Under an hour each on two cores.
+# from $CKPT, and from data/toy, which `python data.py --vae ckpt/tiny/vae.pt` makes. About an hour each on two cores.
 #
 #   examples/ablations.sh steps      control against training steps of the camera stage
 #   examples/ablations.sh batch      batches of 2, 4, 8, 16, 32, as many videos seen of each
@@ -13,6 +13,14 @@
 #   examples/ablations.sh scores     fake_score on the generator's own rollout, too; scores at uniform levels (FastVideo)
 #   examples/ablations.sh filter     a tenth of the clips have the poses of others: are they found, what do they cost?
 #
+# and papers around the recipe (variants/), each beside a control of as many steps:
+#
+#   examples/ablations.sh muon       AdamW against Muon
+#   examples/ablations.sh scd        an encoder once a chunk and a light decoder, against a shallow network
+#   examples/ablations.sh ddo        a likelihood ratio as discriminator, against data alone
+#   examples/ablations.sh bridge     chunks from the last frame, against chunks from noise; both distilled
+#   examples/ablations.sh precond    consistency trajectories with coefficients read off the teacher, against plain ones
+#
 # Flags after the name go to every training command: --seed 1, --steps 500. What is made stays in data/ablations. ± is the
 # standard error over 64 rooms (or SCENES=32), of one training seed.
 set -euo pipefail
@@ -20,15 +28,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=.
 case ${1-} in
     steps | batch | poses | forcing | teacher | init | longer | cut | scores | filter) ;;
+    muon | scd | ddo | bridge | precond) ;;
     *) sed -n '2,/^set /{/^#/p}' examples/ablations.sh >&2; exit 2 ;;
 esac
 name=$1 flags=("${@:2}") out=data/ablations/$1 ckpt=${CKPT:-ckpt/tiny}
 mkdir -p "$out"
 
-train() {  # a script and its flags, on two cores, in batches as its recipe has them
-    local each=4
-    case $1 in *ode* | *dmd* | *sgf*) each=8 ;; esac
-    torchrun --standalone --nproc_per_node 2 "$1" --vae "$ckpt/vae.pt" --batch-size $each "${@:2}" "${flags[@]}" >&2
+train() {  # a script and its flags, in one process: on two cores that is faster than two
+    python "$1" --vae "$ckpt/vae.pt" "${@:2}" "${flags[@]}" >&2
 }
 
 header() {  # the names of the first columns
@@ -36,11 +43,14 @@ header() {  # the names of the first columns
     echo "|$(tr -cd '|' <<< "$1" | sed 's/|/---|/g')---|---|---|---|---|---|---|"
 }
 
+score=(stream.py --score)
+
 row() {  # the first cells, a checkpoint, flags of stream.py
-    python stream.py --score --scenes "${SCENES:-64}" --ckpt "$2" --vae "$ckpt/vae.pt" --out "$out/$(basename "$2" .pt).mp4" "${@:3}" |
+    python "${score[@]}" --scenes "${SCENES:-64}" --ckpt "$2" --vae "$ckpt/vae.pt" --out "$out/$(tr / - <<< "${2%.pt}").mp4" "${@:3}" |
         tail -n 1 | python -c '
 import json, sys
 z = json.loads(sys.stdin.read())
+z = {name: float("nan") if value is None else value for name, value in z.items()}  # None: there was nothing to measure
 names = ("texture", "clutter", "psnr", "counterfactual_accuracy", "rot_err_deg", "trans_err")
 cells = ["{:.3g} ± {:.2g}".format(z[name], z[name + "_standard_error"]) for name in names]
 print("|", " | ".join([sys.argv[1], *cells]), "|")
@@ -59,7 +69,7 @@ steps() {
 batch() {
     header "videos a step"
     for size in 2 4 8 16 32; do  # 24,000 videos of each
-        train train_camera.py --init "$ckpt/base.pt" --out "$out/$size.pt" --batch-size $((size / 2)) \
+        train train_camera.py --init "$ckpt/base.pt" --out "$out/$size.pt" --batch-size "$size" \
             --steps $((24000 / size))
         row "$size" "$out/$size.pt"
     done
@@ -240,6 +250,84 @@ END
         )
         train train_camera.py --data "$folder" --init "$ckpt/base.pt" --out "$folder/camera.pt" --steps 3000
         row "$arm | $left" "$folder/camera.pt"
+    done
+}
+
+muon() {
+    header "optimizer, steps"
+    for script in train_camera.py examples/variants/muon.py; do
+        made=$out/$(basename "$script" .py)
+        rm -f "$made"/step-*.pt  # of an earlier, longer run
+        train "$script" --init "$ckpt/base.pt" --out "$made.pt" --steps 3000 --save-every 1000 --keep 100
+        for save in "$made"/step-*.pt; do
+            row "$(basename "$made" | sed 's/train_camera/AdamW/; s/muon/Muon/'), $((10#$(basename "$save" .pt | cut -d- -f2)))" "$save"
+        done
+    done
+}
+
+scd() {
+    header "network, sampling steps"
+    score=(examples/variants/scd.py --score)
+    for arm in "--decoder-kind prefix" "--decoder-kind tokens" "--shallow 2"; do
+        made=$out/${arm##* }.pt
+        # shellcheck disable=SC2086
+        python examples/variants/scd.py --cost $arm >&2
+        # shellcheck disable=SC2086
+        train examples/variants/scd.py --init "$ckpt/ar.pt" --out "$made" $arm
+        for n in 48 4; do
+            row "\`$arm\`, $n" "$made" --sampling-steps "$n"
+        done
+    done
+}
+
+ddo() {
+    train examples/variants/ddo.py --init "$ckpt/ar.pt" --pairs "$out/samples" --out "$out/ddo.pt" --generate
+    header "loss, steps"
+    row "the start" "$ckpt/ar.pt"
+    for alpha in 1 0; do
+        made=$out/alpha-$alpha
+        rm -f "$made"/step-*.pt
+        train examples/variants/ddo.py --init "$ckpt/ar.pt" --pairs "$out/samples" --out "$made.pt" --alpha "$alpha" \
+            --keep 100
+        for save in "$made"/step-*.pt; do
+            row "alpha $alpha, $((10#$(basename "$save" .pt | cut -d- -f2)))" "$save"
+        done
+    done
+    train train_ar.py --init "$ckpt/ar.pt" --out "$out/plain.pt" --steps 300 --batch-size 16 --lr 5e-5 --warmup 20 \
+        --cooldown 0 --ema-decay 0.99
+    row "flow matching, on all of data/toy" "$out/plain.pt"
+}
+
+bridge() {
+    header "a chunk starts from, sampling steps"
+    score=(examples/variants/bridge.py --stream --score)
+    for form in noise flow bridge; do
+        made=$out/$form
+        train examples/variants/bridge.py --init "$ckpt/ar.pt" --form "$form" --out "$made.pt"
+        train examples/variants/bridge.py --init "$made.pt" --form "$form" --out "$made-cd.pt" --consistency
+        for n in 48 4; do
+            row "$form, $n" "$made.pt" --sampling-steps "$n"
+        done
+        for n in 4 2 1; do
+            row "$form, distilled, $n" "$made-cd.pt" --sampling-steps "$n"
+        done
+    done
+}
+
+precond() {
+    header "jumps, training steps, sampling steps"
+    score=(examples/variants/distill_cd_precond.py --score)
+    for kind in plain analytic; do
+        made=$out/$kind
+        rm -f "$made"/step-*.pt
+        train examples/variants/distill_cd_precond.py --init "$ckpt/ar.pt" --precond "$kind" --out "$made.pt" \
+            --save-every 100 --keep 100
+        for save in "$made"/step-*.pt; do
+            row "$kind, $((10#$(basename "$save" .pt | cut -d- -f2))), 4" "$save"
+        done
+        for n in 2 1; do
+            row "$kind, all, $n" "$made.pt" --sampling-steps "$n"
+        done
     done
 }
 

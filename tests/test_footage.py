@@ -596,6 +596,11 @@ def test_a_table_is_read_as_it_was_written(tmp_path, text, suffix, captions):
         caption.replace("\r\n", "\n") for caption in captions]
 
 
+def test_a_blank_cell_says_nothing(tmp_path):
+    table = write_text(tmp_path / "table.csv", "file,caption,poses,start,K,pose_fps,weight\na.mp4,x,w, , ,\t, \n")
+    assert read_table(table) == [Clip("a.mp4", 0, "x", "w", None, None, None)]
+
+
 def test_a_video_gets_its_name_when_it_is_whole(tmp_path):
     """Whatever happens while it is made, what stood there before stays."""
     def pieces(fail):
@@ -617,12 +622,14 @@ def test_a_video_gets_its_name_when_it_is_whole(tmp_path):
         path.unlink()
 
 
-@pytest.mark.parametrize("flag, name", [("--image", "walk.png"), ("--camera", "walk.json"), ("--ckpt", "walk.mp4")])
+@pytest.mark.parametrize("flag, name", [("--image", "walk.png"), ("--ckpt", "walk.mp4"), ("--image", "walk-b.png")])
 def test_no_output_is_an_input(chain, tmp_path, flag, name):
-    if name != "walk.json":
-        (tmp_path / name).write_bytes(b"mine")
-        message = refusal("stream.py", flag, tmp_path / name, "--out", tmp_path / "walk.mp4", cwd=chain)
-        assert f"which is {flag}" in message and (tmp_path / name).read_bytes() == b"mine"
+    (tmp_path / name).write_bytes(b"mine")
+    paths = write_json(tmp_path / "paths.json", [{"id": "a", "trajectory": "w*3"}, {"id": "b", "trajectory": "s*3"}])
+    camera = ("--camera", paths) if "-b" in name else ()
+    message = refusal("stream.py", flag, tmp_path / name, "--out", tmp_path / "walk.mp4", *camera, cwd=chain)
+    assert f"which is {flag}" in message and (tmp_path / name).read_bytes() == b"mine"
+    assert not [*tmp_path.glob("walk-a*")]  # it is known before any walk
 
 
 # ------------------------------------------------------------------------------------------------------------- Weights

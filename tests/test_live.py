@@ -281,6 +281,28 @@ def test_it_listens_on_this_machine_alone(server):
         assert ask(server, "GET", "/", Host=host, Origin=f"http://{host}", Sec_Fetch_Site="same-origin")[0] == 200
 
 
+def test_a_browser_leaves_out_the_usual_port(server, monkeypatch):
+    link = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    monkeypatch.setattr(server, "server_port", 80)
+    link.request("GET", "/", None, {"Host": "localhost", "Origin": "http://localhost"})
+    assert link.getresponse().status == 200
+    link.close()
+
+
+def test_an_input_changes_what_it_names_alone(walk, monkeypatch):
+    """Also if something else changes while a prompt is read; and whatever the network's own frames/s are."""
+    number, _ = walk.join()
+    walk.fps = 120
+
+    def read(prompt):
+        walk.take({"viewer": number, "fps": 30})
+        return walk.state.prompts
+
+    monkeypatch.setattr(walk, "read", read)
+    walk.take({"viewer": number, "prompt": TOY_PROMPT, "keys": ["w"], "number": 1})
+    assert walk.fps == 30 and walk.viewers[number].held == {"w"}
+
+
 @pytest.mark.parametrize("body", (
     "", "{", "[]", "3", '"w"', "\xff", "[" * 5000, '{"keys": ["x"]}', '{"keys": [["w"]]}', '{"keys": "w"}',
     '{"fps": 0}', '{"fps": NaN}', '{"fps": 1e9}', '{"seed": -1}', '{"seed": 1e3}', '{"prompt": ""}',

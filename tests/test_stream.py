@@ -21,7 +21,7 @@ from data import (
 from model import Camera, guide, invert_se3, load_checkpoint, load_net, load_vae, noise_levels, rollout, save_checkpoint
 from stream import (
     TOY_PROMPT, Player, average, coverage, edge_ratio, encode_prompts, explain, measure, open_stream, psnr, read_pose,
-    standard_error, step, stream, texture, whole_chunks,
+    rounded, standard_error, step, stream, texture, whole_chunks,
 )
 
 CPU = torch.device("cpu")
@@ -251,21 +251,27 @@ def test_what_was_given_to_a_network_that_never_saw_any_is_made_anew(chain, worl
 
 def test_prompts_are_read_as_the_latents_folder_has_them(chain):
     player = open_player(chain, "dmd")
-    prompt, null = encode_prompts(player, [TOY_PROMPT, OTHER_PROMPT], None, None, (4, 16, 4, 4))
+    prompt, null = encode_prompts(player, [TOY_PROMPT, OTHER_PROMPT], None, None, (16, 4, 4))
     assert torch.equal(prompt, torch.stack([encode_words(TOY_PROMPT), encode_words(OTHER_PROMPT)]))
     assert prompt.shape == null.shape and not null.any()
 
 
-@pytest.mark.parametrize("name, frames", (("room.png", 1), ("room.gif", 5)))
+@pytest.mark.parametrize("name, frames", (("room.png", 1), ("room.gif", 5), ("grey.gif", 1)))
 def test_image_is_gone_on_from(chain, tmp_path, world, name, frames):
     truth = ((F.avg_pool2d(world[-1][0, :, :frames], 2) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
-    imageio.imwrite(tmp_path / name, truth[0] if frames == 1 else truth)
+    if name == "grey.gif":
+        imageio.imwrite(tmp_path / name, truth[0, ..., 0], optimize=False)
+        assert imageio.imread(tmp_path / name).ndim == 2
+    else:
+        imageio.imwrite(tmp_path / name, truth[0] if frames == 1 else truth)
     for out, flags in ("alone", []), ("after", ["--image", tmp_path / name]):
         call("stream.py", "--camera", "w*3", "--out", tmp_path / f"{out}.gif", *flags, cwd=chain)
     alone, after = (imageio.imread(tmp_path / f"{out}.gif")[:, ::8, ::8] for out in ("alone", "after"))
     vae = load_vae(chain / "ckpt/vae.pt", CPU, load_checkpoint(chain / "ckpt/vae.pt")[1]["fingerprint"])
     with torch.no_grad():  # what the VAE leaves of the image
-        image = torch.from_numpy(imageio.imread(tmp_path / name)[..., :3].copy()).float().view(1, frames, 32, 32, 3)
+        read = imageio.imread(tmp_path / name)
+        read = read if read.shape[-1] < 5 else np.stack([read] * 3, axis=-1)
+        image = torch.from_numpy(read[..., :3].copy()).float().view(1, frames, 32, 32, 3)
         shown = vae.decode(vae.encode(image.permute(0, 4, 1, 2, 3) / 127.5 - 1)[0])[0].clamp(-1, 1)
     shown = ((shown[0] + 1) * 127.5).permute(1, 2, 3, 0).numpy()
     assert abs(after[:frames].astype(float) - shown).mean() < 8  # a gif has 256 colours
@@ -297,6 +303,8 @@ def test_given_frames_are_scored(chain, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["given"] == 1
     assert "--given 4" in refusal("stream.py", *flags, "--given", "4", cwd=chain)
     assert "--given 1" in refusal("stream.py", *flags, "--given", "1", "--ckpt", "ckpt/base.pt", cwd=chain)
+    for flags in "--given 1", "--lengths 2", "--bench --lengths 2 --score":
+        assert refusal("stream.py", *flags.split(), cwd=chain).startswith(f"error: {flags.split()[0]}: ")
 
 
 # ------------------------------------------------------------------------------------------------------------- Measures
@@ -461,6 +469,14 @@ def test_edge_ratio_is_the_jump_between_chunks():
     change[[4, 12, 20]] = 2.0  # chunks of two latents: frames 0-4, 5-12, 13-20, 21-24
     video = F.pad(change.cumsum(0), (1, 0)).view(1, 1, -1, 1, 1).expand(1, 3, 25, 4, 4)
     assert edge_ratio(video, 2).item() == pytest.approx(2)
+
+
+def test_what_cannot_be_measured_is_null():
+    """A chunk of all frames has no edge, and JSON no NaN."""
+    assert rounded(edge_ratio(torch.rand(1, 3, 25, 4, 4), 7).mean()) is None
+    assert rounded(torch.tensor([0.12345, math.nan, math.inf])) == [0.1235, None, None]
+    nothing = torch.zeros(8, N_PANELS, dtype=torch.long)
+    assert rounded(torch.tensor(coverage(nothing, nothing > 0))) is None
 
 
 def test_coverage_follows_the_prior():

@@ -476,6 +476,14 @@ def test_the_factor_of_a_set_is_that_of_the_clips_that_were_there_first(toy, tmp
     assert open_latents(tmp_path / "out").meta["factor"] == first and first == pytest.approx(1, abs=1e-3)
 
 
+def test_a_set_that_holds_poses_made_of_pictures_is_made_again(toy, tmp_path):
+    """Its factor is 1, like the flag that takes no such poses."""
+    flags = ("--scale", "set", "--keep", *DOUBTFUL)
+    again(toy, tmp_path / "out", None, *flags)
+    made, data = grow(toy, tmp_path / "out", table(toy), *flags)
+    assert data.meta["factor"] == 1 and made == set() and len(data.rows) == COUNT
+
+
 def test_the_toy_world_does_not_replace_own_videos(toy):
     before = stamps(toy / "data/videos")
     assert "holds videos of your own" in refusal("data.py", "--count", "2", "--out", "data/videos", cwd=toy)
@@ -555,6 +563,38 @@ def test_a_folder_grows_and_no_shard_is_written_twice(toy, tmp_path, capsys):
     batch = get_batch(data, 0, 0, (0, 1), count, torch.device("cpu"))
     assert sorted(batch.ids) == [*range(count)]
     (toy / "clips/broken.mp4").unlink()
+
+
+@pytest.mark.slow
+def test_two_hundred_clips_grow_by_one(toy, tmp_path, capsys):
+    """One row more, one less, one of a file that breaks: one clip is encoded. Training goes on with another folder."""
+    prompts, paths, scene = sample_toy(201, 1, FRAMES - 1, held=False)
+    videos = to_bytes(render(scene, torch.stack([parse_trajectory(path) for path in paths]), intrinsics(K_SQUARE), 32))
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for n, video in enumerate(videos):
+        write_mp4(clips / f"{n:03d}.mp4", video)
+    rows = [{"file": f"{n:03d}.mp4", "caption": prompts[n], "poses": paths[n]} for n in range(201)]
+    K = ("--K", *K_SQUARE, "--vae", toy / "ckpt/vae.pt", "--frames", FRAMES, "--size", 32, "--shard-size", 32)
+    flags = ("--videos", clips, "--out", tmp_path / "out", *K, "--keep", *DOUBTFUL)
+
+    write_table(clips / "table.jsonl", rows[:200])
+    call("data.py", *flags, cwd=tmp_path)
+    before = stamps(tmp_path / "out")
+    assert len(open_latents(tmp_path / "out").rows) == 200
+    (clips / "007.mp4").write_bytes((clips / "007.mp4").read_bytes()[:1500])
+    write_table(clips / "table.jsonl", [row for row in rows if row["file"] != "100.mp4"])
+    capsys.readouterr()
+    call("data.py", *flags, cwd=tmp_path)
+    assert "199 clips in 8 files, 1 of them new" in capsys.readouterr().out
+    after, data = stamps(tmp_path / "out"), open_latents(tmp_path / "out")
+    assert after.keys() - before.keys() == {"latents-000224.safetensors"}
+    assert all(after[name] == before[name] for name in before if name.startswith("latents"))
+    assert {caption_of(data, row) for row in data.rows} == {prompts[n] for n in range(201) if n not in (7, 100)}
+
+    train = ("train_camera.py", "--no-camera", "--out", tmp_path / "base.pt", *MINIATURE)
+    call(*train, "--data", tmp_path / "out", "--steps", "1", cwd=tmp_path)
+    call(*train, "--data", toy / "data/videos", "--steps", "2", "--resume", cwd=tmp_path)
 
 
 def test_a_dry_run_says_the_same_and_encodes_nothing(toy, tmp_path, capsys):

@@ -24,7 +24,7 @@ to three times as fast where two steps or more are sampled. (To sigma = 0, both 
 
 $ PYTHONPATH=. python examples/variants/distill_cd_precond.py --precond analytic --out ckpt/ctm-analytic.pt
 $ PYTHONPATH=. python examples/variants/distill_cd_precond.py --precond plain --out ckpt/ctm-plain.pt
-$ PYTHONPATH=. python examples/variants/distill_cd_precond.py --out ckpt/ctm-plain.pt --score --sampling-steps 2
+$ PYTHONPATH=. python examples/variants/distill_cd_precond.py --score --ckpt ckpt/ctm-plain.pt --sampling-steps 2
 """
 import argparse
 import gc
@@ -226,8 +226,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # -- end ---------------------------------------------------------------------------------------------------------
     p.add_argument("--precond", default="analytic", choices=("plain", "analytic"), help="of what jumps are made")
     p.add_argument("--table-batches", type=positive, default=2, help="batches that l and S are estimated on")
-    p.add_argument("--score", nargs=argparse.REMAINDER, metavar="FLAG", help="only stream.py's --score of --out; what "
-                   "follows are its flags")
+    p.add_argument("--score", nargs=argparse.REMAINDER, metavar="FLAG", help="only stream.py's --score, of --out or "
+                   "--ckpt; what follows are its flags")
     p.add_argument("--teacher-steps", type=positive, help="intervals of the grid, a multiple of --sampling-steps")
     p.add_argument("--betas", type=float, nargs=2, help="of AdamW: decay of the gradient's mean and square")
     p.add_argument("--warmup", type=int, help="steps until lr is reached")
@@ -256,14 +256,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def score(args: argparse.Namespace) -> None:  # part 4
     """stream.py's."""
-    if not args.out.exists():
-        raise ValueError(f"{args.out}: no such file")
-    _, meta = read_file(args.out)
+    args = stream.parse_args(["--score", "--ckpt", str(args.out), *args.score])
+    if not args.ckpt.exists():
+        raise ValueError(f"{args.ckpt}: no such file")
+    _, meta = read_file(args.ckpt)
     if "tables" not in meta:
-        raise ValueError(f"{args.out}: expected a checkpoint of this script; stream.py scores others")
+        raise ValueError(f"{args.ckpt}: expected a checkpoint of this script; stream.py scores others")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     make_known(meta["preset"], meta["tables"], meta["sampling_steps"], device)
-    args = stream.parse_args(["--score", "--ckpt", str(args.out), *args.score])
     shipped = stream.SHIPPED.with_name(meta["preset"].removesuffix("-jumps")) / "vae.pt"
     if shipped.exists() and not stream.beside(args.ckpt, "vae.pt"):
         args.vae = args.vae or shipped

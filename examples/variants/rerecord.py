@@ -62,7 +62,7 @@ def walk(player: Player, way: str, old: list[str], new: list[str], viewmats: Ten
     shape = (vae.cfg.z_dim, *(pixels // vae.cfg.stride for pixels in meta["size"]))
     Ks = intrinsics(meta["K"]).expand(*viewmats.shape[:2], 3, 3)
     guided = meta["guidance"] != 1
-    texts = [[*encode_prompts(player, z, None, None, (1, *shape))][: 1 + guided] for z in (old, new)]
+    texts = [[*encode_prompts(player, z, None, None, shape)][: 1 + guided] for z in (old, new)]
     rng = [torch.Generator().manual_seed(seed) for seed in seeds]
     state, empty = (start_stream(net, meta, rng, shape, text, device) for text in texts)
     poses, made = viewmats, []

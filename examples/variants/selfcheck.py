@@ -89,7 +89,7 @@ def ask(player: Player, judge: Player, prompts: list[str], scene: Scene | None, 
     camera = Camera(viewmats.to(device), K.expand(b, f, 3, 3).to(device))
     states, texts = [], []
     for who, guided in (player, meta["guidance"] != 1), (judge, False):
-        pair = encode_prompts(who, prompts, None, None, (1, *shape))
+        pair = encode_prompts(who, prompts, None, None, shape)
         texts.append([*pair] if guided else [pair[0]])
         rng = [torch.Generator().manual_seed(seed) for seed in seeds]
         states.append(start_stream(who.net, who.meta, rng, shape, texts[-1], device))
