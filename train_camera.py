@@ -50,7 +50,7 @@ def flow_matching_loss(net: nn.Module, batch: Batch, meta: Meta, null_prob: floa
 
 # minWM trains HY with Muon at lr 1e-5, whose updates are as large as AdamW's at 2e-6, in every stage.
 RECIPES = {
-    "tiny": dict(steps=6000, batch_size=8, accum=1, lr=2e-3, warmup=50, cooldown=0.5, betas=(0.9, 0.99),
+    "tiny": dict(steps=12000, batch_size=8, accum=1, lr=2e-3, warmup=50, cooldown=0.5, betas=(0.9, 0.99),
                  max_grad_norm=1.0, ema_decay=0.995, shift=5.0, null_prob=0.1, given_prob=0.25, guidance=1.25,
                  sampling_steps=48),
     # minWM: 5 k steps, 32 videos, lr 2e-6, clip 10, shift 5, guidance 8. Ours: EMA from the first step, no loss weight
@@ -61,7 +61,7 @@ RECIPES = {
 }
 RECIPES["wan-14b"] = RECIPES["wan-1.3b"]
 # HY's images come with its prompts (data.py --image-share), and need no given frames.
-RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=12000, given_prob=0.0)
+RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(given_prob=0.0)
 # minWM: 8 k steps, 32 videos, guidance 6, weight decay 1e-4, noise levels logit-normal with shift 3. And one change at
 # step 0: the text is no longer told the noise level (model.py, HYDiT), or it could not be cached later.
 RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(steps=8000, betas=(0.9, 0.999), max_grad_norm=1.0, null_prob=0.1,

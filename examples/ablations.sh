@@ -59,7 +59,8 @@ print("|", " | ".join([sys.argv[1], *cells]), "|")
 
 steps() {
     rm -f "$out"/camera/step-*.pt  # of an earlier, longer run
-    train train_camera.py --init "$ckpt/base.pt" --out "$out/camera.pt" --save-every 1000 --keep 100
+    train train_camera.py --init "$ckpt/base.pt" --out "$out/camera.pt" --steps 6000 --save-every 1000 \
+        --keep 100
     header "steps, of which the rate falls over the second half"
     for save in "$out"/camera/step-*.pt; do
         row "$((10#$(basename "$save" .pt | cut -d- -f2)))" "$save"
