@@ -474,6 +474,9 @@ def test_the_factor_of_a_set_is_that_of_the_clips_that_were_there_first(toy, tmp
     first = open_latents(tmp_path / "out").meta["factor"]
     grow(toy, tmp_path / "out", [far], "--scale", "set")  # alone it would be a fifth of that
     assert open_latents(tmp_path / "out").meta["factor"] == first and first == pytest.approx(1, abs=1e-3)
+    dry = ("--table", "clips/other.jsonl", "--out", tmp_path / "out", *FLAGS, "--scale", "set", "--dry-run")
+    call("data.py", "--videos", "clips", *dry, cwd=toy)
+    assert report(tmp_path / "out")[far["file"]]["scale"] == first
 
 
 def test_a_set_that_holds_poses_made_of_pictures_is_made_again(toy, tmp_path):
