@@ -58,7 +58,7 @@ END
     exit
 fi
 
-if [ "$1" = prices ]; then  # a row: world, flags, frames/s, seconds to the first frame, and of each measure the mean
+if [ "$1" = prices ]; then  # a row: world, flags, frames/s, seconds to the first frame, each measure ± standard error
     for world in tiny tiny-hy; do
         for flags in "--sampling-steps 4" "--sampling-steps 2" "--sampling-steps 1" "--window 8 --sink 2" \
                 "--window 4 --sink 1" --compile; do
@@ -66,8 +66,10 @@ if [ "$1" = prices ]; then  # a row: world, flags, frames/s, seconds to the firs
             python stream.py --score --ckpt "ckpt/$world/dmd.pt" $flags "${@:2}" | python -c '
 import json, sys
 z = json.loads(sys.stdin.read())
-names = ("fps", "first_frame_s", "texture", "clutter", "psnr", "counterfactual_accuracy", "rot_err_deg", "trans_err")
-print("|", " | ".join([*sys.argv[1:], *("{:.3g}".format(z[name]) for name in names)]), "|")
+speed = ["{:.3g}".format(z[name]) for name in ("fps", "first_frame_s")]
+names = ("texture", "clutter", "psnr", "counterfactual_accuracy", "rot_err_deg", "trans_err")
+measures = ["{:.3g} ± {:.2g}".format(z[name], z[name + "_standard_error"]) for name in names]
+print("|", " | ".join([*sys.argv[1:], *speed, *measures]), "|")
 ' "$world" "\`$flags\`"
         done
     done
