@@ -16,7 +16,7 @@ import model
 import train_ar
 import train_dmd
 from conftest import MINIATURE, ROOT, STEADY, call, refusal, run
-from data import Batch, load_encoder, parse_trajectory, read_prompt
+from data import K_SQUARE, Batch, intrinsics, load_encoder, parse_trajectory, read_prompt, render, sample_toy
 from helpers import GENERATED, fitted_vae, hy_inputs, made_from, make_batch, make_net, meta_of, random_hy_dit
 from model import (
     add_noise, invert_se3, load_checkpoint, load_net, load_vae, noise_levels, rollout, rope_speed, save_checkpoint,
@@ -429,6 +429,17 @@ def test_a_fitted_temperature_is_the_one_that_answers_came_from():
     risks = [selfcheck.error_at(calm, obeyed, coverage) for coverage in (1, 0.8, 0.5)]
     assert risks == sorted(risks, reverse=True) and risks[0] > risks[-1]
     assert selfcheck.error_at(obeyed, obeyed, 1) == 0 and selfcheck.error_at(1 - obeyed, obeyed, 1) == 1
+    assert selfcheck.auroc(obeyed, obeyed) == 1 and selfcheck.auroc(torch.ones(4000), obeyed) == 0.5
+
+
+def test_the_true_room_obeys():
+    _, paths, scene = sample_toy(4, 0, 7, held=True)
+    viewmats, K = torch.stack([parse_trajectory(path) for path in paths]), intrinsics(K_SQUARE)
+    video = render(scene, viewmats, K, 64)
+    assert selfcheck.obeys(video, scene, viewmats, K, 3).shape == (2, 4)  # chunks of 3, 3 and 2 frames
+    assert selfcheck.obeys(video, scene, viewmats, K, 1).mean() == 1
+    ahead = torch.cat([viewmats[:, 1:], viewmats[:, -1:]], dim=1)  # a frame ahead of the picture
+    assert selfcheck.obeys(video, scene, ahead, K, 1)[:-1].mean() < 0.1
 
 
 def test_bins_hold_every_answer():
@@ -447,7 +458,7 @@ def test_a_judge_is_asked(chain, tmp_path, capsys):
         flags = "--player", "ckpt/dmd.pt", "--scenes", "8", "--draws", "1", "--out", tmp_path / "selfcheck.png", *judge
         call("examples/variants/selfcheck.py", *flags, cwd=chain)
         said.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("|")])
-    assert said[0] == said[1] != said[2] and len(said[0]) == 4 and "nan" not in "".join(said[0])
+    assert said[0] == said[1] != said[2] and len(said[0]) == 5 and "nan" not in "".join(said[0])
     assert imageio.imread(tmp_path / "selfcheck.png").shape == (216, 432, 3)
 
 

@@ -15,9 +15,12 @@ command itself, it is not asked about. T = 1 / (the chunk's numbers / 2) is the 
 sure; the other T is fitted to one half of the rooms (least negative log-likelihood) and used on the other half.
 
 The truth is read off the picture, and no network has a say in it: a chunk obeyed if its last frame was seen from within
-1.5 degrees and 0.04 units of the command (stream.py's read_pose). A player that always obeys says nothing about its
-judge: train one for a tenth of the steps, too. And there are questions without an answer: paths three times as fast as
-in training, prompts of words that it never saw. Their p is printed beside; a judge that knows its limits refuses them.
+1.5 degrees and 0.04 units of the command (stream.py's read_pose). How often the true room does, through the VAE, is
+printed beside: what is missing there is the reading's own mistake, which no judge can see. The floor of a judge is one
+belief for all chunks, how often the first half's obeyed; AUROC is how often it believes more in a chunk that obeyed
+than in one that did not. A player that always obeys says nothing about its judge: train one for a tenth of the steps,
+too. And there are questions without an answer: paths three times as fast as in training, prompts of words that it never
+saw. Their p is printed beside; a judge that knows its limits refuses them.
 
 $ PYTHONPATH=. python examples/variants/selfcheck.py --player ckpt/tiny/dmd.pt --judge ckpt/tiny/ar.pt
 """
@@ -33,10 +36,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import (
-    HelpFormatter, Scene, between_poses, explain, intrinsics, load_encoder, mix, parse_trajectory, positive, sample_toy,
+    HelpFormatter, Scene, between_poses, explain, from_bytes, intrinsics, load_encoder, mix, parse_trajectory, positive,
+    sample_toy,
 )
 from model import Camera, StreamState, add_noise, commit, invert_se3, load_net, load_vae, next_chunk, start_stream
-from stream import Player, encode_prompts, read_pose
+from stream import Player, encode_prompts, film_truth, read_pose
 
 LEVELS = (0.5, 0.75, 0.9)
 ALTERNATIVES = ("command", "half", "late", "no turn", "no move", "other 1", "other 2", "other 3")
@@ -93,7 +97,7 @@ def ask(player: Player, judge: Player, prompts: list[str], scene: Scene | None, 
         texts.append([*pair] if guided else [pair[0]])
         rng = [torch.Generator().manual_seed(seed) for seed in seeds]
         states.append(start_stream(who.net, who.meta, rng, shape, texts[-1], device))
-    noise, found, video, ends = torch.Generator().manual_seed(seeds[0]), [], [], []
+    noise, found, video = torch.Generator().manual_seed(seeds[0]), [], []
     for start in range(0, f, meta["chunk"]):
         frames = slice(start, min(start + meta["chunk"], f))
         here = camera.frames(frames)
@@ -102,17 +106,23 @@ def ask(player: Player, judge: Player, prompts: list[str], scene: Scene | None, 
         if start:
             views = alternatives(viewmats, frames.start, frames.stop)
             found.append(beliefs(judge, states[1], texts[1], x0, here.Ks, views, noise, draws))
-            ends.append(frames.stop - 1)
         if frames.stop < f:
             states = [commit(who.net, who.meta, state, x0, text, here)
                       for who, state, text in zip((player, judge), states, texts, strict=True)]
     if scene is None:
-        return torch.stack(found), torch.full((len(ends), b), torch.nan)
+        return torch.stack(found), torch.full((len(found), b), torch.nan)
     pixels = vae.decode(torch.cat(video, dim=1))[0].clamp(-1, 1).cpu()
-    _, inks, _ = explain(pixels, scene, viewmats, K)
-    shown = torch.tensor(ends)
-    degrees, units = read_pose(pixels[:, :, 4 * shown], scene._replace(inks=inks), viewmats[:, shown], K)
-    return torch.stack(found), ((degrees < 1.5) & (units < 0.04)).float().T
+    return torch.stack(found), obeys(pixels, scene, viewmats, K, meta["chunk"])
+
+
+def obeys(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor, chunk: int) -> Tensor:
+    """Was the last frame of every chunk but the first of a video [b 3 t h w] seen from where its pose, of viewmats
+    [b f 4 4], says? 1 or 0 [chunks b]."""
+    f = viewmats.shape[1]
+    ends = torch.tensor([min(start + chunk, f) - 1 for start in range(chunk, f, chunk)])
+    _, inks, _ = explain(video, scene, viewmats, K)
+    degrees, units = read_pose(video[:, :, 4 * ends], scene._replace(inks=inks), viewmats[:, ends], K)
+    return ((degrees < 1.5) & (units < 0.04)).float().T
 
 
 def belief(likelihoods: Tensor, sharpness: float) -> Tensor:
@@ -136,6 +146,12 @@ def bins(p: Tensor, obeyed: Tensor, count: int = 10) -> list[tuple[int, float, f
 def ece(p: Tensor, obeyed: Tensor) -> float:
     """Expected calibration error: how far belief and truth are apart in a bin, weighted by its answers."""
     return sum(n * abs(believed - right) for n, believed, right in bins(p, obeyed) if n) / len(p)
+
+
+def auroc(p: Tensor, obeyed: Tensor) -> float:
+    """How often belief in a chunk that obeyed exceeds that in one that did not; half of a draw counts. NaN: all did."""
+    ahead = p[obeyed == 1][:, None] - p[obeyed == 0]
+    return (ahead.sign().mean().item() + 1) / 2
 
 
 def fit_sharpness(likelihoods: Tensor, obeyed: Tensor, start: float) -> float:
@@ -201,13 +217,16 @@ def main(args: argparse.Namespace) -> None:
     fast[..., :3, 3] *= 3
     sets = {"held-out rooms": (prompts, scene, viewmats), "three times as fast": (prompts, None, invert_se3(fast)),
             "unseen words": (["a castle of clouds above a violet sea"] * args.scenes, None, viewmats)}
-    answers = {}
+    K, answers, true = intrinsics(meta["K"]), {}, []
     for name, (texts, rooms, views) in sets.items():
         parts = []
         for i in tqdm(range(0, args.scenes, 8), name):
             rows, seeds = slice(i, i + 8), [mix(args.seed, 5, n) for n in range(i, i + 8)]
             some = None if rooms is None else Scene(*(z[rows] for z in rooms))
             parts.append(ask(player, judge, texts[rows], some, views[rows], seeds, args.draws))
+            if some is not None:
+                truth = from_bytes(film_truth(player, some, views[rows]))
+                true.append(obeys(truth, some, views[rows], K, meta["chunk"]))
         likelihoods = torch.cat([z.permute(2, 0, 1) for z, _ in parts])  # [rooms chunks 8]
         answers[name] = likelihoods, torch.cat([z.T for _, z in parts])
     likelihoods, obeyed = answers["held-out rooms"]
@@ -215,21 +234,22 @@ def main(args: argparse.Namespace) -> None:
     numbers = meta["chunk"] * vae.cfg.z_dim * math.prod(pixels // vae.cfg.stride for pixels in meta["size"])
     plain = numbers / 2
     sharpness = fit_sharpness(*fitted, plain)
-    print(f"{args.player} judged by {args.judge or 'itself'}: {obeyed.mean():.2f} of {obeyed.numel()} chunks obeyed; "
-          f"1/T {plain:.4g}, fitted {sharpness:.4g}")
-    diagrams = []
-    print("| | ECE | NLL | wrong of all, of the surest 90, 80, 50 % | mean p: " + ", ".join(answers) + " |")
-    print("|---|---|---|---|---|")
-    for name, s in ("as it is", plain), ("scaled", sharpness):
-        p = belief(tested[0], s)
-        diagrams.append(bins(p, tested[1]))
+    print(f"{args.player} judged by {args.judge or 'itself'}: {obeyed.mean():.2f} of {obeyed.numel()} chunks obeyed, "
+          f"of the truth through the VAE {torch.cat(true, dim=1).mean():.2f}; 1/T {plain:.4g}, fitted {sharpness:.4g}")
+    ways = {"one belief for all": lambda z: fitted[1].mean().expand(len(z)),
+            "as it is": lambda z: belief(z, plain), "scaled": lambda z: belief(z, sharpness)}
+    print("| | ECE | NLL | AUROC | wrong of all, of the surest 90, 80, 50 % | mean p: " + ", ".join(answers) + " |")
+    print("|---|---|---|---|---|---|")
+    for name, way in ways.items():
+        p = way(tested[0])
         wrong = ", ".join(f"{error_at(p, tested[1], c):.2f}" for c in (1, 0.9, 0.8, 0.5))
-        means = ", ".join(f"{belief(z.flatten(0, 1), s).mean():.2f}" for z, _ in answers.values())
-        print(f"| {name} | {ece(p, tested[1]):.3f} | {nll(p, tested[1]):.3f} | {wrong} | {means} |")
+        means = ", ".join(f"{way(z.flatten(0, 1)).mean():.2f}" for z, _ in answers.values())
+        scores = " | ".join(f"{measure(p, tested[1]):.3f}" for measure in (ece, nll, auroc))
+        print(f"| {name} | {scores} | {wrong} | {means} |")
     hardest = (likelihoods[..., 1:] > likelihoods[..., :1]).float().mean((0, 1))
     shares = [f"{name} {share:.2f}" for name, share in zip(ALTERNATIVES[1:], hardest.tolist(), strict=True)]
     print("likelier than the command: " + ", ".join(shares))
-    draw_reliability(diagrams, args.out)
+    draw_reliability([bins(ways[name](tested[0]), tested[1]) for name in ("as it is", "scaled")], args.out)
 
 
 if __name__ == "__main__":
