@@ -193,6 +193,14 @@ def test_fake_score_is_first_fitted_to_what_moved_the_generator(chain, tmp_path,
     assert torch.equal(seen[1][1], seen[2][1]) and not torch.equal(seen[2][1], seen[4][1])
 
 
+def test_the_plan_of_a_rollout_used_twice_is_one_rollout_less():
+    flags = ["--plan", "1", "--batch-size", "1", "--fake-score-updates", "3"]
+    usual, twice = (model.count(script.parse_args(flags), script.WORK, [16, 16], 1, False, flops=True)
+                    for script in (train_dmd, reuse_dmd))
+    usual, twice = ([cost["flop"] for _, cost in costs] for costs in (usual, twice))
+    assert twice == [usual[0], twice[1], *usual[2:]] and 0.1 * usual[1] < twice[1] < 0.9 * usual[1]
+
+
 # ----------------------------------------------------------------------------------------------------- Another past
 
 

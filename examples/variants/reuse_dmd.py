@@ -315,8 +315,8 @@ def rehearse(args: argparse.Namespace, nets: Nets, batch: Batch, meta: Meta) -> 
         yield "fake_score"
 
 
-WORK = Work("dmd", {"generator": True, "ema": False, "real_score": False, "fake_score": True}, rehearse, random_batch,
-            repeats="fake_score_updates")
+# the updates of fake_score are not alike, so each is counted
+WORK = Work("dmd", {"generator": True, "ema": False, "real_score": False, "fake_score": True}, rehearse, random_batch)
 
 
 if __name__ == "__main__":
