@@ -14,7 +14,8 @@ every way is a change of those speeds, and all else is stream.py's:
 
 Walks are --times as long as trained, of held-out rooms. PSNR is to the one room that explains the walk best, of frames
 within the trained length and of those behind it; rotation is how far off the last frame's pose is; `alike` is how much
-closer frames a trained length apart are to each other than the truth's are: what repeats has more than 0 dB.
+closer frames a trained length apart are to each other than the truth's are: what repeats has more than 0 dB. Ceiling,
+floor: the truth through the VAE, its first frame, held.
 
 $ PYTHONPATH=. python examples/variants/riflex.py --ckpt ckpt/tiny/camera.pt
 $ PYTHONPATH=. python examples/variants/riflex.py --ckpt ckpt/tiny/ar.pt --times 3 --scenes 64
@@ -134,7 +135,9 @@ def main(args: argparse.Namespace) -> None:
             with temporal_speeds(change):
                 video = film(Player(net, vae, encoder, meta | more), names, viewmats[rows], seeds)
             found.setdefault(name, []).append(measure(video, truth, rooms, poses, K, trained))
-        found.setdefault("*truth through the VAE*", []).append(measure(truth, truth, rooms, poses, K, trained))
+        held = truth[:, :, :1].expand_as(truth)
+        for name, video in ("*truth through the VAE*", truth), ("*its first frame, held*", held):
+            found.setdefault(name, []).append(measure(video, truth, rooms, poses, K, trained))
     print("| temporal speeds | PSNR within | behind | rotation, degrees | alike, dB |")
     print("|---|---|---|---|---|")
     for name, parts in found.items():
