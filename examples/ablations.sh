@@ -283,20 +283,22 @@ scd() {
 
 ddo() {
     train examples/variants/ddo.py --init "$ckpt/ar.pt" --pairs "$out/samples" --out "$out/ddo.pt" --generate
-    header "loss, steps"
-    row "the start" "$ckpt/ar.pt"
+    header "loss, training steps, sampling steps"
+    row "the start, 0, 48" "$ckpt/ar.pt"
+    row "the start, 0, 4" "$ckpt/ar.pt" --sampling-steps 4
     for alpha in 1 0; do
         made=$out/alpha-$alpha
         rm -f "$made"/step-*.pt
         train examples/variants/ddo.py --init "$ckpt/ar.pt" --pairs "$out/samples" --out "$made.pt" --alpha "$alpha" \
             --keep 100
         for save in "$made"/step-*.pt; do
-            row "alpha $alpha, $((10#$(basename "$save" .pt | cut -d- -f2)))" "$save"
+            row "alpha $alpha, $((10#$(basename "$save" .pt | cut -d- -f2))), 48" "$save"
         done
+        row "alpha $alpha, all, 4" "$made.pt" --sampling-steps 4
     done
     train train_ar.py --init "$ckpt/ar.pt" --out "$out/plain.pt" --steps 300 --batch-size 16 --lr 5e-5 --warmup 20 \
         --cooldown 0 --ema-decay 0.99
-    row "flow matching, on all of data/toy" "$out/plain.pt"
+    row "flow matching on data/toy, all, 48" "$out/plain.pt"
 }
 
 bridge() {

@@ -66,6 +66,7 @@ if [ "$1" = prices ]; then  # a row: world, flags, frames/s, seconds to the firs
             python stream.py --score --ckpt "ckpt/$world/dmd.pt" $flags "${@:2}" | python -c '
 import json, sys
 z = json.loads(sys.stdin.read())
+z = {name: float("nan") if value is None else value for name, value in z.items()}  # nothing to measure
 speed = ["{:.3g}".format(z[name]) for name in ("fps", "first_frame_s")]
 names = ("texture", "clutter", "psnr", "counterfactual_accuracy", "rot_err_deg", "trans_err")
 measures = ["{:.3g} ± {:.2g}".format(z[name], z[name + "_standard_error"]) for name in names]

@@ -14,8 +14,8 @@ every way is a change of those speeds, and all else is stream.py's:
 
 Walks are --times as long as trained, of held-out rooms. PSNR is to the one room that explains the walk best, of frames
 within the trained length and of those behind it; rotation is how far off the last frame's pose is; `alike` is how much
-closer frames a trained length apart are to each other than the truth's are: what repeats has more than 0 dB. Ceiling,
-floor: the truth through the VAE, its first frame, held.
+closer frames a trained length apart are to each other than the truth's are: what repeats has more than 0 dB. The
+ceiling is the truth through the VAE, the floor its first frame, held.
 
 $ PYTHONPATH=. python examples/variants/riflex.py --ckpt ckpt/tiny/camera.pt
 $ PYTHONPATH=. python examples/variants/riflex.py --ckpt ckpt/tiny/ar.pt --times 3 --scenes 64

@@ -16,11 +16,12 @@ sure; the other T is fitted to one half of the rooms (least negative log-likelih
 
 The truth is read off the picture, and no network has a say in it: a chunk obeyed if its last frame was seen from within
 1.5 degrees and 0.04 units of the command (stream.py's read_pose). How often the true room does, through the VAE, is
-printed beside: what is missing there is the reading's own mistake, which no judge can see. The floor of a judge is one
-belief for all chunks, how often the first half's obeyed; AUROC is how often it believes more in a chunk that obeyed
-than in one that did not. A player that always obeys says nothing about its judge: train one for a tenth of the steps,
-too. And there are questions without an answer: paths three times as fast as in training, prompts of words that it never
-saw. Their p is printed beside; a judge that knows its limits refuses them.
+printed beside: what is missing there is the reading's own mistake, on true pictures. That is the pose in the room, so
+it counts what a chunk inherits from a past that has strayed, too, which the judge sees and does not hold against it.
+The floor of a judge is one belief for all chunks, how often the first half's obeyed; AUROC is how often it believes
+more in a chunk that obeyed than in one that did not. A player that always obeys says nothing about its judge: train one
+for a tenth of the steps, too. And there are questions without an answer: paths three times as fast as in training,
+prompts of words that it never saw. Their p is printed beside; a judge that knows its limits refuses them.
 
 $ PYTHONPATH=. python examples/variants/selfcheck.py --player ckpt/tiny/dmd.pt --judge ckpt/tiny/ar.pt
 """
@@ -161,9 +162,12 @@ def fit_sharpness(likelihoods: Tensor, obeyed: Tensor, start: float) -> float:
 
 
 def error_at(p: Tensor, obeyed: Tensor, coverage: float) -> float:
-    """Share of wrong answers among the surest, when it may say "I don't know" to the others."""
-    sure = (p - 0.5).abs().argsort(descending=True)[: max(1, round(coverage * len(p)))]
-    return ((p[sure] >= 0.5).float() != obeyed[sure]).float().mean().item()
+    """Share of wrong answers among the surest, when it may say "I don't know" to the others. Of those that are equally
+    sure each counts as their mean."""
+    confidence, wrong = (p - 0.5).abs(), ((p >= 0.5).float() != obeyed).float()
+    _, ties, count = confidence.unique(return_inverse=True, return_counts=True)
+    wrong = (torch.zeros(len(count)).scatter_add_(0, ties, wrong) / count)[ties]
+    return wrong[confidence.argsort(descending=True)[: max(1, round(coverage * len(p)))]].mean().item()
 
 
 def draw_reliability(found: list[list[tuple[int, float, float]]], path: Path) -> None:
