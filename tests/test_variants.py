@@ -2,8 +2,11 @@
 Changes of the recipe (examples/variants): what each says it changes, and that it still is a stage.
 """
 import json
+import re
+import shlex
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import NamedTuple
 
 import imageio.v3 as imageio
@@ -625,3 +628,12 @@ def test_the_bill_sees_gradients_through_a_cache(capsys, tmp_path):
         call(script, "--plan", "8", "--chunk", "2", cwd=tmp_path)
         sent.append(json.loads(capsys.readouterr().out.splitlines()[-1])["bytes_between_gpus"])
     assert sent[1] > 6.5 * sent[0]  # five times, were only velocities to go backward
+
+
+def test_the_page_of_variants_knows_them_all_and_its_commands_parse():
+    page = (ROOT / "examples/variants/README.md").read_text()
+    assert all(f"`{path.name}`" in page for path in (ROOT / "examples/variants").glob("*.py"))
+    commands = re.findall(r"python (\S+\.py)([^`&\n]*)", page)
+    assert {Path(script).stem for script, _ in commands} >= {"data", "train_ar", "riflex", "rerecord", "selfcheck"}
+    for script, flags in commands:
+        import_module(Path(script).stem).parse_args(shlex.split(flags))
