@@ -150,7 +150,7 @@ def ece(p: Tensor, obeyed: Tensor) -> float:
 
 
 def auroc(p: Tensor, obeyed: Tensor) -> float:
-    """How often belief in a chunk that obeyed exceeds that in one that did not; half of a draw counts. NaN: all did."""
+    """How often a chunk that obeyed is believed more than one that did not, half of a draw. NaN: all did, or none."""
     ahead = p[obeyed == 1][:, None] - p[obeyed == 0]
     return (ahead.sign().mean().item() + 1) / 2
 
