@@ -454,8 +454,8 @@ def tenths(t: int) -> list[slice]:
     return [slice(t * n // 10, max(t * n // 10 + 1, t * (n + 1) // 10)) for n in range(10)]
 
 
-def read_pose(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotation error in degrees and translation error in units [b n]: where was each frame [b 3 n h w] seen from?
+def find_pose(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> Tensor:
+    """Where was each frame [b 3 n h w] seen from? c2w [b n 4 4].
 
     Damped Gauss-Newton (Levenberg-Marquardt) around the commanded poses [b n 4 4], over yaw, pitch, x, y, z together:
     one at a time, a step to the side would be read as a turn. Slopes are measured over a wide step at first (4 degrees,
@@ -473,7 +473,7 @@ def read_pose(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple
         delta[..., :3, 3] = amount[..., 2:]
         return c2w @ delta
 
-    start = c2w = invert_se3(viewmats)
+    c2w = invert_se3(viewmats)
     image = view(c2w)
     damping = torch.full(c2w.shape[:2], 0.01)
     for wide in (4.0, 3.0, 2.0, 1.0, 1.0, 0.5):
@@ -490,10 +490,19 @@ def read_pose(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple
         c2w = torch.where(better[..., None, None], trial, c2w)
         image = torch.where(better[:, None, :, None, None], tried, image)
         damping = torch.where(better, damping / 4, damping * 8)
-    turn = start[..., :3, :3].mT @ c2w[..., :3, :3]
+    return c2w
+
+
+def pose_error(found: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+    """How far c2w [... 4 4] are from those asked for: in degrees, and in units [...]."""
+    turn = asked[..., :3, :3].mT @ found[..., :3, :3]
     angle = torch.arccos(((turn.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2).clamp(-1, 1))
-    distance = (c2w - start)[..., :3, 3].norm(dim=-1)
-    return torch.rad2deg(angle), distance
+    return torch.rad2deg(angle), (found - asked)[..., :3, 3].norm(dim=-1)
+
+
+def read_pose(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotation error in degrees and translation error in units [b n] of frames [b 3 n h w], commanded [b n 4 4]."""
+    return pose_error(find_pose(video, scene, viewmats, K), invert_se3(viewmats))
 
 
 def edge_ratio(video: Tensor, chunk: int) -> Tensor:

@@ -19,7 +19,7 @@ import model
 import train_ar
 import train_dmd
 from conftest import MINIATURE, ROOT, STEADY, call, refusal, run
-from data import K_SQUARE, Batch, intrinsics, load_encoder, parse_trajectory, read_prompt, render, sample_toy
+from data import K_SQUARE, Batch, intrinsics, load_encoder, parse_trajectory, read_prompt, render, rotation, sample_toy
 from helpers import GENERATED, fitted_vae, hy_inputs, made_from, make_batch, make_net, meta_of, random_hy_dit
 from model import (
     add_noise, invert_se3, load_checkpoint, load_net, load_vae, noise_levels, rollout, rope_speed, save_checkpoint,
@@ -455,8 +455,18 @@ def test_the_true_room_obeys():
     video = render(scene, viewmats, K, 64)
     assert selfcheck.obeys(video, scene, viewmats, K, 3).shape == (2, 4)  # chunks of 3, 3 and 2 frames
     assert selfcheck.obeys(video, scene, viewmats, K, 1).mean() == 1
-    ahead = torch.cat([viewmats[:, 1:], viewmats[:, -1:]], dim=1)  # a frame ahead of the picture
-    assert selfcheck.obeys(video, scene, ahead, K, 1)[:-1].mean() < 0.1
+    off = torch.eye(4)
+    off[:3, :3], off[:3, 3] = rotation(torch.tensor(0.05), torch.tensor(0.0)), torch.tensor([0.08, 0.0, 0.0])
+    assert selfcheck.obeys(video, scene, viewmats @ off, K, 1).mean() > 0.9  # a past that has strayed is no fault
+    late = viewmats[:, [0, 0, 2, 2, 4, 4, 6, 6]]  # asked to stand still, then for two steps at once
+    assert selfcheck.obeys(video, scene, late, K, 1).mean() < 0.1
+
+
+def test_a_standard_error_is_over_rooms():
+    rng = torch.Generator().manual_seed(0)
+    obeyed = torch.randint(2, (64, 1), generator=rng).float().expand(64, 7)  # a room's chunks all do, or none
+    mean, error = map(float, selfcheck.with_error(lambda p, obeyed: obeyed.mean().item(), obeyed, obeyed).split(" ± "))
+    assert mean == pytest.approx(obeyed.mean().item(), abs=1e-3) and error == pytest.approx(0.5 / 64**0.5, rel=0.15)
 
 
 def test_bins_hold_every_answer():
@@ -508,7 +518,8 @@ def test_what_of_the_past_is_read_again(chain):
 def test_a_new_prompt_is_measured(chain, capsys):
     call("examples/variants/rerecord.py", "--ckpt", "ckpt/dmd.pt", "--scenes", "2", cwd=chain)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert [line.split("|")[1].strip() for line in lines[2:]] == [*rerecord.WAYS] and "nan" not in "".join(lines)
+    names = [line.split("|")[1].strip() for line in lines[2:]]
+    assert names == [*rerecord.WAYS, rerecord.CEILING] and "nan" not in "".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------- Muon

@@ -7,6 +7,7 @@ through a walk of twice the trained length two walls of the room are named in an
   new words alone   what is cached stays, and the next chunks read the new prompt
   read again        the window is committed once more, as if it had been made for the new prompt (model.py's reread)
   start again       an empty cache: a new video, whose first frame is where the walk stands
+The ceiling is the same walk with the new prompt from the start.
 
 Of the chunks after the change: `changed`, how often the two new colours are those of eight that explain the video best;
 `kept`, the same of the five other surfaces; PSNR, to the room as it was seen before, its pictures with it, in the new
@@ -31,6 +32,7 @@ from model import Camera, StreamState, commit, invert_se3, load_net, load_vae, n
 from stream import Player, encode_prompts, long_path, named_colours
 
 WAYS = ("the old prompt", "new words alone", "read again", "start again")
+CEILING = "*new from the start*"
 CHANGED = (SURFACES.index("far wall"), SURFACES.index("floor"))
 KEPT = tuple(n for n in range(7) if n not in CHANGED)
 
@@ -119,13 +121,15 @@ def main(args: argparse.Namespace) -> None:
     viewmats = torch.stack([long_path(rng, frames, 2) for _ in prompts])
     new = [repaint(prompt) for prompt in prompts]
     colours = torch.stack([read_prompt(prompt)[0] for prompt in new])
-    found: dict[str, list[Tensor]] = {way: [] for way in WAYS}
+    found: dict[str, list[Tensor]] = {way: [] for way in (*WAYS, CEILING)}
     for rows in tqdm(torch.arange(args.scenes).split(8), "rooms"):
         rooms, seeds = Scene(*(z[rows] for z in scene)), [mix(args.seed, 5, n) for n in rows.tolist()]
-        texts = [[z[n] for n in rows.tolist()] for z in (prompts, new)]
+        before, after = ([z[n] for n in rows.tolist()] for z in (prompts, new))
         for way in WAYS:
-            video = walk(player, way, *texts, viewmats[rows], seeds)
+            video = walk(player, way, before, after, viewmats[rows], seeds)
             found[way].append(measure(video, rooms, colours[rows], viewmats[rows], K))
+        video = walk(player, CEILING, after, after, viewmats[rows], seeds)
+        found[CEILING].append(measure(video, rooms._replace(colours=colours[rows]), colours[rows], viewmats[rows], K))
     print("| after a new prompt | changed | kept | PSNR, dB | jump |")
     print("|---|---|---|---|---|")
     for way, parts in found.items():

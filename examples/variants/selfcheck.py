@@ -14,20 +14,24 @@ tell from the command: at half the speed, a frame late, without its turn, withou
 command itself, it is not asked about. T = 1 / (the chunk's numbers / 2) is the likelihood of Gaussians, and far too
 sure; the other T is fitted to one half of the rooms (least negative log-likelihood) and used on the other half.
 
-The truth is read off the picture, and no network has a say in it: a chunk obeyed if its last frame was seen from within
-1.5 degrees and 0.04 units of the command (stream.py's read_pose). How often the true room does, through the VAE, is
-printed beside: what is missing there is the reading's own mistake, on true pictures. That is the pose in the room, so
-it counts what a chunk inherits from a past that has strayed, too, which the judge sees and does not hold against it.
-The floor of a judge is one belief for all chunks, how often the first half's obeyed; AUROC is how often it believes
-more in a chunk that obeyed than in one that did not. A player that always obeys says nothing about its judge: train one
-for a tenth of the steps, too. And there are questions without an answer: paths three times as fast as in training,
-prompts of words that it never saw. Their p is printed beside; a judge that knows its limits refuses them.
+The truth is read off the picture, and no network has a say in it: a chunk obeyed if the camera, from the last frame
+before it to its own last, moved within 1.5 degrees and 0.04 units of the command, half of what a key does (stream.py's
+find_pose). Where in the room it is by then is not asked: what a chunk inherits from a past that has strayed is not its
+own fault, and the judge, who sees that past, does not hold it against it. How often the true room obeys, through the
+VAE, is printed beside: what is missing there is the reading's own mistake, on true pictures. ± is the standard error,
+by drawing anew from the rooms of the second half. The floor of a judge is one belief for all chunks, how often the
+first half's obeyed; AUROC is how often it believes more in a chunk that obeyed than in one that did not. A player that
+always obeys says nothing about its judge: train one for a tenth of the steps, too. And there are questions without an
+answer: paths three times as fast as in training, prompts of words that it never saw. Their p is printed beside; a judge
+that knows its limits refuses them.
 
 $ PYTHONPATH=. python examples/variants/selfcheck.py --player ckpt/tiny/dmd.pt --judge ckpt/tiny/ar.pt
 """
 import argparse
 import math
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -41,7 +45,7 @@ from data import (
     sample_toy,
 )
 from model import Camera, StreamState, add_noise, commit, invert_se3, load_net, load_vae, next_chunk, start_stream
-from stream import Player, encode_prompts, film_truth, read_pose
+from stream import Player, encode_prompts, film_truth, find_pose, pose_error
 
 LEVELS = (0.5, 0.75, 0.9)
 ALTERNATIVES = ("command", "half", "late", "no turn", "no move", "other 1", "other 2", "other 3")
@@ -117,18 +121,20 @@ def ask(player: Player, judge: Player, prompts: list[str], scene: Scene | None, 
 
 
 def obeys(video: Tensor, scene: Scene, viewmats: Tensor, K: Tensor, chunk: int) -> Tensor:
-    """Was the last frame of every chunk but the first of a video [b 3 t h w] seen from where its pose, of viewmats
-    [b f 4 4], says? 1 or 0 [chunks b]."""
+    """Did the camera of every chunk but the first of a video [b 3 t h w] move as viewmats [b f 4 4] say, from the last
+    frame before the chunk to its own last? 1 or 0 [chunks b]."""
     f = viewmats.shape[1]
-    ends = torch.tensor([min(start + chunk, f) - 1 for start in range(chunk, f, chunk)])
+    ends = torch.tensor([min(start + chunk, f) - 1 for start in range(0, f, chunk)])
     _, inks, _ = explain(video, scene, viewmats, K)
-    degrees, units = read_pose(video[:, :, 4 * ends], scene._replace(inks=inks), viewmats[:, ends], K)
+    found = find_pose(video[:, :, 4 * ends], scene._replace(inks=inks), viewmats[:, ends], K)
+    motion = lambda c2w: invert_se3(c2w[:, :-1]) @ c2w[:, 1:]
+    degrees, units = pose_error(motion(found), motion(invert_se3(viewmats[:, ends])))
     return ((degrees < 1.5) & (units < 0.04)).float().T
 
 
 def belief(likelihoods: Tensor, sharpness: float) -> Tensor:
-    """l [n 8] -> p of the command [n]; sharpness: 1 / T."""
-    return (likelihoods * sharpness).softmax(1)[:, 0]
+    """l [... 8] -> p of the command [...]; sharpness: 1 / T."""
+    return (likelihoods * sharpness).softmax(-1)[..., 0]
 
 
 def nll(p: Tensor, obeyed: Tensor) -> float:
@@ -170,6 +176,14 @@ def error_at(p: Tensor, obeyed: Tensor, coverage: float) -> float:
     return wrong[confidence.argsort(descending=True)[: max(1, round(coverage * len(p)))]].mean().item()
 
 
+def with_error(measure: Callable, p: Tensor, obeyed: Tensor) -> str:
+    """A measure of beliefs and answers [rooms chunks], ± its spread over 200 draws of as many rooms of these."""
+    rng, n = torch.Generator().manual_seed(0), len(p)
+    draws = [torch.randint(n, (n,), generator=rng) for _ in range(200)]
+    found = torch.tensor([measure(p[rooms].flatten(), obeyed[rooms].flatten()) for rooms in draws])
+    return f"{measure(p.flatten(), obeyed.flatten()):.3f} ± {found[~found.isnan()].std():.3f}"
+
+
 def draw_reliability(found: list[list[tuple[int, float, float]]], path: Path) -> None:
     """Reliability diagrams side by side: bars as high as the share that was right, as dark as there are answers, over
     the line on which belief and truth agree."""
@@ -193,7 +207,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--player", type=Path, default=Path("ckpt/tiny/dmd.pt"), help="ar, ode, cd or dmd")
     p.add_argument("--judge", type=Path, help="the same; default: the player")
     p.add_argument("--vae", type=Path, help="default what lies beside the player")
-    p.add_argument("--scenes", type=positive, default=64, help="rooms, a multiple of 8")
+    p.add_argument("--scenes", type=positive, default=128, help="rooms, a multiple of 8; half are fitted to")
     p.add_argument("--draws", type=positive, default=2, help="of noise, at each of three levels")
     p.add_argument("--out", type=Path, default=Path("selfcheck.png"), help="reliability diagrams")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
@@ -234,26 +248,27 @@ def main(args: argparse.Namespace) -> None:
         likelihoods = torch.cat([z.permute(2, 0, 1) for z, _ in parts])  # [rooms chunks 8]
         answers[name] = likelihoods, torch.cat([z.T for _, z in parts])
     likelihoods, obeyed = answers["held-out rooms"]
-    fitted, tested = ((likelihoods[n::2].flatten(0, 1), obeyed[n::2].flatten()) for n in (0, 1))
+    fitted, tested = ((likelihoods[n::2], obeyed[n::2]) for n in (0, 1))
     numbers = meta["chunk"] * vae.cfg.z_dim * math.prod(pixels // vae.cfg.stride for pixels in meta["size"])
     plain = numbers / 2
-    sharpness = fit_sharpness(*fitted, plain)
+    sharpness = fit_sharpness(fitted[0].flatten(0, 1), fitted[1].flatten(), plain)
     print(f"{args.player} judged by {args.judge or 'itself'}: {obeyed.mean():.2f} of {obeyed.numel()} chunks obeyed, "
           f"of the truth through the VAE {torch.cat(true, dim=1).mean():.2f}; 1/T {plain:.4g}, fitted {sharpness:.4g}")
-    ways = {"one belief for all": lambda z: fitted[1].mean().expand(len(z)),
+    ways = {"one belief for all": lambda z: fitted[1].mean().expand(z.shape[:-1]),
             "as it is": lambda z: belief(z, plain), "scaled": lambda z: belief(z, sharpness)}
-    print("| | ECE | NLL | AUROC | wrong of all, of the surest 90, 80, 50 % | mean p: " + ", ".join(answers) + " |")
+    print("| | ECE | NLL | AUROC | wrong of all, of the surest 80, 50 % | mean p: " + ", ".join(answers) + " |")
     print("|---|---|---|---|---|---|")
     for name, way in ways.items():
         p = way(tested[0])
-        wrong = ", ".join(f"{error_at(p, tested[1], c):.2f}" for c in (1, 0.9, 0.8, 0.5))
-        means = ", ".join(f"{way(z.flatten(0, 1)).mean():.2f}" for z, _ in answers.values())
-        scores = " | ".join(f"{measure(p, tested[1]):.3f}" for measure in (ece, nll, auroc))
+        wrong = ", ".join(with_error(partial(error_at, coverage=c), p, tested[1]) for c in (1, 0.8, 0.5))
+        means = ", ".join(f"{way(z).mean():.2f}" for z, _ in answers.values())
+        scores = " | ".join(with_error(measure, p, tested[1]) for measure in (ece, nll, auroc))
         print(f"| {name} | {scores} | {wrong} | {means} |")
     hardest = (likelihoods[..., 1:] > likelihoods[..., :1]).float().mean((0, 1))
     shares = [f"{name} {share:.2f}" for name, share in zip(ALTERNATIVES[1:], hardest.tolist(), strict=True)]
     print("likelier than the command: " + ", ".join(shares))
-    draw_reliability([bins(ways[name](tested[0]), tested[1]) for name in ("as it is", "scaled")], args.out)
+    beliefs_of = (ways[name](tested[0]).flatten() for name in ("as it is", "scaled"))
+    draw_reliability([bins(p, tested[1].flatten()) for p in beliefs_of], args.out)
 
 
 if __name__ == "__main__":
