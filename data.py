@@ -567,17 +567,25 @@ def open_latents(folder: str | Path, preset: str | None = None) -> Latents:
     return Latents(folder, shards, starts, counting, weights, prompts, ends, meta)
 
 
+def check_vae(data: Latents, source: Meta, path: Path) -> None:
+    """Raises ValueError when latents are of another VAE than the checkpoint at path, described by `source`, knows."""
+    ours, theirs = data.meta["vae_fingerprint"], source["vae_fingerprint"]
+    if ours != theirs:
+        raise ValueError(f"{data.folder}: has vae_fingerprint {ours}, but {path} was trained with {theirs}")
+
+
 def check_data(data: Latents, source: Meta, path: Path) -> Meta:
     """Raises ValueError when latents are not of the kind that the checkpoint at path, described by `source`, knows.
 
     Returns `source`. A released checkpoint (made "from" None) may be shown any videos, and knows their kind from then
     on; what is made of it has none of its quirks.
     """
+    check_vae(data, source, path)
     kind = {name: data.meta[name] for name in ("K", "size", "fps", "frames")}
-    for name in ("vae_fingerprint", *(kind if source["from"] else ())):
+    for name in kind if source["from"] else ():
         if data.meta[name] != source[name]:
             differs = f"{data.folder}: has {name} {data.meta[name]}, but {path} was trained with {source[name]}"
-            if name in ("vae_fingerprint", "size"):
+            if name == "size":
                 raise ValueError(differs)
             if dist.get_rank() == 0:
                 print(f"{differs}; it goes on with the former")
@@ -1323,8 +1331,10 @@ UNDISTORTED = ("SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV")
 
 
 def read_colmap(folder: Path, clip: str) -> Poses:
-    """Of all models below a folder the one with the most images of this clip."""
+    """Of all models below a folder the one with the most images of this clip. What a workspace of COLMAP holds below
+    dense/ is no other model: the same poses, with the lens of pictures that were undistorted."""
     models = [file for file in sorted(folder.rglob("images.*")) if file.name in ("images.bin", "images.txt")]
+    models = [file for file in models if "dense" not in file.relative_to(folder).parts] or models
     if not models:
         raise ValueError(f"{folder.name}: no images.txt or images.bin of COLMAP below it, and no poses of ScanNet's")
 

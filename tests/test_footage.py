@@ -226,6 +226,10 @@ def test_of_many_models_the_one_with_the_most_images_of_the_clip_counts(tmp_path
     colmap_text(tmp_path / "sparse/2", W2C[:6], "clip/{}.png")
     assert len(read_poses("sparse", tmp_path, "clip.mp4").viewmats) == 6  # its own, and not the most
     assert len(read_poses("sparse", tmp_path, "frame_0000.mp4").viewmats) == 17  # no name before a number
+    colmap_text(tmp_path / "walk/sparse/0", W2C[:3])
+    colmap_text(tmp_path / "walk/dense/0/sparse")
+    assert len(read_poses("walk", tmp_path).viewmats) == 3  # below dense are the undistorted pictures' lenses
+    assert len(read_poses("walk/dense", tmp_path).viewmats) == 17
     two = colmap_text(tmp_path / "both", torch.cat([W2C, W2C[:5]]))
     text = (two / "images.txt").read_text()
     for n in range(17, 22):

@@ -648,13 +648,16 @@ def test_checkpoint_of_another_preset_is_refused(chain, tmp_path, script, flag, 
     assert message.startswith(f"error: {path}: ") and "wan-1.3b" in message and "tiny" in message
 
 
-@pytest.mark.parametrize("change", ({"size": [64, 64]}, {"vae_fingerprint": "0"}))
-def test_latents_of_another_kind_are_refused(chain, tmp_path, change):
-    weights, meta = load_checkpoint(chain / "ckpt/camera.pt")
-    save_checkpoint(tmp_path / "camera.pt", weights, meta | change)
+@pytest.mark.parametrize("script, stage, change", [
+    ("train_ar.py", "camera", {"size": [64, 64]}), ("train_ar.py", "camera", {"vae_fingerprint": "0"}),
+    ("train_camera.py", "base", {"vae_fingerprint": "0"}),
+])
+def test_latents_of_another_kind_are_refused(chain, tmp_path, script, stage, change):
+    weights, meta = load_checkpoint(chain / f"ckpt/{stage}.pt")
+    save_checkpoint(tmp_path / "init.pt", weights, meta | change)
     (name, value), = change.items()
-    message = refusal("train_ar.py", "--init", tmp_path / "camera.pt", "--out", tmp_path / "ar.pt", cwd=chain)
-    ours, theirs = f"data/toy: has {name} {meta[name]}", f"{tmp_path / 'camera.pt'} was trained with {value}"
+    message = refusal(script, "--init", tmp_path / "init.pt", "--out", tmp_path / "out.pt", cwd=chain)
+    ours, theirs = f"data/toy: has {name} {meta[name]}", f"{tmp_path / 'init.pt'} was trained with {value}"
     assert message == f"error: {ours}, but {theirs}"
 
 

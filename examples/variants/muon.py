@@ -28,8 +28,8 @@ from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
 
 from data import (
-    Batch, HelpFormatter, fraction, get_batch, open_latents, open_log, positive, random_batch, set_recipe, write_log,
-    write_samples,
+    Batch, HelpFormatter, check_vae, fraction, get_batch, open_latents, open_log, positive, random_batch, set_recipe,
+    write_log, write_samples,
 )
 from model import (
     Meta, Nets, Work, add_noise, batch_part, bill, build, check_finite, describe_run, fresh_weights, load_checkpoint,
@@ -157,6 +157,7 @@ def main(args: argparse.Namespace) -> None:
         weights, source = fresh_weights(args.preset, camera=False, seed=args.seed), None
     else:
         weights, source = load_checkpoint(args.init, "base", "camera", preset=args.preset)
+        check_vae(data, source, args.init)
         weights, added = with_camera(weights, args.preset)
         if rank == 0 and added:
             print(f"{args.init} has no camera: {added} tensors of it are added, at zero output")
