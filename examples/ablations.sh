@@ -150,7 +150,7 @@ END
         if [ -e "$out/as-$start.pt" ]; then
             from=$out/as-$start.pt
         fi
-        train train_dmd.py --init "$from" --scores "$ckpt/camera.pt" --out "$out/$start.pt"
+        train train_dmd.py --init "$from" --scores "$ckpt/camera.pt" --out "$out/$start.pt" --steps 60
         row "$start, before" "$from"
         row "$start" "$out/$start.pt"
     done
@@ -158,12 +158,14 @@ END
 
 longer() {
     rm -f "$out"/dmd/step-*.pt  # of an earlier, longer run
-    train train_dmd.py --init "$ckpt/ode.pt" --scores "$ckpt/camera.pt" --out "$out/dmd.pt" --steps 360 --save-every 60 \
+    train train_dmd.py --init "$ckpt/ode.pt" --scores "$ckpt/camera.pt" --out "$out/dmd.pt" --steps 240 --save-every 60 \
         --keep 100
-    header "updates of the generator"
-    row 0 "$ckpt/ode.pt"
+    header "updates of the generator, sampling steps"
+    row "0, 4" "$ckpt/ode.pt"
     for save in "$out"/dmd/step-*.pt; do
-        row "$((10#$(basename "$save" .pt | cut -d- -f2)))" "$save"
+        for n in 4 2 1; do
+            row "$((10#$(basename "$save" .pt | cut -d- -f2))), $n" "$save" --sampling-steps "$n"
+        done
     done
 }
 
@@ -171,7 +173,7 @@ cut_exactly() {
     header "rollouts"
     for script in train_dmd.py examples/variants/leaky_dmd.py examples/variants/sgf.py; do
         made=$out/$(basename "$script" .py).pt
-        train "$script" --init "$ckpt/ode.pt" --scores "$ckpt/camera.pt" --out "$made"
+        train "$script" --init "$ckpt/ode.pt" --scores "$ckpt/camera.pt" --out "$made" --steps 60
         row "$(basename "$script" .py)" "$made"
     done
 }
@@ -197,7 +199,7 @@ END
     header "scores"
     for script in train_dmd.py examples/variants/reuse_dmd.py "$out/uniform_dmd.py"; do
         made=$out/$(basename "$script" .py)-made.pt
-        train "$script" --init "$ckpt/ode.pt" --scores "$ckpt/camera.pt" --out "$made"
+        train "$script" --init "$ckpt/ode.pt" --scores "$ckpt/camera.pt" --out "$made" --steps 60
         row "$(basename "$script" .py)" "$made"
     done
 }
