@@ -7,8 +7,8 @@
 #   examples/ablations.sh poses      poses with noise: none, half a step, a step, two
 #   examples/ablations.sh forcing    teacher forcing against diffusion forcing
 #   examples/ablations.sh teacher    ODE pairs of the autoregressive teacher against those of a bidirectional one
-#   examples/ablations.sh init       DMD from nothing, from ar, ode, cd
-#   examples/ablations.sh longer     DMD's curve, far beyond its recipe
+#   examples/ablations.sh init       DMD from nothing, from ar, ode, cd (60 updates, as in cut and scores)
+#   examples/ablations.sh longer     DMD's curve, to twice its recipe
 #   examples/ablations.sh cut        self-rollouts cut exactly, through a leaking cache, with a second pass (SGF)
 #   examples/ablations.sh scores     fake_score on the generator's own rollout, too; scores at uniform levels (FastVideo)
 #   examples/ablations.sh filter     a tenth of the clips have the poses of others: are they found, what do they cost?
@@ -39,8 +39,8 @@ train() {  # a script and its flags, in one process: on two cores that is faster
 }
 
 header() {  # the names of the first columns
-    echo "| $1 | texture | clutter | psnr | control | rotation, degrees | translation |"
-    echo "|$(tr -cd '|' <<< "$1" | sed 's/|/---|/g')---|---|---|---|---|---|---|"
+    echo "| $1 | texture | clutter | psnr | control | rotation, degrees | translation | lost |"
+    echo "|$(tr -cd '|' <<< "$1" | sed 's/|/---|/g')---|---|---|---|---|---|---|---|"
 }
 
 score=(stream.py --score)
@@ -51,7 +51,7 @@ row() {  # the first cells, a checkpoint, flags of stream.py
 import json, sys
 z = json.loads(sys.stdin.read())
 z = {name: float("nan") if value is None else value for name, value in z.items()}  # None: there was nothing to measure
-names = ("texture", "clutter", "psnr", "counterfactual_accuracy", "rot_err_deg", "trans_err")
+names = ("texture", "clutter", "psnr", "counterfactual_accuracy", "rot_err_deg", "trans_err", "lost")
 cells = ["{:.3g} ± {:.2g}".format(z[name], z[name + "_standard_error"]) for name in names]
 print("|", " | ".join([sys.argv[1], *cells]), "|")
 ' "$1"
@@ -151,8 +151,10 @@ END
             from=$out/as-$start.pt
         fi
         train train_dmd.py --init "$from" --scores "$ckpt/camera.pt" --out "$out/$start.pt" --steps 60
-        row "$start, before" "$from"
-        row "$start" "$out/$start.pt"
+        row "$start, before, 4" "$from"
+        for n in 4 2 1; do
+            row "$start, $n" "$out/$start.pt" --sampling-steps "$n"
+        done
     done
 }
 
@@ -161,10 +163,9 @@ longer() {
     train train_dmd.py --init "$ckpt/ode.pt" --scores "$ckpt/camera.pt" --out "$out/dmd.pt" --steps 240 --save-every 60 \
         --keep 100
     header "updates of the generator, sampling steps"
-    row "0, 4" "$ckpt/ode.pt"
-    for save in "$out"/dmd/step-*.pt; do
+    for save in "$ckpt/ode.pt" "$out"/dmd/step-*.pt; do
         for n in 4 2 1; do
-            row "$((10#$(basename "$save" .pt | cut -d- -f2))), $n" "$save" --sampling-steps "$n"
+            row "$(basename "$save" .pt), $n" "$save" --sampling-steps "$n"
         done
     done
 }

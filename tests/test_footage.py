@@ -229,7 +229,11 @@ def test_of_many_models_the_one_with_the_most_images_of_the_clip_counts(tmp_path
     colmap_text(tmp_path / "walk/sparse/0", W2C[:3])
     colmap_text(tmp_path / "walk/dense/0/sparse")
     assert len(read_poses("walk", tmp_path).viewmats) == 3  # below dense are the undistorted pictures' lenses
-    assert len(read_poses("walk/dense", tmp_path).viewmats) == 17
+    colmap_text(tmp_path / "dense/walk/sparse/0", W2C[:3])
+    colmap_text(tmp_path / "dense/walk/dense/0/sparse")
+    assert len(read_poses("dense/walk", tmp_path).viewmats) == 3  # whatever the folder itself is called
+    colmap_text(tmp_path / "only/dense/0/sparse")
+    assert len(read_poses("only", tmp_path).viewmats) == 17  # there is no other
     two = colmap_text(tmp_path / "both", torch.cat([W2C, W2C[:5]]))
     text = (two / "images.txt").read_text()
     for n in range(17, 22):

@@ -119,7 +119,7 @@ RECIPES = {
                      fake_score_updates=5, guidance=4.0, save_every=5, state_every=10),
 }
 RECIPES["wan-14b"] = RECIPES["wan-1.3b"]
-RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=60)  # its scores know less than the student (examples/LOG.md)
+RECIPES["tiny-hy"] = RECIPES["tiny"] | dict(steps=60)  # as it ships; more were not tried
 # minWM: 100 generator updates after 4 of fake_score each, Muon at lr 1e-5 and 8e-6 (AdamW's at a fifth of that makes
 # updates as large), EMA 0.99 from the 100th step on, guidance 5.
 RECIPES["hy-8b"] = RECIPES["wan-1.3b"] | dict(steps=100, fake_score_lr=1.6e-6, max_grad_norm=1.0, ema_decay=0.95,

@@ -172,7 +172,7 @@ def fake_score_loss(x: Tensor, fake_score: nn.Module, batch: Batch, meta: Meta) 
 
 
 RECIPES = {
-    "tiny": dict(steps=60, batch_size=16, accum=1, lr=1e-4, fake_score_lr=2e-4, max_grad_norm=1.0, ema_decay=0.95,
+    "tiny": dict(steps=120, batch_size=16, accum=1, lr=1e-4, fake_score_lr=2e-4, max_grad_norm=1.0, ema_decay=0.95,
                  fake_score_updates=5, guidance=1.25, rollout=24, window=8, sink=1, save_every=20, state_every=20),
     # minWM: 200 updates of fake_score, 32 videos, lr 2e-6 and 4e-7, betas (0, 0.999), EMA 0.99 from update 200 on (ours
     # from the start, with 40 generator steps to follow, so it forgets faster), guidance "3.0" in a formula that adds
