@@ -24,7 +24,7 @@ from data import (
     read_poses, read_prompts, read_row, render, resize_and_crop, resize_crop_size, sample_frame_indices, sample_toy,
     save_prompts, survey_clip, to_bytes,
 )
-from model import fresh_weights, save_checkpoint
+from model import fresh_weights, load_checkpoint, save_checkpoint
 from stream import TOY_PROMPT
 
 COUNT, FRAMES = 16, 4
@@ -187,7 +187,9 @@ def test_a_training_step_sees_no_difference(toy, tmp_path):
     for w in weights.values():
         if not w.any():  # output layers start at zero, and nothing would depend on the camera
             torch.nn.init.normal_(w, std=0.05)
-    save_checkpoint(tmp_path / "camera.pt", weights, {"stage": "camera", "preset": "tiny", "camera": True, "step": 0})
+    known = {"vae_fingerprint": load_checkpoint(toy / "ckpt/vae.pt")[1]["fingerprint"]}
+    meta = {"stage": "camera", "preset": "tiny", "camera": True, "step": 0}
+    save_checkpoint(tmp_path / "camera.pt", weights, meta | known)
     metrics = []
     for name in ("videos", "toy"):
         call("train_camera.py", *MINIATURE, "--init", tmp_path / "camera.pt", "--data", f"data/{name}", "--out",
